@@ -1,0 +1,2 @@
+// The declarations alone.
+#include "../../moe.h"

@@ -1,0 +1,1 @@
+// Nothing: what an include costs is measured against it.

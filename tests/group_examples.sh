@@ -1,0 +1,92 @@
+#!/bin/sh
+# The examples: each builds with the line in its first comment, runs, and prints what it is for.
+. tests/group.sh
+
+says() { # TEXT COMMAND...: the command succeeds and prints TEXT
+    text=$1
+    shift
+    "$@" >"$temp/said" 2>&1 || { code=$?; cat "$temp/said"; return $code; }
+    grep -Eq -- "$text" "$temp/said" || { cat "$temp/said"; echo "does not say \"$text\""; return 1; }
+}
+
+# The build line of an example's comment, with the compiler of this run and the program in the temporary folder.
+build_line() {
+    line=$(sed -n 's,^//  *\(cc .*\) && .*,\1,p' "$1" | head -n 1)
+    [ -n "$line" ] || { echo "$1 has no build line"; return 1; }
+    line=$(echo "$line" | sed "s,-o \([a-z_]*\),-o $temp/\1,; s,^cc,$CC,")
+    echo "$line"
+    $line
+}
+
+example() { # NAME TEXT ARGUMENTS...
+    name=$1 text=$2
+    shift 2
+    try "$name builds with the line in its comment" build_line "examples/$name.c"
+    try "$name runs" says "$text" "$temp/$name" "$@"
+}
+
+example hello 'experts 1 and 0, weights 0.750 and 0.250, output -0.1828 -2.1434'
+example route '^MOE_ROUTING_DEFAULT|^default|2:0.[0-9]+ 7:0.[0-9]+'
+try "route shows a refusal" says 'routing.groups' "$temp/route"
+example checkpoint_layer '^token 3: -?[0-9.]+ -?[0-9.]+' tests/golden/mixtral 0
+example own_loader '^[0-9]+ tensors set, 8 experts' tests/golden/mixtral 0
+example hooks '0 of them by moe_execute' tests/golden/mixtral 0
+try "hooks: the parallel-for was called and all bytes came back" says 'bytes not given back: 0' "$temp/hooks" tests/golden/mixtral 0
+for folder in qwen3_moe gpt_oss llama4 deepseek_v3; do # other layouts: stacked, interleaved, input-major, shared
+    layer=$(dd if=tests/golden/$folder/golden.safetensors bs=4096 count=1 2>/dev/null | tr ',{' '\n\n' |
+        sed -n 's/.*"layers": *"\([0-9]*\).*/\1/p' | head -n 1)
+    try "own_loader, $folder layer ${layer:-0}" says 'tensors set' "$temp/own_loader" tests/golden/$folder "${layer:-0}"
+done
+
+# ---- other languages ------------------------------------------------------------------------------------------------
+if have "$CXX"; then
+    cpp() { $CXX -std=c++11 -o "$temp/hello_cpp" examples/ffi/hello.cpp -lpthread; }
+    try "hello.cpp builds" cpp
+    try "hello.cpp runs" says '^output ' "$temp/hello_cpp" tests/golden/mixtral 0
+    refuse "hello.cpp throws what went wrong" "moe:" "$temp/hello_cpp" tests/golden/none 0
+else
+    skip "hello.cpp" "no $CXX"
+fi
+try "make lib" ${MAKE:-make} -s lib
+if have python3; then
+    try "hello.py runs" says 'experts \[2, 3\], weights \[0.6225, 0.3775\]' python3 examples/ffi/hello.py
+else
+    skip "hello.py" "no python3"
+fi
+if have rustc && rustc --version >/dev/null 2>&1; then
+    try "hello.rs builds" rustc -L build -o "$temp/hello_rs" examples/ffi/hello.rs
+    try "hello.rs runs" says 'experts \[2, 3\]' env LD_LIBRARY_PATH=build "$temp/hello_rs"
+else
+    skip "hello.rs" "no rustc"
+fi
+
+# ---- README ---------------------------------------------------------------------------------------------------------
+if [ -f README.md ]; then
+    readme() {
+        awk '/^```c$/ { on = 1; next } /^```/ { on = 0 } on' README.md >"$temp/readme.c"
+        lines=$(grep -c . "$temp/readme.c")
+        [ "$lines" -ge 15 ] && [ "$lines" -le 24 ] || { echo "$lines lines"; return 1; }
+        $CC -std=c99 -Wall -Wextra -Werror -O1 -I. -o "$temp/readme" "$temp/readme.c" -lpthread
+    }
+    try "README's program builds" readme
+    try "README's program runs" says "^[0-9.-]" "$temp/readme"
+    links() {
+        bad=0
+        for path in $(grep -oE '\]\([A-Za-z0-9_./-]+\)|src="[A-Za-z0-9_./-]+"' README.md | sed 's/^](//; s/)$//; s/^src="//; s/"$//'); do
+            [ -e "$path" ] || { echo "README names $path, which is not there"; bad=1; }
+        done
+        return $bad
+    }
+    try "README's links lead somewhere" links
+    targets() {
+        bad=0
+        for target in $(grep -oE '`make [a-z-]+`' README.md | sed 's/`make //; s/`//' | sort -u); do
+            grep -q "^[a-z -]*\<$target\>[a-z -]*:" Makefile || { echo "README names make $target"; bad=1; }
+        done
+        return $bad
+    }
+    try "README's make targets are there" targets
+else
+    skip "README's program" "no README.md"
+fi
+finish examples

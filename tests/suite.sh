@@ -1,0 +1,64 @@
+#!/bin/sh
+# suite.sh test | check - runs the groups and adds up their closing lines (`make test`, `make check`).
+cd "$(dirname "$0")/.." || exit 1
+suite=${1:-test}
+MAKE=${MAKE:-make}
+JOBS=${JOBS:-2}
+unset MAKEFLAGS MFLAGS MAKELEVEL # CC and the like arrive through the environment
+summary=build/summary-$suite.txt
+mkdir -p build
+: >"$summary"
+
+# collect LABEL BUILD NAME...: the closing lines of these logs; a log that is not there did not compile.
+collect() {
+    label=$1
+    build=$2
+    shift 2
+    for name; do
+        if [ -f "$build/log/$name.log" ]; then
+            echo "$label$(tail -n 1 "$build/log/$name.log")" >>"$summary"
+        else
+            echo "$label$name: 0 passed, 1 failed (it did not build)" | tee -a "$summary"
+        fi
+    done
+}
+
+programs() {
+    for file in tests/test_*.c; do
+        [ -f "$file" ] && basename "$file" .c
+    done
+}
+
+# variant LABEL BUILD VARIABLE=VALUE...: every test program built and run in another way.
+variant() {
+    label=$1
+    build=$2
+    shift 2
+    echo "==== $label"
+    rm -rf "$build/log"
+    $MAKE -s -k -j"$JOBS" B="$build" "$@" test-logs
+    # shellcheck disable=SC2046
+    collect "$label " "$build" $(programs)
+}
+
+omitted() {
+    echo "omitted: $1" | tee -a "$summary"
+}
+
+groups() {
+    logs=
+    for group; do logs="$logs build/log/group_$group.log"; done
+    # shellcheck disable=SC2086
+    $MAKE -s -k -j"$JOBS" $logs
+    for group; do collect "" build "group_$group"; done
+}
+
+rm -rf build/log
+$MAKE -s -k -j"$JOBS" all
+variant "" build
+groups frame compile product examples layer
+if [ "$suite" = check ]; then . tests/check.sh; fi
+
+echo "==== summary"
+cat "$summary"
+awk -v ci="${CI:-}" -f tests/sum.awk "$summary"
