@@ -32,12 +32,12 @@ int main(void)
     moe_context *ctx;
     moe_weights *weights;
     moe_plan *plan;
-    moe_plan_info info = { 0 };
+    moe_plan_desc desc = { 0 };
     moe_execute_args args = { 0 };
     float x[2] = { 1, 3 }, logits[2] = { 0, 1.0986123f /* log 3 */ }, out[2];
     int32_t ids[2];
     float chosen[2];
-    static uint64_t workspace[1 << 16]; // more than enough here; 256-aligned below
+    static uint64_t workspace[1 << 16]; // moe_plan_info says how much; 256-aligned below
 
     layer.hidden_size = 2;
     layer.intermediate_size = 2;
@@ -46,13 +46,13 @@ int main(void)
     layer.activation.kind = MOE_ACTIVATION_SWIGLU;
     if (moe_routing_preset(MOE_ROUTING_RENORMALIZE, &layer.routing, &err)) goto failed;
     layer.routing.top_k = 2;
+    desc.max_tokens = 1;
 
     if (moe_context_create(NULL, &ctx, &err) || moe_weights_create(ctx, &layer, NULL, &weights, &err)) goto failed;
     for (int32_t e = 0; e < 2; e++)
         if (set(weights, MOE_TENSOR_GATE, e, gate[e], &err) || set(weights, MOE_TENSOR_UP, e, up[e], &err) ||
             set(weights, MOE_TENSOR_DOWN, e, down[e], &err)) goto failed;
-    if (moe_weights_seal(weights, &err) || moe_plan_create(ctx, &layer, NULL, &plan, &err) ||
-        moe_plan_get_info(plan, &info, &err)) goto failed;
+    if (moe_weights_seal(weights, &err) || moe_plan_create(ctx, &layer, &desc, &plan, &err)) goto failed;
 
     args.input_mode = MOE_INPUT_LOGITS;
     args.num_tokens = 1;

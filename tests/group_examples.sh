@@ -25,7 +25,7 @@ example() { # NAME TEXT ARGUMENTS...
     try "$name runs" says "$text" "$temp/$name" "$@"
 }
 
-example hello 'experts 1 and 0, weights 0.750 and 0.250, output -0.1828 -2.1434'
+example hello 'experts 1 and 0, weights 0.750 and 0.250, output -0.1828 -2.1433'
 example route '^MOE_ROUTING_DEFAULT|^default|2:0.[0-9]+ 7:0.[0-9]+'
 try "route shows a refusal" says 'routing.groups' "$temp/route"
 example checkpoint_layer '^token 3: -?[0-9.]+ -?[0-9.]+' tests/golden/mixtral 0

@@ -79,11 +79,11 @@ clean_text() {
     if awk 'length > 120 { print FILENAME ":" FNR ": " length " columns"; bad = 1 } END { exit !bad }' moe.h; then return 1; fi
     if grep -nE 'TODO|FIXME|XXX' moe.h; then return 1; fi
 }
-tags() { # every tag of the index stands once in the text, in the order of the index
-    awk '/INDEX/ { index_part = 1 } /VOCABULARY/ { index_part = 0 }
+tags() { # the index and the text have the same tags
+    awk '/^\/\/ INDEX/ { index_part = 1 } /^\/\/ VOCABULARY/ { index_part = 0 }
          index_part { line = $0; while (match(line, />>[a-z]+/)) { print substr(line, RSTART, RLENGTH); line = substr(line, RSTART + RLENGTH) } }' moe.h \
-        | sort >"$o/index"
-    grep -oE '^// >>[a-z]+' moe.h | sed 's,// ,,' | sort >"$o/sections"
+        | sort -u >"$o/index"
+    grep -oE '^// >>[a-z]+' moe.h | sed 's,// ,,' | sort -u >"$o/sections"
     [ -s "$o/index" ] && diff "$o/index" "$o/sections"
 }
 try "moe.h is ASCII, without tabs, at most 120 columns" clean_text
