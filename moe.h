@@ -326,7 +326,7 @@ typedef enum moe_renormalize {
 } moe_renormalize;
 
 typedef enum moe_zero_sum { // when the sum of the chosen scores is not above 0
-    MOE_ZERO_SUM_DIVIDE = 0, // divide all the same
+    MOE_ZERO_SUM_DIVIDE = 0, // divide all the same; a weight of 0 stays 0
     MOE_ZERO_SUM_ONE = 1,    // take 1 for the divisor
     MOE_ZERO_SUM__FORCE32 = 0x7fffffff
 } moe_zero_sum;
@@ -1639,7 +1639,7 @@ static int32_t moe__fail_file(moe_error *err, int32_t code, const char *path, co
 }
 
 // folder + separator + name into path[MOE__PATH_MAX].
-static int32_t moe__path_join(char *path, const char *folder, const char *name, moe_error *err)
+MOE__UNUSED static int32_t moe__path_join(char *path, const char *folder, const char *name, moe_error *err)
 {
     moe__text text = moe__text_make(path, MOE__PATH_MAX);
     size_t length = strlen(folder);
@@ -1900,8 +1900,8 @@ static int32_t moe__file_map(const char *path, moe__file *out, moe_error *err)
 }
 
 // Reads a file of at most `limit` bytes into memory.
-static int32_t moe__file_read(const moe_allocator *allocator, const char *path, uint64_t limit, moe__file *out,
-                              moe_error *err)
+MOE__UNUSED static int32_t moe__file_read(const moe_allocator *allocator, const char *path, uint64_t limit,
+                                          moe__file *out, moe_error *err)
 {
     moe__fd fd;
     uint64_t size = 0, done = 0;
@@ -2711,8 +2711,9 @@ static int32_t moe__json_int64(moe__json value, int64_t *out)
 // * A sum has 32 lanes: lane l adds elements l, l + 32, l + 64, ... in order to 0, then lanes are added by butterfly
 //   (lane ^ 16, ^ 8, ^ 4, ^ 2, ^ 1). Softmax subtracts the maximum, and divides each exponential by their sum.
 // * Keys compare as numbers: -0 equals +0, ties go to the lower id (of groups too). Slots are in falling order of key.
-// * -inf is legal: the score is 0 (also the raw one, as a weight); in a softmax over nothing else every one is 0. NaN
-//   and +inf are errors, in logits (also when the multiplier makes them) and in keys. 0 divided by any sum is 0.
+// * -inf is legal: the score is 0 (also the raw one, as a weight); in a softmax over nothing else every one is 0. (A
+//   soft cap c makes -c of it.) NaN and +inf are errors, in logits (also when the multiplier makes them) and in keys.
+// * 0 divided by any sum is 0.
 // Behind resolve no 0 stands for another value, and every combination that is left is defined.
 
 // ---- named values ----
@@ -3149,7 +3150,6 @@ static int32_t moe__routing_logits(const moe_routing_desc *r, const float *logit
 {
     for (int32_t i = 0; i < width; i++) {
         float x = logits[i];
-        if (!(x < MOE__INFINITY)) return 0;
         if (r->logit_multiplier != 1) x = moe__mulf(x, r->logit_multiplier);
         if (!(x < MOE__INFINITY)) return 0;
         if (r->logit_softcap > 0) x = moe__mulf(r->logit_softcap, moe__tanhf(x / r->logit_softcap));
@@ -3605,7 +3605,7 @@ MOE_API int32_t moe_routing_from_foreign(int32_t stack, const char *version, int
     range = moe__foreign_find(table, MOE__ARRAY_COUNT(table), stack, version, &result, err);
     if (range == NULL) return result;
     name = moe__name_find(moe__stacks, MOE__ARRAY_COUNT(moe__stacks), stack, "");
-    if (value == range->unspecified)
+    if (value >= 0 && value == range->unspecified)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "value", "is %d: %s %s means \"unspecified\" by it", value, name,
                          version);
     if ((value >= 0 && value < range->numbers) ||
@@ -3625,7 +3625,7 @@ MOE_API int32_t moe_activation_from_foreign(int32_t stack, const char *version, 
         { MOE_STACK_FLASHINFER, { 0, 5, 0, 0 }, { 0, 6, 12, -1 }, 8, 8 },
         { MOE_STACK_FLASHINFER, { 0, 6, 13, 0 }, { 0, 6, 13, -1 }, 9, 9 },
         { MOE_STACK_FLASHINFER, { 0, 6, 14, 0 }, { 0, 6, 15, -1 }, 10, 10 },
-        { MOE_STACK_FLASHINFER, { 0, 6, 16, 0 }, { 0, 6, 18, -1 }, 11, 11 },
+        { MOE_STACK_FLASHINFER, { 0, 6, 16, 0 }, { 0, 6, -1, -1 }, 11, 11 },
         { MOE_STACK_FLASHINFER, { 0, 7, 0, 0 }, { 0, 7, 2, -1 }, 13, 11 },
     };
     static const int32_t kinds[6][13] = { // one row per range above; GELU is erf, since another number says tanh
@@ -3651,7 +3651,7 @@ MOE_API int32_t moe_activation_from_foreign(int32_t stack, const char *version, 
                          moe__name_find(moe__stacks, MOE__ARRAY_COUNT(moe__stacks), stack, ""));
     range = moe__foreign_find(table, MOE__ARRAY_COUNT(table), stack, version, &result, err);
     if (range == NULL) return result;
-    if (value == range->unspecified)
+    if (value >= 0 && value == range->unspecified)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "value", "is %d: FlashInfer %s means \"invalid\" by it", value,
                          version);
     if (value < 0 || value >= range->numbers)
@@ -3874,6 +3874,25 @@ static int32_t moe__activation_resolve(moe_activation_desc *act, const char *pat
     return moe__check_flag(act->per_expert, member, err);
 }
 
+// Elements of a row that share a scale: H and I are multiples of it, and no tensor-parallel slice cuts it.
+static int32_t moe__format_group(const moe_layer_desc *layer)
+{
+    switch (layer->format) {
+    case MOE_FORMAT_FP8_BLOCK: case MOE_FORMAT_INT4_W4A16: return layer->format_block;
+    case MOE_FORMAT_NVFP4: case MOE_FORMAT_NVFP4_W4A16: return 16;
+    case MOE_FORMAT_MXFP8: case MOE_FORMAT_MXFP4_W4A16: case MOE_FORMAT_MXFP4_W4A8: return 32;
+    default: return 1;
+    }
+}
+
+static int32_t moe__check_group(const moe_layer_desc *layer, int32_t size, const char *member, moe_error *err)
+{
+    int32_t group = moe__format_group(layer);
+    if (size % group == 0) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: %s has a scale for every %d elements, so it must be a multiple of "
+                     "that", size, moe_format_string(layer->format), group);
+}
+
 static int32_t moe__format_resolve(moe_layer_desc *layer, moe_error *err)
 {
     int32_t format = layer->format, block = layer->format_block;
@@ -3899,18 +3918,9 @@ static int32_t moe__format_resolve(moe_layer_desc *layer, moe_error *err)
         layer->scale_dtype != MOE_DTYPE_BF16 && layer->scale_dtype != MOE_DTYPE_F16 && layer->scale_dtype != MOE_DTYPE_E4M3)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.scale_dtype", "is %d: scales are f32, bf16, f16, ue8m0 or e4m3",
                          layer->scale_dtype);
-    return MOE_OK;
-}
-
-// Elements along I that a tensor-parallel slice may not cut.
-static int32_t moe__format_group(const moe_layer_desc *layer)
-{
-    switch (layer->format) {
-    case MOE_FORMAT_FP8_BLOCK: case MOE_FORMAT_INT4_W4A16: return layer->format_block;
-    case MOE_FORMAT_NVFP4: case MOE_FORMAT_NVFP4_W4A16: return 16;
-    case MOE_FORMAT_MXFP8: case MOE_FORMAT_MXFP4_W4A16: case MOE_FORMAT_MXFP4_W4A8: return 32;
-    default: return 1;
-    }
+    return moe__check_group(layer, layer->hidden_size, "layer.hidden_size", err) != MOE_OK
+               ? MOE_ERROR_ARGUMENT
+               : moe__check_group(layer, layer->intermediate_size, "layer.intermediate_size", err);
 }
 
 static int32_t moe__parallel_resolve(moe_layer_desc *layer, moe_error *err)
@@ -6717,8 +6727,8 @@ static int32_t moe__cores(void)
 typedef struct moe__lock { char unused; } moe__lock; // one thread: the caller sees to it that calls do not overlap
 static int32_t moe__lock_init(moe__lock *lock) { lock->unused = 0; return 1; }
 static void moe__lock_destroy(moe__lock *lock) { (void)lock; }
-static void moe__lock_enter(moe__lock *lock) { (void)lock; }
-static void moe__lock_leave(moe__lock *lock) { (void)lock; }
+MOE__UNUSED static void moe__lock_enter(moe__lock *lock) { (void)lock; }
+MOE__UNUSED static void moe__lock_leave(moe__lock *lock) { (void)lock; }
 static int32_t moe__cores(void) { return 1; }
 #endif
 
@@ -6941,7 +6951,7 @@ MOE_API int32_t moe_context_create(const moe_context_desc *desc, moe_context **o
 {
     moe_context_desc checked;
     moe_context *ctx;
-    int32_t isa, result;
+    int32_t isa = MOE__ISA_SCALAR, result;
     if (out == NULL) return moe__fail_null(err, "out");
     *out = NULL;
     if ((result = moe__copy_desc(&checked, sizeof checked, desc, "desc", err)) != MOE_OK) return result;
@@ -8887,7 +8897,7 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
     moe_weights *weights;
     moe__file_reader reader;
     moe__file file;
-    uint64_t data_offset;
+    uint64_t data_offset = 0;
     void *memory;
     int32_t result;
     if (out == NULL) return moe__fail_null(err, "out");

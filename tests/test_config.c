@@ -6,7 +6,7 @@
 
 enum { MAX_COLUMNS = 64, MAX_LINE = 4096 };
 
-// ---- files ----------------------------------------------------------------------------------------------------------
+// ---- files ---------------------------------------------------------------------------------------------------------
 
 static char *read_text(const char *path, size_t *size)
 {
@@ -76,12 +76,13 @@ static const char *cell(const table *t, const char *column)
 
 static double number(const table *t, const char *column) { return strtod(cell(t, column), NULL); }
 
-// ---- rows of expected.tsv ---------------------------------------------------------------------------------------------
+// ---- rows of expected.tsv ------------------------------------------------------------------------------------------
 
 static void differ(const table *t, const char *what, const char *got, const char *expected)
 {
     char text[400];
-    snprintf(text, sizeof text, "%s layer %s: %s is %s, expected %s", cell(t, "file"), cell(t, "layer"), what, got, expected);
+    snprintf(text, sizeof text, "%s layer %s: %s is %s, expected %s", cell(t, "file"), cell(t, "layer"), what, got,
+             expected);
     test_fail(__FILE__, __LINE__, text);
 }
 
@@ -99,7 +100,8 @@ static void check_word(const table *t, const char *column, const char *got)
     if (strcmp(got, cell(t, column)) != 0) differ(t, column, got, cell(t, column));
 }
 
-static const char *pick(const char *const *words, int count, int index) { return index >= 0 && index < count ? words[index] : "?"; }
+static const char *pick(const char *const *words, int count, int index) { return index >= 0 &&
+                                                                         index < count ? words[index] : "?"; }
 
 static const char *activation_word(const moe_activation_desc *a)
 {
@@ -127,7 +129,8 @@ static void check_routing(const table *t, const moe_layer_desc *layer)
     check_number(t, "groups", grouped ? r->groups : 1);
     if (r->group_rule != MOE_GROUP_EACH) check_number(t, "groups_kept", grouped ? r->groups_kept : 1);
     check_word(t, "group_rule", pick(rules, 4, r->group_rule));
-    if (grouped && r->group_rule != MOE_GROUP_EACH) check_word(t, "group_excluded", pick(excluded, 2, r->group_excluded));
+    if (grouped && r->group_rule != MOE_GROUP_EACH) check_word(t, "group_excluded", pick(excluded, 2,
+                                                                                         r->group_excluded));
     check_word(t, "renorm", pick(renorms, 3, r->renormalize));
     check_number(t, "epsilon", (double)r->renormalize_epsilon);
     check_number(t, "scale", (double)r->scale);
@@ -226,7 +229,7 @@ static void walk_expected(int facts_only)
 TEST(every_family_gives_the_layer_that_its_own_code_means) { walk_expected(0); }
 TEST(every_fact_has_a_value_and_a_source_and_is_told_once) { walk_expected(1); }
 
-// ---- quantisation -----------------------------------------------------------------------------------------------------
+// ---- quantisation --------------------------------------------------------------------------------------------------
 
 static const char *format_word(const moe_layer_desc *layer)
 {
@@ -300,7 +303,8 @@ TEST(scales_of_the_type_ue8m0_are_told)
 static int32_t with_exceptions(const char *exceptions, int32_t index, moe_layer_desc *layer)
 {
     char json[1200];
-    snprintf(json, sizeof json, "%.*s,\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[128,128],"
+    snprintf(json, sizeof json,
+             "%.*s,\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[128,128],"
              "\"ignore\":[%s]}}", (int)(sizeof host - 2), host, exceptions);
     return layer_of(json, index, layer);
 }
@@ -308,7 +312,8 @@ static int32_t with_exceptions(const char *exceptions, int32_t index, moe_layer_
 TEST(layers_that_quantisation_excepts_keep_the_models_type)
 {
     moe_layer_desc layer;
-    CHECK_OK(with_exceptions("\"lm_head\",\"model.layers.3.mlp.gate\",\"re:.*mlp.gate$\",\"model.layers.*.self_attn*\"", 3,
+    CHECK_OK(with_exceptions("\"lm_head\",\"model.layers.3.mlp.gate\",\"re:.*mlp.gate$\",\"model.layers.*.self_attn*\"",
+                             3,
                              &layer));
     CHECK_EQ(layer.format, MOE_FORMAT_FP8_BLOCK);
     CHECK_OK(with_exceptions("\"model.layers.3.mlp.experts\"", 3, &layer));
@@ -325,7 +330,7 @@ TEST(layers_that_quantisation_excepts_keep_the_models_type)
     CHECK_EQ(layer.format, MOE_FORMAT_BF16);
 }
 
-// ---- damage -----------------------------------------------------------------------------------------------------------
+// ---- damage --------------------------------------------------------------------------------------------------------
 
 static char *read_config(const char *name, size_t *size)
 {
@@ -368,7 +373,8 @@ TEST(a_key_of_the_wrong_type_is_refused_or_ignored_but_never_misread)
         { "cohere2_moe.json", 3 }, { "step3p5.json", 44 }, { "nemotron_h_super.json", 3 }, { "inkling.json", 3 },
         { "hunyuan_v1_moe_lists.json", 3 }, { "dbrx.json", 3 }, { "jamba.json", 3 }, { "kimi_k3.json", 3 },
     };
-    static const char *const values[] = { "null", "true", "-1", "1e999", "\"x\"", "[]", "[[[1]]]", "{}", "99999999999999999999",
+    static const char *const values[] = { "null", "true", "-1", "1e999", "\"x\"", "[]", "[[[1]]]", "{}",
+                                         "99999999999999999999",
                                           "0.5", "NaN", "{\"__float__\":\"Infinity\"}" };
     static const char *const needed[] = { "\"hidden_size\"", "\"num_experts_per_tok\"", "\"n_routed_experts\"" };
     moe_layer_desc layer;
@@ -413,7 +419,8 @@ TEST(refusals_name_the_key_with_its_nesting_and_the_value)
                        &layer), MOE_ERROR_FORMAT, "text_config.hidden_size");
     CHECK_CONTAINS(err.text, "\"wide\"");
     CHECK_CONTAINS(err.text, "an integer");
-    CHECK_ERR(layer_of("{\"model_type\":\"mixtral\",\"hidden_size\":8,\"intermediate_size\":8,\"num_local_experts\":4}", 0,
+    CHECK_ERR(layer_of("{\"model_type\":\"mixtral\",\"hidden_size\":8,\"intermediate_size\":8,\"num_local_experts\":4}",
+                       0,
                        &layer), MOE_ERROR_MISSING, "layer.routing.top_k");
     CHECK_CONTAINS(err.text, "num_experts_per_tok");
     CHECK_ERR(layer_of("{\"model_type\":\"mixtral\",\"hidden_size\":8,\"intermediate_size\":8,\"num_local_experts\":4,"
@@ -447,10 +454,12 @@ TEST(an_unknown_model_is_inferred_from_its_keys_or_refused_by_the_keys_that_deci
     CHECK_CONTAINS(err.text, "scoring_func");
     CHECK_ERR(layer_of(UNKNOWN ",\"scoring_func\":\"softmax\"}", 0, &layer), MOE_ERROR_MISSING, "layer.routing");
     CHECK_CONTAINS(err.text, "norm_topk_prob");
-    CHECK_ERR(layer_of(UNKNOWN ",\"scoring_func\":\"sigmoid\",\"norm_topk_prob\":true}", 0, &layer), MOE_ERROR_UNSUPPORTED,
+    CHECK_ERR(layer_of(UNKNOWN ",\"scoring_func\":\"sigmoid\",\"norm_topk_prob\":true}", 0, &layer),
+              MOE_ERROR_UNSUPPORTED,
               "layer.routing");
     CHECK_CONTAINS(err.text, "use_routing_bias");
-    CHECK_ERR(layer_of(UNKNOWN ",\"scoring_func\":\"softmax\",\"norm_topk_prob\":true,\"n_group\":4,\"topk_group\":2}", 0,
+    CHECK_ERR(layer_of(UNKNOWN ",\"scoring_func\":\"softmax\",\"norm_topk_prob\":true,\"n_group\":4,\"topk_group\":2}",
+                       0,
                        &layer), MOE_ERROR_UNSUPPORTED, "n_group");
     CHECK_ERR(layer_of("{\"hidden_size\":8,\"intermediate_size\":8,\"num_experts\":16,\"num_experts_per_tok\":2,"
                        "\"scoring_func\":\"softmax\",\"norm_topk_prob\":true}", 0, &layer), MOE_ERROR_MISSING,
@@ -568,7 +577,7 @@ TEST(wrong_arguments_are_refused_by_name)
     CHECK_EQ(moe_layer_from_config(NULL, 0, NULL, 0, 0, &layer, NULL), MOE_ERROR_ARGUMENT);
 }
 
-// ---- tensor names -----------------------------------------------------------------------------------------------------
+// ---- tensor names --------------------------------------------------------------------------------------------------
 
 TEST(tensor_names_of_every_scheme_are_understood)
 {
@@ -578,12 +587,14 @@ TEST(tensor_names_of_every_scheme_are_understood)
         { "model.layers.0.block_sparse_moe.experts.3.w2.weight", 0, 3, MOE_TENSOR_DOWN, 0, -1 },
         { "model.layers.0.block_sparse_moe.experts.3.w3.weight", 0, 3, MOE_TENSOR_UP, 0, -1 },
         { "model.layers.3.mlp.experts.255.gate_proj.weight_scale_inv", 3, 255, MOE_TENSOR_GATE, MOE_PART_SCALE, -1 },
-        { "model.layers.3.mlp.experts.255.down_proj.weight_scale_2", 3, 255, MOE_TENSOR_DOWN, MOE_PART_GLOBAL_SCALE, -1 },
+        { "model.layers.3.mlp.experts.255.down_proj.weight_scale_2", 3, 255, MOE_TENSOR_DOWN, MOE_PART_GLOBAL_SCALE,
+         -1 },
         { "model.layers.3.mlp.experts.1.down_proj.weight_packed", 3, 1, MOE_TENSOR_DOWN, MOE_PART_DATA, -1 },
         { "model.layers.3.mlp.experts.1.down_proj.weight_shape", 3, 1, MOE_TENSOR_DOWN, MOE_PART_SHAPE, -1 },
         { "model.layers.3.mlp.experts.1.down_proj.weight_global_scale", 3, 1, MOE_TENSOR_DOWN,
           MOE_PART_GLOBAL_SCALE_RECIPROCAL, -1 },
-        { "model.layers.3.mlp.experts.1.up_proj.input_global_scale", 3, 1, MOE_TENSOR_UP, MOE_PART_INPUT_SCALE_RECIPROCAL, -1 },
+        { "model.layers.3.mlp.experts.1.up_proj.input_global_scale", 3, 1, MOE_TENSOR_UP,
+         MOE_PART_INPUT_SCALE_RECIPROCAL, -1 },
         { "model.layers.3.mlp.experts.1.up_proj.input_scale", 3, 1, MOE_TENSOR_UP, MOE_PART_INPUT_SCALE, -1 },
         { "model.layers.5.mlp.experts.gate_up_proj_blocks", 5, -1, MOE_TENSOR_GATE_UP, MOE_PART_DATA, -1 },
         { "model.layers.5.mlp.experts.gate_up_proj_scales", 5, -1, MOE_TENSOR_GATE_UP, MOE_PART_SCALE, -1 },
@@ -592,7 +603,8 @@ TEST(tensor_names_of_every_scheme_are_understood)
         { "model.layers.5.mlp.router.bias", 5, -1, MOE_TENSOR_ROUTER_BIAS, 0, -1 },
         { "model.language_model.layers.4.mlp.experts.gate_up_proj", 4, -1, MOE_TENSOR_GATE_UP, 0, -1 },
         { "language_model.model.layers.4.feed_forward.experts.down_proj", 4, -1, MOE_TENSOR_DOWN, 0, -1 },
-        { "language_model.model.layers.4.feed_forward.shared_expert.gate_proj.weight", 4, -1, MOE_TENSOR_SHARED_GATE, 0, -1 },
+        { "language_model.model.layers.4.feed_forward.shared_expert.gate_proj.weight", 4, -1, MOE_TENSOR_SHARED_GATE, 0,
+         -1 },
         { "thinker.model.layers.4.mlp.gate.weight", 4, -1, MOE_TENSOR_ROUTER, 0, -1 },
         { "layers.2.ffn.gate.tid2eid", 2, -1, MOE_TENSOR_FORCED_IDS, 0, -1 },
         { "layers.2.ffn.gate.bias", 2, -1, MOE_TENSOR_SELECT_BIAS, 0, 0 },
@@ -619,7 +631,8 @@ TEST(tensor_names_of_every_scheme_are_understood)
         { "model.language_model.layers.1.mlp.experts.post_expert_norm.weight", 1, -1, MOE_TENSOR_ROW_NORM, 0, -1 },
         { "model.layers.1.mlp.experts.9.approx_value", 1, 9, MOE_TENSOR_CONSTANT, 0, -1 },
         { "language_model.model.layers.1.mlp.experts.fc1.weight", 1, -1, MOE_TENSOR_GATE_UP, 0, -1 },
-        { "model.layers.1.mlp.experts.gate_up_proj_weight_scale_2", 1, -1, MOE_TENSOR_GATE_UP, MOE_PART_GLOBAL_SCALE, -1 },
+        { "model.layers.1.mlp.experts.gate_up_proj_weight_scale_2", 1, -1, MOE_TENSOR_GATE_UP, MOE_PART_GLOBAL_SCALE,
+         -1 },
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         moe_tensor_name what;

@@ -33,7 +33,8 @@ TEST(what_json_is_is_taken)
 {
     static const char *const good[] = {
         "{}", "[]", "0", "-0", "1.5e-3", "1E+2", "\"\"", "true", "false", "null", " \t\r\n[ 1 , 2 ] \n", "[[],{},\"\"]",
-        "{\"a\":{\"b\":[1,{\"c\":null}]}}", "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\u0041\\uD83D\\uDE00\"", "\"\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\"",
+        "{\"a\":{\"b\":[1,{\"c\":null}]}}", "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\u0041\\uD83D\\uDE00\"",
+        "\"\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\"",
         "[NaN,Infinity,-Infinity]", "{\"a\":1,\"a\":2}", "\"\\u0000\"", "\"\x7f\"",
     };
     for (size_t i = 0; i < sizeof good / sizeof good[0]; i++)
@@ -81,6 +82,7 @@ TEST(what_json_is_not_is_refused_with_its_place)
         { "\"\\uD800\"", "byte 1", "a pair of surrogates" },
         { "\"\\uD800\\u0041\"", "byte 1", "a pair of surrogates" },
         { "\"\\uDC00\"", "byte 1", "a pair of surrogates" },
+        { "\"\\uDC00\\uDC00\"", "byte 1", "a pair of surrogates" },
         { "\"a\nb\"", "byte 2", "no control character" },
         { "\"\x80\"", "byte 1", "valid UTF-8" },
         { "\"\xc0\xaf\"", "byte 1", "valid UTF-8" },
@@ -115,7 +117,8 @@ TEST(thirty_two_levels_are_taken_and_thirty_three_refused)
 
 TEST(every_prefix_and_every_changed_byte_ends_in_a_result)
 {
-    static const char text[] = "{\"a\": [1, -2.5e+10, true, {\"\\u00e9\\ud83d\\ude00\": \"x\\ny\"}], \"b\": {\"__float__\": "
+    static const char text[] = "{\"a\": [1, -2.5e+10, true, {\"\\u00e9\\ud83d\\ude00\": \"x\\ny\"}], \"b\": "
+    "{\"__float__\": "
                                "\"-Infinity\"}, \"c\": NaN, \"\xc3\xa9\": []}";
     size_t size = sizeof text - 1;
     int accepted = 0;
@@ -207,19 +210,23 @@ static double number_of(const char *text)
 {
     moe__json value;
     double number = -12345;
-    if (moe__json_parse(text, strlen(text), "text", &value, &err) != MOE_OK || !moe__json_double(value, &number)) return -12345;
+    if (moe__json_parse(text, strlen(text), "text", &value, &err) != MOE_OK) return -12345;
+    if (!moe__json_double(value, &number)) return -12345;
     return number;
 }
 
 TEST(numbers_are_read_as_strtod_reads_them)
 {
     static const char *const exact[] = { // up to 15 digits and 10^22
-        "0", "-0", "1", "-1", "0.5", "1e-20", "1e22", "2.5", "2.827", "1.702", "1e-6", "1e-12", "16.0", "123456789012345",
+        "0", "-0", "1", "-1", "0.5", "1e-20", "1e22", "2.5", "2.827", "1.702", "1e-6", "1e-12", "16.0",
+        "123456789012345",
         "0.001", "1E2", "1e0", "7.0", "100000e-5", "4503599627370496",
     };
     static const char *const near[] = { // a few units of the last place
-        "0.1767766952966369", "3.141592653589793238462643", "1e300", "1e-300", "123456789012345678901234567890", "2.2250738585072014e-308",
-        "1.7976931348623157e308", "0.000000000000000000000000000000000000123", "9007199254740993", "18446744073709551615",
+        "0.1767766952966369", "3.141592653589793238462643", "1e300", "1e-300", "123456789012345678901234567890",
+        "2.2250738585072014e-308",
+        "1.7976931348623157e308", "0.000000000000000000000000000000000000123", "9007199254740993",
+        "18446744073709551615",
     };
     for (size_t i = 0; i < sizeof exact / sizeof exact[0]; i++) CHECK(number_of(exact[i]) == strtod(exact[i], NULL));
     for (size_t i = 0; i < sizeof near / sizeof near[0]; i++) {
@@ -246,7 +253,8 @@ TEST(random_numbers_are_read_as_strtod_reads_them)
     for (int i = 0; i < 20000; i++) {
         char text[64];
         double right;
-        snprintf(text, sizeof text, "%s%u.%ue%d", test_random_u32(&state) % 2 ? "-" : "", test_random_u32(&state) % 10000,
+        snprintf(text, sizeof text, "%s%u.%ue%d", test_random_u32(&state) % 2 ? "-" : "",
+                 test_random_u32(&state) % 10000,
                  test_random_u32(&state), (int)(test_random_u32(&state) % 60) - 30);
         right = strtod(text, NULL);
         if (right != 0) CHECK_NEAR(number_of(text) / right, 1, 2e-15);
@@ -256,7 +264,8 @@ TEST(random_numbers_are_read_as_strtod_reads_them)
 TEST(integers_are_exact_or_no_integers)
 {
     static const struct { const char *text; int integer; int64_t value; } cases[] = {
-        { "0", 1, 0 }, { "-0", 1, 0 }, { "8", 1, 8 }, { "-8", 1, -8 }, { "8.0", 1, 8 }, { "8e0", 1, 8 }, { "80e-1", 1, 8 },
+        { "0", 1, 0 }, { "-0", 1, 0 }, { "8", 1, 8 }, { "-8", 1, -8 }, { "8.0", 1, 8 }, { "8e0", 1, 8 }, { "80e-1", 1,
+                                                                                                          8 },
         { "9223372036854775807", 1, INT64_MAX }, { "9007199254740993", 1, 9007199254740993 },
         { "9223372036854775808", 0, 0 }, { "-9223372036854775809", 0, 0 }, { "99999999999999999999999", 0, 0 },
         { "8.5", 0, 0 }, { "1e18", 0, 0 }, { "NaN", 0, 0 }, { "Infinity", 0, 0 }, { "\"8\"", 0, 0 }, { "true", 0, 0 },

@@ -171,7 +171,8 @@ TEST(fma_in_software_is_the_instruction_bit_by_bit)
                   moe__bits_f32(special[j / count / count] | (signs >> 2) << 31));
     }
     for (int i = 0; i < runs; i++) {
-        uint32_t a = test_random_u32(&state), b = test_random_u32(&state), c = test_random_u32(&state), kind = a >> 5 & 7;
+        uint32_t a = test_random_u32(&state), b = test_random_u32(&state), c = test_random_u32(&state);
+        uint32_t kind = a >> 5 & 7;
         float x = moe__bits_f32(a), y = moe__bits_f32(b), z = moe__bits_f32(c);
         if (kind < 3) z = -(x * y);                                          // all but the product's tail cancels
         if (kind == 1) z = moe__bits_f32(moe__f32_bits(z) + (b >> 3 & 3));

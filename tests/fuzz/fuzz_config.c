@@ -1,5 +1,5 @@
 // clang -g -O1 -fsanitize=fuzzer,address,undefined tests/fuzz/fuzz_config.c -o build/fuzz_config
-// build/fuzz_config -dict=tests/fuzz/config.dict -max_total_time=20 build/corpus_config tests/fuzz/corpus/config
+// build/fuzz_config -dict=tests/fuzz/config.dict -max_total_time=20 build/new tests/fuzz/corpus/config
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
 #include "../../moe.h"
@@ -25,8 +25,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     result = moe_layer_from_config(json, json_bytes, quant, quant_bytes, data[0], &layer, &err);
     if (result != err.code || (result != MOE_OK) != (err.text[0] != 0)) __builtin_trap();
-    if (moe_facts_from_config(json, json_bytes, quant, quant_bytes, data[0], facts, 64, &count, &err) != result) __builtin_trap();
-    if (count > 64) __builtin_trap();
+    if (moe_facts_from_config(json, json_bytes, quant, quant_bytes, data[0], facts, 64, &count, &err) != result ||
+        count > 64) __builtin_trap();
     if (result != MOE_OK) return 0;
     again = layer; // what is resolved stays as it is
     if (moe_layer_resolve(&again, &err) != MOE_OK || memcmp(&again, &layer, sizeof layer) != 0) __builtin_trap();

@@ -1,5 +1,5 @@
 // clang -g -O1 -fsanitize=fuzzer,address,undefined tests/fuzz/fuzz_json.c -o build/fuzz_json
-// build/fuzz_json -dict=tests/fuzz/json.dict -max_total_time=20 build/corpus_json tests/fuzz/corpus/json
+// build/fuzz_json -dict=tests/fuzz/json.dict -max_total_time=20 build/new tests/fuzz/corpus/json
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
 #include "../../moe.h"
