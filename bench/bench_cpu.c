@@ -2,9 +2,10 @@
 //
 //     make bench            or: cc -O2 -o build/bench_cpu bench/bench_cpu.c -lpthread && build/bench_cpu [result.json]
 //
-// Layer: Qwen3-30B-A3B's (E128 k8 H2048 I768, swiglu, bf16), from logits to output; random logits, other ones in every call,
-// so that one token's experts (75 MB) come from memory. Floors: the active experts' bytes at the read stream of all threads,
-// and the multiply-adds at the peak of the widest vector unit in use. MOE_BENCH_THREADS and MOE_BENCH_ISA choose others.
+// Layer: Qwen3-30B-A3B's (E128 k8 H2048 I768, swiglu, bf16), from logits to output; random logits, other ones in every
+// call, so that one token's experts (75 MB) come from memory. Floors: the active experts' bytes at the read stream of
+// all threads, and the multiply-adds at the peak of the widest vector unit in use. MOE_BENCH_THREADS and MOE_BENCH_ISA
+// choose others.
 #define _POSIX_C_SOURCE 200809L // clock_gettime
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
@@ -47,8 +48,14 @@ static int fail(const char *what, const moe_error *err)
     store(out + 80, a5); store(out + 96, a6); store(out + 112, a7); store(out + 128, a8); store(out + 144, a9)
 
 #if defined(MOE__X86)
-MOE__AVX2 static void peak_avx2(long n, float *out) { PEAK_LOOP(__m256, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps); }
-MOE__AVX512 static void peak_avx512(long n, float *out) { PEAK_LOOP(__m512, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps); }
+MOE__AVX2 static void peak_avx2(long n, float *out)
+{
+    PEAK_LOOP(__m256, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
+}
+MOE__AVX512 static void peak_avx512(long n, float *out)
+{
+    PEAK_LOOP(__m512, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
+}
 #endif
 #if defined(MOE__NEON)
 static void peak_neon(long n, float *out) { PEAK_LOOP(float32x4_t, vdupq_n_f32, moe__neon_fma, vst1q_f32); }
@@ -181,7 +188,8 @@ static int compare(const void *a, const void *b)
 }
 
 // Calls with new logits until 1.5 s have passed: median, shortest, longest.
-static int measure_layer(const moe_plan *plan, const moe_weights *weights, moe_execute_args *args, float *logits, row *out)
+static int measure_layer(const moe_plan *plan, const moe_weights *weights, moe_execute_args *args, float *logits,
+                         row *out)
 {
     static uint64_t state = 7;
     static double us[MAX_RUNS];
@@ -207,7 +215,8 @@ static int measure_layer(const moe_plan *plan, const moe_weights *weights, moe_e
     return MOE_OK;
 }
 
-static void write_json(const char *path, const moe_context_info *info, double stream, double peak, const row *rows, int count)
+static void write_json(const char *path, const moe_context_info *info, double stream, double peak, const row *rows,
+                       int count)
 {
     FILE *f = fopen(path, "w");
     const char *commit = getenv("MOE_COMMIT");
@@ -218,21 +227,26 @@ static void write_json(const char *path, const moe_context_info *info, double st
         exit(1);
     }
     strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
-    fprintf(f, "{\"chip\": \"%s, %d threads, %s\", \"driver\": \"\", \"commit\": \"%s\", \"date\": \"%s\",\n", info->name,
-            info->threads, info->isa, commit != NULL ? commit : "", date);
+    fprintf(f, "{\"chip\": \"%s, %d threads, %s\", \"driver\": \"\", \"commit\": \"%s\", \"date\": \"%s\",\n",
+            info->name, info->threads, info->isa, commit != NULL ? commit : "", date);
     fprintf(f, " \"ceilings\": {\"stream_gb_s\": %.2f, \"fma_gflops\": %.1f},\n \"rows\": [\n", stream, peak);
     for (int i = 0; i < count; i++)
-        fprintf(f, "  {\"layer\": \"E128 k8 H2048 I768\", \"format\": \"bf16\", \"load\": \"uniform\", \"tokens\": %d, \"stage\": "
-                "\"layer\", \"us\": %.1f, \"us_min\": %.1f, \"us_max\": %.1f, \"floor_us\": %.1f, \"bytes\": %.0f, \"flops\": %.0f, "
-                "\"config\": \"cpu_%s_bf16\"}%s\n", rows[i].tokens, rows[i].us, rows[i].us_min, rows[i].us_max, rows[i].floor_us,
-                rows[i].bytes, rows[i].flops, info->isa, i + 1 < count ? "," : "");
+        fprintf(f,
+                "  {\"layer\": \"E128 k8 H2048 I768\", \"format\": \"bf16\", \"load\": \"uniform\", \"tokens\": %d, "
+                "\"stage\": \"layer\", \"us\": %.1f, \"us_min\": %.1f, \"us_max\": %.1f, \"floor_us\": %.1f, "
+                "\"bytes\": %.0f, \"flops\": %.0f, \"config\": \"cpu_%s_bf16\"}%s\n",
+                rows[i].tokens, rows[i].us, rows[i].us_min, rows[i].us_max, rows[i].floor_us, rows[i].bytes,
+                rows[i].flops, info->isa, i + 1 < count ? "," : "");
     fprintf(f, " ]}\n");
     fclose(f);
 }
 
 int main(int argc, char **argv)
 {
-    row rows[] = { { 1, 0, 0, 0, 0, 0, 0 }, { 8, 0, 0, 0, 0, 0, 0 }, { 32, 0, 0, 0, 0, 0, 0 }, { 128, 0, 0, 0, 0, 0, 0 },
+    row rows[] = { { 1, 0, 0, 0, 0, 0, 0 },
+                   { 8, 0, 0, 0, 0, 0, 0 },
+                   { 32, 0, 0, 0, 0, 0, 0 },
+                   { 128, 0, 0, 0, 0, 0, 0 },
                    { 512, 0, 0, 0, 0, 0, 0 } };
     int count = (int)(sizeof rows / sizeof rows[0]);
     moe_error err;
@@ -247,7 +261,8 @@ int main(int argc, char **argv)
     moe_execute_args args;
     double stream, peak;
     float *logits = (float *)malloc((size_t)MAX_TOKENS * EXPERTS * sizeof logits[0]);
-    uint16_t *x = (uint16_t *)calloc((size_t)MAX_TOKENS * HIDDEN, 2), *out = (uint16_t *)malloc((size_t)MAX_TOKENS * HIDDEN * 2);
+    uint16_t *x = (uint16_t *)calloc((size_t)MAX_TOKENS * HIDDEN, 2),
+             *out = (uint16_t *)malloc((size_t)MAX_TOKENS * HIDDEN * 2);
     memset(&desc, 0, sizeof desc);
     memset(&info, 0, sizeof info);
     memset(&layer, 0, sizeof layer);
@@ -266,7 +281,8 @@ int main(int argc, char **argv)
     layer.routing.top_k = TOP_K;
     if (moe_context_create(&desc, &ctx, &err) || moe_context_get_info(ctx, &info, &err)) return fail("context", &err);
     if (make_weights(ctx, &layer, &weights, &err)) return fail("weights", &err);
-    if (moe_plan_create(ctx, &layer, &plan_desc, &plan, &err) || moe_plan_get_info(plan, &plan_info, &err)) return fail("plan", &err);
+    if (moe_plan_create(ctx, &layer, &plan_desc, &plan, &err) || moe_plan_get_info(plan, &plan_info, &err))
+        return fail("plan", &err);
     for (int i = 0; i < MAX_TOKENS * HIDDEN; i++) x[i] = moe__f32_to_bf16((float)(i % 201 - 100) * 0.01f);
     args.input_mode = MOE_INPUT_LOGITS;
     args.x = x;
@@ -279,8 +295,8 @@ int main(int argc, char **argv)
     printf("%s, %d threads, %s\n", info.name, info.threads, info.isa);
     printf("ceilings: read stream %.1f GB/s, fp32 multiply-add %.1f GFLOPS\n\n", stream, peak);
     printf("E128 k8 H2048 I768 bf16\n");
-    printf("%7s %12s %10s %10s %9s %9s %12s %12s\n", "tokens", "us (median)", "us min", "floor us", "GB/s", "GFLOPS", "us / stream",
-           "of FMA peak");
+    printf("%7s %12s %10s %10s %9s %9s %12s %12s\n", "tokens", "us (median)", "us min", "floor us", "GB/s", "GFLOPS",
+           "us / stream", "of FMA peak");
     for (int i = 0; i < count; i++) {
         double by_stream, by_peak;
         if (measure_layer(plan, weights, &args, logits, &rows[i]) != MOE_OK) {
@@ -290,12 +306,13 @@ int main(int argc, char **argv)
         by_stream = rows[i].bytes / stream * 1e-3;
         by_peak = rows[i].flops / peak * 1e-3;
         rows[i].floor_us = by_stream > by_peak ? by_stream : by_peak;
-        printf("%7d %12.0f %10.0f %10.0f %9.1f %9.1f %12.2f %11.0f%%\n", rows[i].tokens, rows[i].us, rows[i].us_min, rows[i].floor_us,
-               rows[i].bytes / rows[i].us * 1e-3, rows[i].flops / rows[i].us * 1e-3, rows[i].us / by_stream,
-               100 * by_peak / rows[i].us);
+        printf("%7d %12.0f %10.0f %10.0f %9.1f %9.1f %12.2f %11.0f%%\n", rows[i].tokens, rows[i].us, rows[i].us_min,
+               rows[i].floor_us, rows[i].bytes / rows[i].us * 1e-3, rows[i].flops / rows[i].us * 1e-3,
+               rows[i].us / by_stream, 100 * by_peak / rows[i].us);
     }
     printf("\nasked for: 1 token at most 3.00 times the stream (%.2f), 512 tokens at least 25%% of the peak (%.0f%%)\n",
-           rows[0].us / (rows[0].bytes / stream * 1e-3), 100 * rows[count - 1].flops / peak * 1e-3 / rows[count - 1].us);
+           rows[0].us / (rows[0].bytes / stream * 1e-3),
+           100 * rows[count - 1].flops / peak * 1e-3 / rows[count - 1].us);
     if (argc > 1) write_json(argv[1], &info, stream, peak, rows, count);
     moe__free(&ctx->desc.allocator, args.workspace, plan_info.workspace_bytes);
     moe_plan_destroy(plan);

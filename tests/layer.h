@@ -1,7 +1,8 @@
-// layer.h - random layers for the tests of execution: a description, its weights, a plan, inputs, and the reference's answer
+// layer.h - random layers for the tests of execution: a description, its weights, a plan, inputs, and the reference's
+// answer
 //
-// Included behind moe.h and test.h. A fixture is zero-initialised; set `layer`, `plan_desc`, `context_desc` and the sizes, then
-// fixture_open(); fixture_close() in every case. Members that are NULL were not needed.
+// Included behind moe.h and test.h. A fixture is zero-initialised; set `layer`, `plan_desc`, `context_desc` and the
+// sizes, then fixture_open(); fixture_close() in every case. Members that are NULL were not needed.
 #ifndef LAYER_H
 #define LAYER_H
 
@@ -95,7 +96,8 @@ static int set_common(fixture *f, moe_error *err)
     const moe_routing_desc *r = &l->routing;
     int gated = moe_activation_is_gated(l->activation.kind) == 1, h = l->hidden_size, result = 0;
     int shared = l->shared.count * l->shared.intermediate_size, ranked = l->num_experts + r->special_experts;
-    int router = l->router.input_size > 0 ? l->router.input_size : h, width = ranked + (r->extra_scored ? r->extra_slots : 0);
+    int router = l->router.input_size > 0 ? l->router.input_size : h,
+        width = ranked + (r->extra_scored ? r->extra_slots : 0);
     if (shared > 0) {
         if (gated) result |= set_random(f, MOE_TENSOR_SHARED_GATE, -1, shared, h, 0.4f, err);
         result |= set_random(f, MOE_TENSOR_SHARED_UP, -1, shared, h, 0.4f, err);
@@ -113,7 +115,8 @@ static int set_common(fixture *f, moe_error *err)
             result |= set_random(f, role, -1, 1, l->num_experts, 1, err);
     if (l->row_norm) result |= set_random(f, MOE_TENSOR_ROW_NORM, -1, 1, h, 1, err);
     if (r->special_kind == MOE_SPECIAL_CONSTANT && !l->parallel.omit_common)
-        for (int s = 0; s < r->special_experts; s++) result |= set_random(f, MOE_TENSOR_CONSTANT, l->num_experts + s, 1, h, 1, err);
+        for (int s = 0; s < r->special_experts; s++)
+            result |= set_random(f, MOE_TENSOR_CONSTANT, l->num_experts + s, 1, h, 1, err);
     return result;
 }
 
@@ -145,7 +148,8 @@ static size_t area(size_t *bytes, size_t size)
 static void fixture_inputs(fixture *f)
 {
     const moe_plan_desc *d = &f->plan->desc; // resolved
-    size_t t = (size_t)f->tokens, h = (size_t)f->layer.hidden_size, k = (size_t)f->info.slots, w = (size_t)f->info.router_width;
+    size_t t = (size_t)f->tokens, h = (size_t)f->layer.hidden_size, k = (size_t)f->info.slots,
+           w = (size_t)f->info.router_width;
     size_t bytes = 0, x, logits, out, ids, weights, rows, counts, faults, workspace;
     uint64_t state = f->seed + 77;
     size_t out_rows = t * k > t ? t * k : t;
@@ -168,7 +172,8 @@ static void fixture_inputs(fixture *f)
             moe__store(base + x, d->x_dtype, (int64_t)i, test_random_float(&state));
             f->x32[i] = moe__load(base + x, d->x_dtype, (int64_t)i);
         }
-        for (size_t i = 0; i < t * w; i++) moe__store(base + logits, d->logits_dtype, (int64_t)i, 3 * test_random_float(&state));
+        for (size_t i = 0; i < t * w; i++)
+            moe__store(base + logits, d->logits_dtype, (int64_t)i, 3 * test_random_float(&state));
         memset(&f->args, 0, sizeof f->args);
         f->args.input_mode = MOE_INPUT_LOGITS;
         f->args.num_tokens = f->tokens;

@@ -25,7 +25,9 @@ static const char *in_folder(const char *name) // of the test's own folder
 
 static void write_bytes(const char *name, const void *data, size_t size)
 {
-    FILE *f = fopen(in_folder(name), "wb");
+    FILE *f;
+    remove(in_folder(name)); // cut to nothing and written again, it would be flushed by some file systems
+    f = fopen(in_folder(name), "wb");
     if (f == NULL || fwrite(data, 1, size, f) != size) test_fail2(__FILE__, __LINE__, "cannot write", name);
     if (f != NULL) fclose(f);
 }
@@ -92,7 +94,8 @@ TEST(a_file_gives_its_tensors_with_types_shapes_and_bytes)
     moe_checkpoint_tensor t;
     fresh_folder();
     write_tensors("model.safetensors",
-                  "{\"__metadata__\":{\"format\":\"pt\"},\"z\":{\"dtype\":\"BF16\",\"shape\":[2,3],\"data_offsets\":[4,16]},"
+                  "{\"__metadata__\":{\"format\":\"pt\"},\"z\":{\"dtype\":\"BF16\",\"shape\":[2,3],"
+                  "\"data_offsets\":[4,16]},"
                   "\"a\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[0,4]},"
                   "\"empty\":{\"dtype\":\"F32\",\"shape\":[0,7],\"data_offsets\":[16,16]},"
                   "\"four\":{\"dtype\":\"F4\",\"shape\":[3,2],\"data_offsets\":[16,19]},"
@@ -394,7 +397,8 @@ TEST(paths_that_hold_no_checkpoint_are_refused)
 
 TEST(every_changed_byte_of_a_header_ends_in_a_result)
 {
-    static const char header[] = "{\"__metadata__\":{},\"ab\":{\"dtype\":\"U8\",\"shape\":[2,2],\"data_offsets\":[0,4]}}";
+    static const char header[] = "{\"__metadata__\":{},\"ab\":{\"dtype\":\"U8\",\"shape\":[2,2],"
+                                 "\"data_offsets\":[0,4]}}";
     unsigned char bytes[8 + sizeof header - 1 + 4] = { sizeof header - 1 };
     moe_checkpoint_desc desc = with_flags(MOE_CHECKPOINT_READ); // so that a sanitizer sees the file's end
     int opened = 0;
@@ -458,7 +462,8 @@ TEST(wrong_arguments_are_refused_by_name)
 
 // ---- layers settled by tensors -------------------------------------------------------------------------------------
 
-#define VL_CONFIG "{\"model_type\":\"qwen3_vl_moe\",\"text_config\":{\"model_type\":\"qwen3_vl_moe_text\",\"hidden_size\":%d," \
+#define VL_CONFIG "{\"model_type\":\"qwen3_vl_moe\",\"text_config\":{\"model_type\":\"qwen3_vl_moe_text\"," \
+                  "\"hidden_size\":%d," \
                   "\"moe_intermediate_size\":%d,\"num_experts\":1,\"num_experts_per_tok\":1,\"dtype\":\"%s\"}%s}"
 
 // One layer of one expert with fused tensors of these shapes.
@@ -475,7 +480,8 @@ static int32_t fused_layer(int h, int i, const char *dtype, const char *more, co
     write_text("config.json", text);
     snprintf(text, sizeof text,
              "{\"model.language_model.layers.0.mlp.experts.gate_up_proj\":{\"dtype\":\"%s\",\"shape\":[1,%d,%d],"
-             "\"data_offsets\":[0,%d]},\"model.language_model.layers.0.mlp.experts.down_proj\":{\"dtype\":\"%s\",\"shape\":"
+             "\"data_offsets\":[0,%d]},"
+             "\"model.language_model.layers.0.mlp.experts.down_proj\":{\"dtype\":\"%s\",\"shape\":"
              "[1,%d,%d],\"data_offsets\":[%d,%d]}}", type, a, b, up, type, c, d, up, up + down);
     write_tensors("model.safetensors", text, (size_t)(up + down));
     result = moe_checkpoint_open(folder(), NULL, &ckpt, &err);
@@ -533,11 +539,11 @@ TEST(the_type_of_the_tensors_settles_the_format)
                          &layer)); // a layer that was left as it was
     CHECK_EQ(layer.format, MOE_FORMAT_BF16);
     CHECK_EQ(layer.format_block, 0);
-    CHECK_OK(fused_layer(8, 128, "bfloat16", FP8_CONFIG, "F8_E4M3", 1, 256, 8, 8, 128, &layer));
+    CHECK_OK(fused_layer(128, 128, "bfloat16", FP8_CONFIG, "F8_E4M3", 1, 256, 128, 128, 128, &layer));
     CHECK_EQ(layer.format, MOE_FORMAT_FP8_BLOCK);
-    CHECK_OK(fused_layer(8, 16, "bfloat16",
+    CHECK_OK(fused_layer(16, 16, "bfloat16",
                          ",\"quantization_config\":{\"quant_method\":\"modelopt\",\"quant_algo\":\"NVFP4\"}",
-                         "U8", 1, 32, 4, 8, 8, &layer)); // no input scales
+                         "U8", 1, 32, 8, 16, 8, &layer)); // no input scales
     CHECK_EQ(layer.format, MOE_FORMAT_NVFP4_W4A16);
     CHECK_ERR(fused_layer(8, 3, "bfloat16", "", "F8_E4M3", 1, 6, 8, 8, 3, &layer), MOE_ERROR_FORMAT, "layer.format");
     CHECK_CONTAINS(err.text, "e4m3");

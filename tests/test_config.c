@@ -248,7 +248,8 @@ static const char *format_word(const moe_layer_desc *layer)
 }
 
 static const char host[] = "{\"model_type\":\"qwen3_moe\",\"hidden_size\":2048,\"moe_intermediate_size\":768,"
-                           "\"num_experts\":128,\"num_experts_per_tok\":8,\"num_hidden_layers\":48,\"dtype\":\"bfloat16\"}";
+                           "\"num_experts\":128,\"num_experts_per_tok\":8,\"num_hidden_layers\":48,"
+                           "\"dtype\":\"bfloat16\"}";
 
 TEST(every_quantisation_config_gives_its_format_or_a_refusal)
 {
@@ -415,7 +416,8 @@ TEST(refusals_name_the_key_with_its_nesting_and_the_value)
 {
     moe_layer_desc layer;
     CHECK_ERR(layer_of("{\"model_type\":\"qwen3_vl_moe\",\"text_config\":{\"model_type\":\"qwen3_vl_moe_text\","
-                       "\"hidden_size\":\"wide\",\"moe_intermediate_size\":8,\"num_experts\":4,\"num_experts_per_tok\":2}}", 0,
+                       "\"hidden_size\":\"wide\",\"moe_intermediate_size\":8,\"num_experts\":4,"
+                       "\"num_experts_per_tok\":2}}", 0,
                        &layer), MOE_ERROR_FORMAT, "text_config.hidden_size");
     CHECK_CONTAINS(err.text, "\"wide\"");
     CHECK_CONTAINS(err.text, "an integer");
@@ -426,13 +428,16 @@ TEST(refusals_name_the_key_with_its_nesting_and_the_value)
     CHECK_ERR(layer_of("{\"model_type\":\"mixtral\",\"hidden_size\":8,\"intermediate_size\":8,\"num_local_experts\":4,"
                        "\"num_experts_per_tok\":[2,2,2]}", 3, &layer), MOE_ERROR_FORMAT, "num_experts_per_tok");
     CHECK_CONTAINS(err.text, "3 entries");
-    CHECK_ERR(layer_of("{\"model_type\":\"deepseek_v3\",\"hidden_size\":8,\"moe_intermediate_size\":8,\"n_routed_experts\":16,"
+    CHECK_ERR(layer_of("{\"model_type\":\"deepseek_v3\",\"hidden_size\":8,\"moe_intermediate_size\":8,"
+                       "\"n_routed_experts\":16,"
                        "\"num_experts_per_tok\":2,\"scoring_func\":\"softmax\"}", 3, &layer), MOE_ERROR_UNSUPPORTED,
                        "scoring_func");
     CHECK_ERR(layer_of("{\"model_type\":\"mixtral\",\"hidden_size\":8,\"intermediate_size\":8,\"num_local_experts\":4,"
-                       "\"num_experts_per_tok\":2,\"num_hidden_layers\":4}", 4, &layer), MOE_ERROR_MISSING, "layer_index");
+                       "\"num_experts_per_tok\":2,\"num_hidden_layers\":4}",
+                       4, &layer), MOE_ERROR_MISSING, "layer_index");
     CHECK_ERR(layer_of("{\"model_type\":\"qwen3_moe\",\"hidden_size\":8,\"moe_intermediate_size\":8,\"num_experts\":4,"
-                       "\"num_experts_per_tok\":2,\"mlp_only_layers\":[1]}", 1, &layer), MOE_ERROR_MISSING, "layer_index");
+                       "\"num_experts_per_tok\":2,\"mlp_only_layers\":[1]}",
+                       1, &layer), MOE_ERROR_MISSING, "layer_index");
     CHECK_CONTAINS(err.text, "mlp_only_layers");
     CHECK_ERR(layer_of("[1]", 0, &layer), MOE_ERROR_FORMAT, "");
     CHECK_ERR(layer_of("{\"a\":}", 0, &layer), MOE_ERROR_FORMAT, "");
@@ -447,7 +452,8 @@ TEST(an_unknown_model_is_inferred_from_its_keys_or_refused_by_the_keys_that_deci
     moe_layer_desc layer;
     CHECK_OK(layer_of(UNKNOWN ",\"scoring_func\":\"softmax\",\"norm_topk_prob\":true}", 0, &layer));
     CHECK_EQ(moe_routing_method_of(&layer.routing), MOE_ROUTING_RENORMALIZE_NAIVE);
-    CHECK_OK(layer_of(UNKNOWN ",\"scoring_func\":\"sigmoid\",\"norm_topk_prob\":true,\"topk_method\":\"noaux_tc\",\"n_group\":4,"
+    CHECK_OK(layer_of(UNKNOWN ",\"scoring_func\":\"sigmoid\",\"norm_topk_prob\":true,"
+                              "\"topk_method\":\"noaux_tc\",\"n_group\":4,"
                       "\"topk_group\":2,\"routed_scaling_factor\":2.5}", 0, &layer));
     CHECK_EQ(moe_routing_method_of(&layer.routing), MOE_ROUTING_DEEPSEEK_V3);
     CHECK_ERR(layer_of(UNKNOWN "}", 0, &layer), MOE_ERROR_MISSING, "layer.routing");
@@ -504,8 +510,10 @@ TEST(where_files_lie_follows_the_family)
 TEST(image_tokens_of_deepseek_v41_use_the_second_bias)
 {
     moe_layer_desc layer;
-    CHECK_OK(layer_of("{\"model_type\":\"deepseek_v41\",\"hidden_size\":8,\"moe_intermediate_size\":8,\"n_routed_experts\":16,"
-                      "\"num_experts_per_tok\":2,\"image_sentinel_lo\":1000,\"num_hash_layers\":1,\"vocab_size\":2000}", 0,
+    CHECK_OK(layer_of("{\"model_type\":\"deepseek_v41\",\"hidden_size\":8,\"moe_intermediate_size\":8,"
+                      "\"n_routed_experts\":16,"
+                      "\"num_experts_per_tok\":2,\"image_sentinel_lo\":1000,\"num_hash_layers\":1,"
+                      "\"vocab_size\":2000}", 0,
                       &layer));
     CHECK_EQ(layer.routing.marked_token_lo, 1000);
     CHECK_EQ(layer.routing.marked_token_hi, 1005);
@@ -646,10 +654,12 @@ TEST(tensor_names_of_every_scheme_are_understood)
 TEST(names_of_other_tensors_are_refused)
 {
     static const char *const names[] = {
-        "", "model", "model.layers.", "model.layers.x.mlp.experts.0.up_proj.weight", "model.layers.1.mlp.gate_proj.weight",
+        "", "model", "model.layers.", "model.layers.x.mlp.experts.0.up_proj.weight",
+        "model.layers.1.mlp.gate_proj.weight",
         "model.layers.1.mlp.experts.x.up_proj.weight", "model.layers.1.mlp.experts.00.up_proj.weight",
         "model.layers.01.mlp.experts.0.up_proj.weight", "model.layers.-1.mlp.experts.0.up_proj.weight",
-        "model.layers.99999999999.mlp.experts.0.up_proj.weight", "model.layers.1.mlp.experts.99999999999.up_proj.weight",
+        "model.layers.99999999999.mlp.experts.0.up_proj.weight",
+        "model.layers.1.mlp.experts.99999999999.up_proj.weight",
         "model.layers.1.mlp.experts.1.up_proj.weight.more", "model.layers.1.mlp.experts.1.up_proj.qzeros",
         "mtp.layers.0.mlp.experts.0.up_proj.weight", "model.visual.blocks.0.mlp.experts.0.up_proj.weight",
         "vision_model.layers.0.mlp.gate.weight", "talker.model.layers.0.mlp.gate.weight", "lm_head.weight",

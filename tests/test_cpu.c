@@ -86,7 +86,7 @@ TEST(dot_products_of_all_kernel_sets_follow_the_contract)
                         float expected = contract(o.x[r], o.w[c], dtype, sizes[s]);
                         wrong += memcmp(&expected, &dots[r * MOE__CELL_COLS + c], 4) != 0;
                     }
-                kernels->strip[dtype - 1](o.x[0], o.weights, o.padded, sums);
+                kernels->strip[dtype - 1](o.x[0], o.weights, o.padded, 128, sums);
                 kernels->reduce(sums, MOE__STRIP_COLS, dots);
                 for (int c = 0; c < MOE__STRIP_COLS; c++) {
                     float expected = contract(o.x[0], o.w[c], dtype, sizes[s]);
@@ -138,7 +138,7 @@ TEST(f16_weights_widen_exactly_also_when_denormal)
             float sums[MOE__STRIP_COLS * MOE__LANES], dots[MOE__STRIP_COLS];
             if ((bits & 0x7c00) == 0x7c00 || bits == 0x8000) continue; // infinities, NaN, -0
             w[0] = (uint16_t)bits;
-            kernels->strip[2](x, weights, 32, sums);
+            kernels->strip[2](x, weights, 32, 0, sums);
             kernels->reduce(sums, MOE__STRIP_COLS, dots);
             wrong += dots[0] != moe__f16_to_f32((uint16_t)bits);
         }
@@ -201,7 +201,7 @@ TEST(dots_of_a_task_are_single_dots)
     fill(x, MOE_DTYPE_F32, ROWS * N, ROWS * N, &state);
     fill(w, MOE_DTYPE_BF16, COLS * N, (COLS + 8) * N, &state);
     for (int isa = MOE__ISA_SCALAR; isa <= MOE__ISA_NEON; isa++) {
-        static const int rows[] = { 1, 2, 3, 4, 5, 31, 32 }, cols[] = { 1, 2, 3, 7, 46, 47, 48 };
+        static const int rows[] = { 1, 2, 3, 4, 5, 31, 32 }, cols[] = { 1, 2, 3, 7, 94, 95, 96 };
         const moe__kernels *kernels;
         if (!available(isa, &kernels)) continue;
         for (int i = 0; i < 7; i++)
@@ -212,7 +212,8 @@ TEST(dots_of_a_task_are_single_dots)
                 if (isa == MOE__ISA_SCALAR && rows[i] * cols[j] > 300) continue;
                 for (int r = 0; r < rows[i]; r++) row[r] = x + r * N;
                 memset(scratch, 0xff, MOE__SCRATCH * 4);
-                moe__cpu_dots(kernels, MOE_DTYPE_BF16, row, rows[i], (const unsigned char *)w, N * 2, cols[j], N, scratch, dots);
+                moe__cpu_dots(kernels, MOE_DTYPE_BF16, row, rows[i], (const unsigned char *)w, N * 2, cols[j], N,
+                              scratch, dots);
                 for (int r = 0; r < rows[i]; r += rows[i] > 5 ? 15 : 1)
                     for (int c = 0; c < cols[j]; c++) {
                         float expected = contract(x + r * N, w + c * N, MOE_DTYPE_BF16, N);

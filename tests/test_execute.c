@@ -24,7 +24,8 @@ static void refused(fixture *f, const moe_execute_args *args, int code, const ch
     result = moe_execute_check(f->plan, f->weights, args, &err);
     if (result != code || err.code != code || strcmp(err.member, member) != 0 || strstr(err.text, text) == NULL) {
         char got[900];
-        snprintf(got, sizeof got, "%d, \"%s\", \"%s\"; expected %d, \"%s\", \"%s\"", result, err.member, err.text, code, member, text);
+        snprintf(got, sizeof got, "%d, \"%s\", \"%s\"; expected %d, \"%s\", \"%s\"", result, err.member, err.text, code,
+                 member, text);
         test_fail2(__FILE__, line, "moe_execute_check", got);
     }
     result = moe_execute(f->plan, f->weights, args, NULL);
@@ -51,7 +52,8 @@ TEST(every_argument_of_execute_is_checked_by_name)
     REQUIRE_OK(fixture_open(&f, &err));
     REFUSED(a.struct_size = 8, MOE_ERROR_ARGUMENT, "args.struct_size", "is 8");
     REFUSED(a.flags = 64, MOE_ERROR_ARGUMENT, "args.flags", "is 64");
-    REFUSED(a.flags = MOE_EXECUTE_ACCUMULATE | MOE_EXECUTE_ROWS_OUT, MOE_ERROR_ARGUMENT, "args.flags", "ACCUMULATE and ROWS_OUT");
+    REFUSED(a.flags = MOE_EXECUTE_ACCUMULATE | MOE_EXECUTE_ROWS_OUT, MOE_ERROR_ARGUMENT, "args.flags",
+            "ACCUMULATE and ROWS_OUT");
     REFUSED(a.input_mode = MOE_INPUT_UNSET, MOE_ERROR_ARGUMENT, "args.input_mode", "is not set");
     REFUSED(a.input_mode = 6, MOE_ERROR_ARGUMENT, "args.input_mode", "is 6");
     REFUSED(a.input_mode = -1, MOE_ERROR_ARGUMENT, "args.input_mode", "is -1");
@@ -69,16 +71,18 @@ TEST(every_argument_of_execute_is_checked_by_name)
     REFUSED(a.workspace = NULL, MOE_ERROR_ARGUMENT, "args.workspace", "is NULL");
     REFUSED(a.workspace = (char *)a.workspace + 64, MOE_ERROR_ARGUMENT, "args.workspace", "aligned to 256");
     REFUSED(a.workspace_bytes -= 1, MOE_ERROR_ARGUMENT, "args.workspace_bytes", "this plan needs");
-    REFUSED((a.flags = MOE_EXECUTE_ROWS_OUT, a.out_row_of_slot = NULL), MOE_ERROR_ARGUMENT, "args.out_row_of_slot", "is NULL");
+    REFUSED((a.flags = MOE_EXECUTE_ROWS_OUT, a.out_row_of_slot = NULL), MOE_ERROR_ARGUMENT, "args.out_row_of_slot",
+            "is NULL");
     REFUSED((a.input_mode = MOE_INPUT_IDS, a.weights = &one), MOE_ERROR_ARGUMENT, "args.ids", "is NULL");
     REFUSED((a.input_mode = MOE_INPUT_IDS, a.ids = &one), MOE_ERROR_ARGUMENT, "args.weights", "is NULL");
     REFUSED(a.input_mode = MOE_INPUT_PACKED, MOE_ERROR_ARGUMENT, "args.ids", "is NULL");
     REFUSED(a.input_mode = MOE_INPUT_SORTED, MOE_ERROR_ARGUMENT, "args.counts_or_offsets", "is NULL");
-    REFUSED((a.input_mode = MOE_INPUT_MASKED, a.counts_or_offsets = a.out_ids), MOE_ERROR_ARGUMENT, "args.rows_per_expert", "is 0");
-    REFUSED((a.input_mode = MOE_INPUT_MASKED, a.counts_or_offsets = a.out_ids, a.rows_per_expert = 1 << 30), MOE_ERROR_ARGUMENT,
-            "args.rows_per_expert", "is 1073741824");
-    REFUSED((a.input_mode = MOE_INPUT_SORTED, a.counts_or_offsets = a.out_ids, a.num_tokens_dev = a.out_ids), MOE_ERROR_ARGUMENT,
-            "args.num_tokens_dev", "is set");
+    REFUSED((a.input_mode = MOE_INPUT_MASKED, a.counts_or_offsets = a.out_ids), MOE_ERROR_ARGUMENT,
+            "args.rows_per_expert", "is 0");
+    REFUSED((a.input_mode = MOE_INPUT_MASKED, a.counts_or_offsets = a.out_ids, a.rows_per_expert = 1 << 30),
+            MOE_ERROR_ARGUMENT, "args.rows_per_expert", "is 1073741824");
+    REFUSED((a.input_mode = MOE_INPUT_SORTED, a.counts_or_offsets = a.out_ids, a.num_tokens_dev = a.out_ids),
+            MOE_ERROR_ARGUMENT, "args.num_tokens_dev", "is set");
     CHECK_EQ(moe_execute(NULL, f.weights, &f.args, NULL), MOE_ERROR_ARGUMENT);
     CHECK_EQ(moe_execute(f.plan, NULL, &f.args, NULL), MOE_ERROR_ARGUMENT);
     CHECK_EQ(moe_execute(f.plan, f.weights, NULL, NULL), MOE_ERROR_ARGUMENT);
@@ -386,7 +390,7 @@ TEST(every_member_of_a_plan_desc_is_checked)
     layer.routing.top_k = 13;
     CHECK_ERR(moe_plan_create(ctx, &layer, NULL, &plan, &err), MOE_ERROR_ARGUMENT, "layer.routing.top_k");
     layer = small_layer(MOE_FORMAT_FP8_BLOCK, MOE_ACTIVATION_SWIGLU);
-    layer.intermediate_size = 128;
+    layer.hidden_size = layer.intermediate_size = 128;
     CHECK_ERR(moe_plan_create(ctx, &layer, NULL, &plan, &err), MOE_ERROR_UNSUPPORTED, "layer.format");
     moe_plan_destroy(NULL);
     moe_context_destroy(ctx);
@@ -631,8 +635,10 @@ TEST(the_reference_checks_its_arguments)
     CHECK_ERR(moe_reference_layer(NULL, &good, &err), MOE_ERROR_ARGUMENT, "layer");
     CHECK_ERR(moe_reference_layer(&layer, NULL, &err), MOE_ERROR_ARGUMENT, "args");
     layer.format = MOE_FORMAT_NVFP4;
+    layer.hidden_size = 128;
+    layer.intermediate_size = 64;
     CHECK_ERR(moe_reference_layer(&layer, &good, &err), MOE_ERROR_UNSUPPORTED, "layer.format");
-    layer.format = MOE_FORMAT_BF16;
+    layer = small_layer(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
     good.num_tokens = 0;
     CHECK_OK(moe_reference_layer(&layer, &good, &err));
 }

@@ -1,4 +1,4 @@
-// test_layer.c - moe_execute() computes what moe_reference_layer() computes, to the bit, in every combination that a layer has
+// test_layer.c - moe_execute() gives the bits of moe_reference_layer() in every combination that a layer has
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
@@ -60,8 +60,10 @@ static double formula(const variant *v, double g, double u)
     case MOE_ACTIVATION_SWIGLU: return gc / (1 + exp(-(v->alpha != 0 ? v->alpha : 1) * gc)) * (uc + v->beta);
     case MOE_ACTIVATION_SWIGLU_STEP: return (v->limit > 0 && g * s > v->limit ? v->limit : g * s) * uc;
     case MOE_ACTIVATION_GEGLU_ERF: return g / 2 * (1 + erf(g / sqrt(2.0))) * u;
-    case MOE_ACTIVATION_GEGLU_TANH: return g / 2 * (1 + tanh(sqrt(2 / 3.14159265358979) * (g + 0.044715 * g * g * g))) * u;
-    case MOE_ACTIVATION_SITU: return v->alpha * tanh(g / v->alpha) * s * (v->beta != 0 ? v->beta * tanh(u / v->beta) : u);
+    case MOE_ACTIVATION_GEGLU_TANH:
+        return g / 2 * (1 + tanh(sqrt(2 / 3.14159265358979) * (g + 0.044715 * g * g * g))) * u;
+    case MOE_ACTIVATION_SITU:
+        return v->alpha * tanh(g / v->alpha) * s * (v->beta != 0 ? v->beta * tanh(u / v->beta) : u);
     case MOE_ACTIVATION_SILU: return g * s;
     case MOE_ACTIVATION_GELU_ERF: return g / 2 * (1 + erf(g / sqrt(2.0)));
     case MOE_ACTIVATION_GELU_TANH: return g / 2 * (1 + tanh(sqrt(2 / 3.14159265358979) * (g + 0.044715 * g * g * g)));
@@ -647,11 +649,13 @@ TEST(router_logits_are_the_projection)
         f.args.x = x;
         CHECK_EQ(moe_router_logits(f.plan, f.weights, &f.args, logits, NULL), MOE_OK);
         if (f.layer.router.bias) CHECK_OK(moe_weights_read_row(f.weights, MOE_TENSOR_ROUTER_BIAS, -1, 0, bias, &err));
-        if (f.layer.router.input_scale) CHECK_OK(moe_weights_read_row(f.weights, MOE_TENSOR_ROUTER_INPUT_SCALE, -1, 0, scale, &err));
+        if (f.layer.router.input_scale)
+            CHECK_OK(moe_weights_read_row(f.weights, MOE_TENSOR_ROUTER_INPUT_SCALE, -1, 0, scale, &err));
         for (int t = 0; t < T; t++) {
             float norm = 1, dot;
             if (variant & 1) norm = 1.0f / moe__sqrtf(moe__reference_dot(x + t * N, x + t * N, N) / (float)N + 1e-5f);
-            for (int i = 0; i < N; i++) v[i] = x[t * N + i] * norm * (variant & 2 ? scale[i] : 1) * (variant & 1 ? 0.25f : 1);
+            for (int i = 0; i < N; i++)
+                v[i] = x[t * N + i] * norm * (variant & 2 ? scale[i] : 1) * (variant & 1 ? 0.25f : 1);
             for (int e = 0; e < 60; e++) {
                 CHECK_OK(moe_weights_read_row(f.weights, MOE_TENSOR_ROUTER, -1, e, weight, &err));
                 dot = moe__reference_dot(v, weight, N);
@@ -670,7 +674,8 @@ TEST(permutation_tables_agree_with_each_other)
         enum { T = 31, K = 4, E = 12 };
         fixture f = fixture_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
         moe_permutation p;
-        int32_t row_of_slot[T * K], slot_of_row[E * 24 + T * K], offsets[E + 1], counts[E], expert[64 * 4], limit[64 * 4], num_tiles;
+        int32_t row_of_slot[T * K], slot_of_row[E * 24 + T * K], offsets[E + 1], counts[E], expert[64 * 4],
+            limit[64 * 4], num_tiles;
         int32_t seen = 0, tile = tiles[i];
         int64_t rows_max = moe_permutation_rows(T * K, E, tile);
         moe_error err;
@@ -944,7 +949,8 @@ typedef struct concurrent {
 static void *execute_often(void *arg)
 {
     concurrent *c = (concurrent *)arg;
-    for (int i = 0; i < 5 && c->result == MOE_OK; i++) c->result = moe_execute(c->f->plan, c->f->weights, &c->args, NULL);
+    for (int i = 0; i < 5 && c->result == MOE_OK; i++)
+        c->result = moe_execute(c->f->plan, c->f->weights, &c->args, NULL);
     return NULL;
 }
 
@@ -986,7 +992,7 @@ TEST(threads_share_a_plan_with_a_workspace_each) { test_skip("no threads in this
 // ---- golden checkpoints: outputs of transformers' own modules -------------------------------------------------------
 
 #ifndef MOE_NO_CHECKPOINT
-// Tokens whose k-th and next experts tie in the stored logits, as golden.safetensors lists them: "tied_tokens.1": "[3, 9]".
+// Tokens whose k-th and next experts tie in the stored logits: golden.safetensors lists them ("tied_tokens.1": "[3, 9]").
 static int is_tied(const char *file, int layer, int token)
 {
     char header[8192], key[64];
@@ -1035,8 +1041,8 @@ static void *golden_tensor(const golden *g, const char *what, int *columns)
 static void golden_fail(const golden *g, int line, const char *what) { test_fail2(__FILE__, line, g->where, what); }
 
 // Rows within `tolerance` of the row's largest value.
-static void golden_compare(const golden *g, const float *got, const float *expected, int columns, double tolerance, int with_ties,
-                           const char *what)
+static void golden_compare(const golden *g, const float *got, const float *expected, int columns, double tolerance,
+                           int with_ties, const char *what)
 {
     char text[200];
     for (int t = 0; t < g->tokens; t++) {
@@ -1078,8 +1084,8 @@ static void golden_compare_routing(const golden *g, const int32_t *ids, const fl
 }
 
 // Stored ids and weights in slot order, the always-on experts' behind them.
-static void golden_slots(const golden *g, const moe_layer_desc *layer, const int32_t *ids, const float *weights, int32_t *all_ids,
-                         float *all_weights)
+static void golden_slots(const golden *g, const moe_layer_desc *layer, const int32_t *ids, const float *weights,
+                         int32_t *all_ids, float *all_weights)
 {
     float *extra = (float *)golden_tensor(g, "shared_weights", NULL);
     int x = g->slots - g->top_k;
@@ -1087,7 +1093,9 @@ static void golden_slots(const golden *g, const moe_layer_desc *layer, const int
         for (int j = 0; j < g->slots; j++) {
             int at = t * g->slots + j, e = j - g->top_k;
             all_ids[at] = e < 0 ? ids[t * g->top_k + j] : layer->num_experts + layer->routing.special_experts + e;
-            all_weights[at] = e < 0 ? weights[t * g->top_k + j] : extra != NULL ? extra[t * x + e] : layer->routing.extra_weight;
+            all_weights[at] = e < 0           ? weights[t * g->top_k + j]
+                              : extra != NULL ? extra[t * x + e]
+                                              : layer->routing.extra_weight;
         }
     free(extra);
 }
@@ -1191,8 +1199,8 @@ static void check_golden(const char *name)
             if (moe_checkpoint_find(g.data, tensor, &token_ids, NULL) == MOE_OK) desc.ids_dtype = token_ids.dtype;
         }
         if (err.code != 0 || moe_checkpoint_layer(ckpt, layers[i], &layer, &err) ||
-            moe_weights_from_checkpoint(ctx, ckpt, &layer, &weights, &err) || moe_plan_create(ctx, &layer, &desc, &plan, &err) ||
-            moe_plan_get_info(plan, &info, &err))
+            moe_weights_from_checkpoint(ctx, ckpt, &layer, &weights, &err) ||
+            moe_plan_create(ctx, &layer, &desc, &plan, &err) || moe_plan_get_info(plan, &info, &err))
             golden_fail(&g, __LINE__, err.text);
         else
             golden_run(&g, plan, weights, &layer, &info);
@@ -1207,11 +1215,12 @@ static void check_golden(const char *name)
 TEST(checkpoints_give_the_outputs_of_transformers)
 {
     static const char *const names[] = {
-        "aria", "cohere2_moe", "cohere2_moe_average", "cohere2_moe_sum_softmax", "dbrx", "deepseek_v2", "deepseek_v3",
-        "deepseek_v4", "dots1", "ernie4_5_moe", "flex_olmo", "gemma4", "glm4_moe", "gpt_oss", "granitemoe", "granitemoeshared",
-        "hunyuan_v1_moe", "inkling", "jamba", "kolibri1", "lfm2_moe", "llama4", "longcat_flash", "minimax_m2", "minimax_m3",
-        "mistral4", "mixtral", "muse_spark", "nemotron_h", "nemotron_h_latent", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
-        "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen3_vl_moe_resaved", "step3p7",
+        "aria", "cohere2_moe", "cohere2_moe_average", "cohere2_moe_sum_softmax", "dbrx", "deepseek_v2",
+        "deepseek_v3", "deepseek_v4", "dots1", "ernie4_5_moe", "flex_olmo", "gemma4", "glm4_moe", "gpt_oss",
+        "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "inkling", "jamba", "kolibri1", "lfm2_moe", "llama4",
+        "longcat_flash", "minimax_m2", "minimax_m3", "mistral4", "mixtral", "muse_spark", "nemotron_h",
+        "nemotron_h_latent", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
+        "qwen3_vl_moe", "qwen3_vl_moe_resaved", "step3p7",
     };
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) check_golden(names[i]);
 }

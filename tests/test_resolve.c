@@ -93,6 +93,8 @@ TEST(every_illegal_format_is_refused_by_name)
     ILLEGAL("layer.format_block", (l.format = MOE_FORMAT_FP8_BLOCK, l.format_block = 100));
     ILLEGAL("layer.format_block", l.format = MOE_FORMAT_INT4_W4A16);
     ILLEGAL("layer.scale_dtype", l.scale_dtype = MOE_DTYPE_F32);
+    ILLEGAL("layer.hidden_size", (l.format = MOE_FORMAT_NVFP4, l.hidden_size = 72));
+    ILLEGAL("layer.intermediate_size", (l.format = MOE_FORMAT_MXFP4_W4A8));
     ILLEGAL("layer.scale_dtype", (l.format = MOE_FORMAT_MXFP8, l.scale_dtype = MOE_DTYPE_I32));
 }
 

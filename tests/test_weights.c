@@ -1386,7 +1386,9 @@ static unsigned char *read_file(const char *path, size_t *size)
 
 static void write_file(const char *path, const unsigned char *data, size_t size)
 {
-    FILE *f = fopen(path, "wb");
+    FILE *f;
+    remove(path); // a file that is cut to nothing and written again is flushed by some file systems when it is closed
+    f = fopen(path, "wb");
     if (f == NULL) return;
     fwrite(data, 1, size, f);
     fclose(f);
