@@ -65,7 +65,7 @@ $(BENCHES:%=$(B)/%): $(B)/%: bench/%.c moe.h
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread -lm
 
-$(B)/tests/test_%: tests/test_%.c tests/test.h moe.h
+$(B)/tests/test_%: tests/test_%.c $(wildcard tests/*.h) moe.h
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread -lm
 

@@ -1336,8 +1336,8 @@ static int32_t moe__copy_desc(void *dst, size_t size, const void *src, const cha
         char member[64];
         moe__text text = moe__text_make(member, sizeof member);
         moe__text_format(&text, "%s.struct_size", name);
-        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %u: it must be %s%u, the size in this version", given, legal,
-                         (uint32_t)size);
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %u: it must be %s%u, the size in this version", given,
+                         legal, (uint32_t)size);
     }
     memcpy(dst, src, size);
     return MOE_OK;
@@ -3843,7 +3843,8 @@ static int32_t moe__check_flag(int32_t value, const char *member, moe_error *err
 static int32_t moe__check_float(float value, float low, const char *member, moe_error *err)
 {
     if (moe__is_finite(value) && value >= low) return MOE_OK;
-    return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %g: it must be finite and at least %g", (double)value, (double)low);
+    return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %g: it must be finite and at least %g", (double)value,
+                     (double)low);
 }
 
 static int32_t moe__activation_resolve(moe_activation_desc *act, const char *path, moe_error *err)
@@ -3859,7 +3860,8 @@ static int32_t moe__activation_resolve(moe_activation_desc *act, const char *pat
     text = moe__text_make(member, sizeof member);
     moe__text_format(&text, "%s.alpha", path);
     if (!moe__is_finite(act->alpha) || act->alpha < 0)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %g: it must be finite and not negative", (double)act->alpha);
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %g: it must be finite and not negative",
+                         (double)act->alpha);
     text = moe__text_make(member, sizeof member);
     moe__text_format(&text, "%s.beta", path);
     if (!moe__is_finite(act->beta) || (situ && act->beta < 0))
@@ -3893,8 +3895,9 @@ static int32_t moe__check_group(const moe_layer_desc *layer, int32_t size, const
 {
     int32_t group = moe__format_group(layer);
     if (size % group == 0) return MOE_OK;
-    return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: %s has a scale for every %d elements, so it must be a multiple of "
-                     "that", size, moe_format_string(layer->format), group);
+    return moe__fail(err, MOE_ERROR_ARGUMENT, member,
+                     "is %d: %s has a scale for every %d elements, so it must be a multiple of that",
+                     size, moe_format_string(layer->format), group);
 }
 
 static int32_t moe__format_resolve(moe_layer_desc *layer, moe_error *err)
@@ -3907,21 +3910,23 @@ static int32_t moe__format_resolve(moe_layer_desc *layer, moe_error *err)
     if (format == MOE_FORMAT_FP8_BLOCK) {
         if (block == 0) layer->format_block = block = 128;
         if (block != 128 && block != 64 && block != 32)
-            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block", "is %d: fp8 block has 128, 64 or 32", block);
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block", "is %d: fp8 block has 128, 64 or 32",
+                             block);
     } else if (format == MOE_FORMAT_INT4_W4A16) {
         if (block != 32 && block != 64 && block != 128)
             return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block", "is %d: int4 has 32, 64 or 128", block);
     } else if (block != 0) {
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block", "is %d: %s has no block size to choose, leave it 0",
-                         block, moe_format_string(format));
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block",
+                         "is %d: %s has no block size to choose, leave it 0", block, moe_format_string(format));
     }
     if (layer->scale_dtype != 0 && format <= MOE_FORMAT_F16)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.scale_dtype", "is %d: %s has no scales, leave it 0",
                          layer->scale_dtype, moe_format_string(format));
     if (layer->scale_dtype != 0 && layer->scale_dtype != MOE_DTYPE_F32 && layer->scale_dtype != MOE_DTYPE_UE8M0 &&
-        layer->scale_dtype != MOE_DTYPE_BF16 && layer->scale_dtype != MOE_DTYPE_F16 && layer->scale_dtype != MOE_DTYPE_E4M3)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.scale_dtype", "is %d: scales are f32, bf16, f16, ue8m0 or e4m3",
-                         layer->scale_dtype);
+        layer->scale_dtype != MOE_DTYPE_BF16 && layer->scale_dtype != MOE_DTYPE_F16 &&
+        layer->scale_dtype != MOE_DTYPE_E4M3)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.scale_dtype",
+                         "is %d: scales are f32, bf16, f16, ue8m0 or e4m3", layer->scale_dtype);
     return moe__check_group(layer, layer->hidden_size, "layer.hidden_size", err) != MOE_OK
                ? MOE_ERROR_ARGUMENT
                : moe__check_group(layer, layer->intermediate_size, "layer.intermediate_size", err);
@@ -3938,34 +3943,37 @@ static int32_t moe__parallel_resolve(moe_layer_desc *layer, moe_error *err)
         unsigned char seen[MOE_MAX_EXPERTS / 8] = { 0 };
         int32_t mapped = 0;
         if (p->expert_offset != 0)
-            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.expert_offset", "is %d beside an expert_map: leave it 0",
-                             p->expert_offset);
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.expert_offset",
+                             "is %d beside an expert_map: leave it 0", p->expert_offset);
         for (int32_t e = 0; e < experts; e++) {
             int32_t local = p->expert_map[e];
             if (local == -1) continue;
             if (local < 0 || local >= p->local_experts || (seen[local / 8] >> (local % 8) & 1) != 0)
-                return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.expert_map", "maps expert %d to %d: local indices "
-                                 "are 0..%d, each once, or -1", e, local, p->local_experts - 1);
+                return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.expert_map",
+                                 "maps expert %d to %d: local indices are 0..%d, each once, or -1",
+                                 e, local, p->local_experts - 1);
             seen[local / 8] = (unsigned char)(seen[local / 8] | (1u << (local % 8)));
             mapped++;
         }
         if (mapped != p->local_experts)
-            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.expert_map", "maps %d experts, but local_experts is %d",
-                             mapped, p->local_experts);
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.expert_map",
+                             "maps %d experts, but local_experts is %d", mapped, p->local_experts);
     } else if (p->expert_offset < 0 || p->expert_offset > experts - p->local_experts) {
         return moe__fail_range(err, "layer.parallel.expert_offset", p->expert_offset, 0, experts - p->local_experts);
     }
     if ((result = moe__check_flag(p->omit_common, "layer.parallel.omit_common", err)) != MOE_OK) return result;
     if (p->tp_size == 0) p->tp_size = 1;
     if (p->tp_size < 1 || p->tp_size > layer->intermediate_size / moe__format_group(layer))
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.tp_size", "is %d: it must be 1..%d, so that every rank has a "
-                         "scale group of the intermediate size", p->tp_size,
-                         layer->intermediate_size / moe__format_group(layer));
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.tp_size",
+                         "is %d: it must be 1..%d, so that every rank has a scale group of the intermediate size",
+                         p->tp_size, layer->intermediate_size / moe__format_group(layer));
     if (p->tp_rank < 0 || p->tp_rank >= p->tp_size)
         return moe__fail_range(err, "layer.parallel.tp_rank", p->tp_rank, 0, p->tp_size - 1);
     if (p->tp_size > 1 && layer->row_norm)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.parallel.tp_size", "is %d with layer.row_norm: the norm needs the "
-                         "whole GEMM2 row, reduce before it or use expert parallelism", p->tp_size);
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.parallel.tp_size",
+                         "is %d with layer.row_norm: the norm needs the "
+                         "whole GEMM2 row, reduce before it or use expert parallelism",
+                         p->tp_size);
     return MOE_OK;
 }
 
@@ -3977,23 +3985,26 @@ static int32_t moe__shared_resolve(moe_layer_desc *layer, moe_error *err)
     if ((result = moe__check_flag(s->gate, "layer.shared.gate", err)) != MOE_OK) return result;
     if (s->count == 0) {
         if (s->intermediate_size != 0 || s->gate != 0)
-            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.shared.count", "is 0, but layer.shared has a size or a gate");
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.shared.count",
+                             "is 0, but layer.shared has a size or a gate");
         memset(s, 0, sizeof *s);
         return MOE_OK;
     }
     if (s->intermediate_size < 1 || s->intermediate_size > MOE__SIZE_MAX / s->count)
-        return moe__fail_range(err, "layer.shared.intermediate_size", s->intermediate_size, 1, MOE__SIZE_MAX / s->count);
+        return moe__fail_range(err, "layer.shared.intermediate_size", s->intermediate_size, 1,
+                               MOE__SIZE_MAX / s->count);
     if ((result = moe__check_float(s->scale, -3.0e38f, "layer.shared.scale", err)) != MOE_OK) return result;
     if (s->scale == 0) s->scale = 1;
     if (s->activation.kind == MOE_ACTIVATION_UNSET) s->activation = layer->activation;
     if (s->activation.per_expert) s->activation.per_expert = 0; // tables are of the routed experts
     if ((result = moe__activation_resolve(&s->activation, "layer.shared.activation", err)) != MOE_OK) return result;
     if (moe_activation_is_gated(s->activation.kind) != moe__layer_is_gated(layer))
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.shared.activation.kind", "is %s, the routed experts' is %s: both "
-                         "must be gated, or neither", moe_activation_string(s->activation.kind),
-                         moe_activation_string(layer->activation.kind));
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.shared.activation.kind",
+                         "is %s, the routed experts' is %s: both must be gated, or neither",
+                         moe_activation_string(s->activation.kind), moe_activation_string(layer->activation.kind));
     if (layer->parallel.tp_size > s->intermediate_size * s->count)
-        return moe__fail_range(err, "layer.parallel.tp_size", layer->parallel.tp_size, 1, s->intermediate_size * s->count);
+        return moe__fail_range(err, "layer.parallel.tp_size", layer->parallel.tp_size, 1,
+                               s->intermediate_size * s->count);
     return MOE_OK;
 }
 
@@ -4041,7 +4052,8 @@ static int32_t moe__layer_resolve(moe_layer_desc *layer, moe_error *err)
 }
 
 // The part [*first, *first + *count) of `size` features that this rank owns, cut at multiples of `group`.
-static void moe__parallel_slice(const moe_parallel_desc *parallel, int32_t size, int32_t group, int32_t *first, int32_t *count)
+static void moe__parallel_slice(const moe_parallel_desc *parallel, int32_t size, int32_t group, int32_t *first,
+                                int32_t *count)
 {
     int64_t groups = (size + group - 1) / group;
     int64_t low = groups * parallel->tp_rank / parallel->tp_size * group;
@@ -6689,8 +6701,9 @@ __declspec(dllimport) void __stdcall ReleaseSRWLockExclusive(void *lock);
 __declspec(dllimport) int __stdcall SleepConditionVariableSRW(void *condition, void *lock, unsigned long ms,
                                                               unsigned long flags);
 __declspec(dllimport) void __stdcall WakeAllConditionVariable(void *condition);
-__declspec(dllimport) void *__stdcall CreateThread(void *security, size_t stack, unsigned long(__stdcall *start)(void *),
-                                                   void *arg, unsigned long flags, unsigned long *id);
+__declspec(dllimport) void *__stdcall CreateThread(void *security, size_t stack,
+                                                   unsigned long(__stdcall *start)(void *), void *arg,
+                                                   unsigned long flags, unsigned long *id);
 __declspec(dllimport) unsigned long __stdcall WaitForSingleObject(void *handle, unsigned long ms);
 __declspec(dllimport) int __stdcall CloseHandle(void *handle);
 __declspec(dllimport) unsigned long __stdcall GetActiveProcessorCount(unsigned short group);
@@ -6858,7 +6871,8 @@ static int32_t moe__isa_has_avx(int32_t avx512)
     if ((xcr0 & 6u) != 6u || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return 0;
     if ((b7 & (1u << 5)) == 0) return 0; // AVX2
     if (!avx512) return 1;
-    return (xcr0 & 0xe6u) == 0xe6u && (b7 & (1u << 16)) != 0 && (b7 & (1u << 30)) != 0 && (b7 & (1u << 31)) != 0; // F BW VL
+    return (xcr0 & 0xe6u) == 0xe6u && (b7 & (1u << 16)) != 0 && (b7 & (1u << 30)) != 0 &&
+           (b7 & (1u << 31)) != 0; // F BW VL
 }
 #endif
 
@@ -6933,12 +6947,14 @@ static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_erro
     int32_t result = moe__allocator_resolve(&desc->allocator, "desc.allocator", err);
     if (result != MOE_OK) return result;
     if (desc->backend == MOE_BACKEND_CUDA)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.backend", "is MOE_BACKEND_CUDA: this version of moe.h has the "
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.backend",
+                         "is MOE_BACKEND_CUDA: this version of moe.h has the "
                          "CPU back end only; use MOE_BACKEND_AUTO or MOE_BACKEND_CPU");
     if (desc->backend != MOE_BACKEND_AUTO && desc->backend != MOE_BACKEND_CPU)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.backend", "is %d: it must be a moe_backend", desc->backend);
     if (desc->device != 0)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.device", "is %d: the CPU back end has device 0 only", desc->device);
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.device", "is %d: the CPU back end has device 0 only",
+                         desc->device);
     if (desc->cuda_context != NULL)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.cuda_context", "is set, but the back end is the CPU");
     if (desc->threads < 0 || desc->threads > MOE__THREADS_MAX)
@@ -6992,7 +7008,8 @@ static void moe__cpu_name(char *name)
         unsigned words[12];
         size_t start = 0;
         for (unsigned i = 0; i < 3; i++)
-            if (!__get_cpuid(0x80000002u + i, &words[4 * i], &words[4 * i + 1], &words[4 * i + 2], &words[4 * i + 3])) return;
+            if (!__get_cpuid(0x80000002u + i, &words[4 * i], &words[4 * i + 1], &words[4 * i + 2], &words[4 * i + 3]))
+                return;
         memcpy(name, words, sizeof words);
         name[sizeof words] = 0;
         while (name[start] == ' ') start++;
@@ -9442,6 +9459,8 @@ MOE__AVX2 static inline __m256 moe__avx2_f16(const uint16_t *p)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
+// _mm512_max_ps() itself sets off gcc 12's warning of uninitialised values.
+MOE__AVX512 static inline __m512 moe__avx512_max(__m512 a, __m512 b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 MOE__AVX512 static inline __m512 moe__avx512_bf16(const uint16_t *p)
 {
     __m256i narrow = _mm256_loadu_si256((const __m256i *)(const void *)p);
@@ -9455,7 +9474,7 @@ MOE__AVX512 static inline __m512 moe__avx512_f16(const uint16_t *p)
 MOE__VECTOR_KERNELS(moe__avx2, MOE__AVX2, __m256, moe__i32x8, 8, _mm256_loadu_ps, moe__avx2_bf16, moe__avx2_f16,
                     _mm256_set1_ps, _mm256_fmadd_ps, _mm256_max_ps, _mm256_storeu_ps)
 MOE__VECTOR_KERNELS(moe__avx512, MOE__AVX512, __m512, moe__i32x16, 16, _mm512_loadu_ps, moe__avx512_bf16,
-                    moe__avx512_f16, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_max_ps, _mm512_storeu_ps)
+                    moe__avx512_f16, _mm512_set1_ps, _mm512_fmadd_ps, moe__avx512_max, _mm512_storeu_ps)
 
 // Four sums at a time, so that the last steps have full registers; AVX-512 machines use it too.
 MOE__AVX2 static void moe__avx2_reduce(const float *sums, int32_t count, float *out)
@@ -9511,7 +9530,7 @@ static const moe__kernels *moe__kernels_of(int32_t isa)
 #if defined(_MSC_VER) && !defined(__GNUC__) && !defined(MOE_NO_THREADS)
 #  include <intrin.h>
 static int32_t moe__take(int32_t *counter) { return (int32_t)_InterlockedExchangeAdd((volatile long *)counter, 1); }
-#elif defined(__GNUC__) && !defined(MOE_NO_THREADS)
+#elif defined(__GNUC__) // also without threads of our own: the parallel-for hook may bring them
 static int32_t moe__take(int32_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 #else
 static int32_t moe__take(int32_t *counter) { return (*counter)++; }
@@ -10232,8 +10251,7 @@ static int32_t moe__check_weights(const moe_plan *plan, const moe_weights *weigh
                          b->hidden_size, b->intermediate_size, b->num_experts, moe_format_string(b->format));
     if (moe__layer_is_gated(a) != moe__layer_is_gated(b) || !moe__same_layout(&weights->layout, &plan->layout))
         return moe__fail(err, MOE_ERROR_ARGUMENT, "weights",
-                         "are of a layer with other biases, shared experts, tables or slices "
-                         "than the plan's");
+                         "are of a layer with other biases, shared experts, tables or slices than the plan's");
     for (int32_t id = 0; id < plan->ids_end; id++)
         if (moe__layer_local(a, id) != moe__layer_local(b, id))
             return moe__fail(err, MOE_ERROR_ARGUMENT, "weights",
@@ -10362,8 +10380,7 @@ static int32_t moe__check_rows_input(moe__run *run, moe_error *err)
     if (args->counts_or_offsets == NULL) return moe__fail_null(err, "args.counts_or_offsets");
     if (args->num_tokens_dev != NULL)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "args.num_tokens_dev",
-                         "is set, but counts_or_offsets say how many rows there "
-                         "are");
+                         "is set, but counts_or_offsets say how many rows there are");
     if (args->input_mode == MOE_INPUT_MASKED && (args->rows_per_expert < 1 || rows > INT32_MAX))
         return moe__fail_range(err, "args.rows_per_expert", args->rows_per_expert, 1,
                                INT32_MAX / moe__max32(1, run->plan->blocks));
@@ -10481,8 +10498,7 @@ static int32_t moe__run_route(const moe__run *run, int32_t token, int32_t worker
                              "is %s: logits are numbers, or -inf for never",
                              moe__is_nan(logits[e]) ? "NaN" : "+inf");
     return moe__fail(err, MOE_ERROR_DATA, moe__member_at(member, sizeof member, "logits", token, -1),
-                     "gives a score that is NaN "
-                     "or infinite with this layer's multiplier, bias or scale");
+                     "gives a score that is NaN or infinite with this layer's multiplier, bias or scale");
 }
 
 // Contents that one token brings become ids and weights; both have room for the slots.
@@ -10538,7 +10554,7 @@ MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weigh
         return result;
     if (moe__run_rows_mode(&run)) result = moe__check_counts(&run, faults, err);
     else if ((result = moe__check_tokens(&run, faults, err)) == MOE_OK)
-        for (int32_t t = 0; t < run.tokens && result == MOE_OK; t++) 
+        for (int32_t t = 0; t < run.tokens && result == MOE_OK; t++)
             result = moe__run_token(&run, t, 0, ids, slot_weights, faults, err);
     return result == MOE_OK ? moe__ok(err) : result;
 }
@@ -11236,8 +11252,8 @@ MOE_API int32_t moe_reference_layer(const moe_layer_desc *layer, const moe_refer
 //
 // Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
 // documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-// rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-// persons to whom the Software is furnished to do so, subject to the following conditions:
+// rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+// permit persons to whom the Software is furnished to do so, subject to the following conditions:
 //
 // The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
 // Software.

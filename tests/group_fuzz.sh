@@ -15,9 +15,11 @@ for source in tests/fuzz/fuzz_*.c; do
         -o "$temp/$name" "$source" -lpthread
     mkdir -p "$temp/$name.corpus"
     committed=
+    dictionary=
     if [ -d "$corpus" ]; then committed=$corpus; fi
+    if [ -f "tests/fuzz/${name#fuzz_}.dict" ]; then dictionary=-dict=tests/fuzz/${name#fuzz_}.dict; fi
     try "$name, $seconds s" "$temp/$name" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
-        -artifact_prefix="$temp/" "$temp/$name.corpus" $committed
+        $dictionary -artifact_prefix="$temp/" "$temp/$name.corpus" $committed
     echo "$name $(executions)"
 done
 finish fuzz

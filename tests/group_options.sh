@@ -3,18 +3,19 @@
 . tests/group.sh
 PARTS_FILE=$temp/parts.moe
 export PARTS_FILE
-warn="-O1 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror"
+warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror"
 threads="-lpthread"
 for option in NONE MOE_NO_THREADS MOE_NO_FILES MOE_NO_CONFIG MOE_NO_CHECKPOINT MOE_NO_CPU_SIMD MOE_STATIC \
     "MOE_NO_THREADS -DMOE_NO_FILES -DMOE_NO_CONFIG -DMOE_NO_CPU_SIMD"; do
     case $option in *NO_THREADS*) libs= ;; *) libs=$threads ;; esac
     for compiler in gcc clang; do
+        case $compiler in gcc) level=-O1 ;; *) level=-O0 ;; esac
         have $compiler || { skip "$option, $compiler" "not installed"; continue; }
-        try "$option builds, $compiler" $compiler -std=c99 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
+        try "$option builds, $compiler" $compiler $level -std=c99 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
         try "$option runs, $compiler" "$temp/parts"
     done
     if have g++; then
-        try "$option builds, g++" g++ -x c++ -std=c++11 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
+        try "$option builds, g++" g++ -O0 -x c++ -std=c++11 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
         try "$option runs, g++" "$temp/parts"
     else
         skip "$option, g++" "not installed"

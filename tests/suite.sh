@@ -7,6 +7,17 @@ JOBS=${JOBS:-2}
 unset MAKEFLAGS MFLAGS MAKELEVEL # CC and the like arrive through the environment
 summary=build/summary-$suite.txt
 mkdir -p build
+if ! mkdir build/running 2>/dev/null; then
+    owner=$(cat build/running/pid 2>/dev/null)
+    if [ -n "$owner" ] && kill -0 "$owner" 2>/dev/null; then
+        echo "make test or make check is running in this folder (process $owner)"
+        echo "0 passed, 1 failed"
+        exit 1
+    fi
+fi
+echo $$ >build/running/pid
+trap 'rm -rf build/running' EXIT
+trap 'exit 1' INT TERM HUP
 : >"$summary"
 
 # collect LABEL BUILD NAME...: the closing lines of these logs; a log that is not there did not compile.

@@ -992,7 +992,7 @@ TEST(threads_share_a_plan_with_a_workspace_each) { test_skip("no threads in this
 // ---- golden checkpoints: outputs of transformers' own modules -------------------------------------------------------
 
 #ifndef MOE_NO_CHECKPOINT
-// Tokens whose k-th and next experts tie in the stored logits: golden.safetensors lists them ("tied_tokens.1": "[3, 9]").
+// Tokens whose k-th and next experts tie in the stored logits are listed: "tied_tokens.1": "[3, 9]".
 static int is_tied(const char *file, int layer, int token)
 {
     char header[8192], key[64];
