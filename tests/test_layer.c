@@ -802,6 +802,7 @@ static fixture ranked_layer(void)
     f.layer.routing.extra_slots = 1;
     f.layer.routing.special_experts = 5;
     f.layer.routing.special_kind = MOE_SPECIAL_IDENTITY;
+    f.layer.activation.per_expert = 1;
     f.pruned = 0x24;
     return f;
 }
