@@ -265,6 +265,67 @@ TEST(tasks_cover_every_row_and_column_once)
     fixture_close(&f);
 }
 
+#if defined(MOE__X86) || defined(MOE__NEON)
+// The kernels' text with 16 lanes at a time, as the AVX-512 set has it, on any machine: plain C in place of intrinsics.
+// Macros, because such vectors cannot be passed where the machine has none.
+typedef float wide_f32 __attribute__((vector_size(64)));
+typedef int32_t wide_i32 __attribute__((vector_size(64)));
+#define WIDE(i, value) \
+    __extension__({ \
+        wide_f32 wide_##i; \
+        for (int i = 0; i < 16; i++) wide_##i[i] = (value); \
+        wide_##i; \
+    })
+#define wide_load(p) WIDE(at_load, (p)[at_load])
+#define wide_bf16(p) WIDE(at_bf16, moe__bf16_to_f32((p)[at_bf16]))
+#define wide_f16(p) WIDE(at_f16, moe__f16_to_f32((p)[at_f16]))
+#define wide_set1(x) WIDE(at_set1, (x))
+#define wide_fma(a, b, c) WIDE(at_fma, moe__fmaf((a)[at_fma], (b)[at_fma], (c)[at_fma]))
+#define wide_max(a, b) WIDE(at_max, (a)[at_max] > (b)[at_max] ? (a)[at_max] : (b)[at_max])
+#define wide_store(p, v) \
+    do { \
+        wide_f32 wide_stored = (v); \
+        memcpy((p), &wide_stored, sizeof wide_stored); \
+    } while (0)
+MOE__VECTOR_KERNELS(wide, , wide_f32, wide_i32, 16, wide_load, wide_bf16, wide_f16, wide_set1, wide_fma, wide_max,
+                    wide_store)
+
+TEST(the_kernels_text_holds_for_16_lanes)
+{
+    static const moe__kernels kernels = { { wide_tile_f32, wide_tile_bf16, wide_tile_f16 },
+                                          { wide_strip_f32, wide_strip_bf16, wide_strip_f16 },
+                                          moe__scalar_reduce, wide_add_scaled, wide_sigmoid };
+    uint64_t state = 31;
+    float x[64], y[64];
+    for (int dtype = MOE_DTYPE_F32; dtype <= MOE_DTYPE_F16; dtype++) {
+        operands o;
+        float sums[MOE__CELL_ROWS * MOE__CELL_COLS * MOE__LANES];
+        float expected[MOE__CELL_ROWS * MOE__CELL_COLS * MOE__LANES];
+        make_operands(&o, dtype, 712, &state);
+        for (int first = 1; first >= 0; first--) {
+            kernels.tile[dtype - 1](o.rows, o.weights, o.padded, first, 64, sums);
+            moe__kernels_of(MOE__ISA_SCALAR)->tile[dtype - 1](o.rows, o.weights, o.padded, first, 64, expected);
+            CHECK(memcmp(sums, expected, sizeof sums) == 0);
+        }
+        kernels.strip[dtype - 1](o.x[0], o.weights, o.padded, 64, sums);
+        moe__kernels_of(MOE__ISA_SCALAR)->strip[dtype - 1](o.x[0], o.weights, o.padded, 64, expected);
+        CHECK(memcmp(sums, expected, MOE__STRIP_COLS * MOE__LANES * sizeof sums[0]) == 0);
+        free_operands(&o);
+    }
+    for (int i = 0; i < 64; i++) y[i] = x[i] = 40 * wild(&state);
+    kernels.sigmoid(x, 64);
+    for (int i = 0; i < 64; i++) CHECK_EQ(x[i], moe__sigmoidf(y[i]));
+    memset(x, 0, sizeof x);
+    kernels.add_scaled(0.7f, y, x, 61);
+    for (int i = 0; i < 61; i++) CHECK_EQ(x[i], moe__fmaf(0.7f, y[i], 0));
+}
+#else
+TEST(the_kernels_text_holds_for_16_lanes)
+{
+    CHECK(moe__kernels_of(MOE__ISA_AVX512) == moe__kernels_of(MOE__ISA_SCALAR)); // this build has no vector kernels
+}
+#endif
+
 // One layer, all kernel sets and 1, 2 and 7 threads.
 static void check_same(int hidden, int inner, int format, int activation, int tokens)
 {
@@ -351,6 +412,7 @@ TEST_MAIN(
     T(add_scaled_has_the_scalar_bits_at_every_length)
     T(dots_of_a_task_are_single_dots)
     T(tasks_cover_every_row_and_column_once)
+    T(the_kernels_text_holds_for_16_lanes)
     T(layers_have_the_same_bits_with_every_kernel_set_and_number_of_threads)
     T(the_isa_of_the_context_is_the_one_that_runs)
 )

@@ -940,7 +940,16 @@ TEST(a_parallel_for_hook_does_the_work)
     CHECK(calls > 0);
 }
 
-#if !defined(MOE_NO_THREADS) && !defined(_WIN32)
+#if defined(MOE_NO_THREADS) || defined(_WIN32) // one after the other
+typedef int thread_id;
+#  define START_THREAD(thread, run, arg) (*(thread) = 0, (void)(run)(arg))
+#  define JOIN_THREAD(thread) ((void)(thread))
+#else
+typedef pthread_t thread_id;
+#  define START_THREAD(thread, run, arg) ((void)pthread_create((thread), NULL, (run), (arg)))
+#  define JOIN_THREAD(thread) ((void)pthread_join((thread), NULL))
+#endif
+
 typedef struct concurrent {
     fixture *f;
     moe_execute_args args;
@@ -959,7 +968,7 @@ TEST(threads_share_a_plan_with_a_workspace_each)
 {
     fixture f = ranked_layer();
     concurrent c[3];
-    pthread_t threads[3];
+    thread_id threads[3];
     unsigned char *memory[3], *out[3];
     moe_error err;
     REQUIRE_OK(fixture_open(&f, &err));
@@ -976,9 +985,9 @@ TEST(threads_share_a_plan_with_a_workspace_each)
         c[i].result = MOE_OK;
     }
     CHECK_EQ(moe_execute(f.plan, f.weights, &f.args, NULL), MOE_OK);
-    for (int i = 0; i < 3; i++) pthread_create(&threads[i], NULL, execute_often, &c[i]);
+    for (int i = 0; i < 3; i++) START_THREAD(&threads[i], execute_often, &c[i]);
     for (int i = 0; i < 3; i++) {
-        pthread_join(threads[i], NULL);
+        JOIN_THREAD(threads[i]);
         CHECK_EQ(c[i].result, MOE_OK);
         CHECK(memcmp(out[i], f.args.out, 9 * 72 * 2) == 0);
         moe__default_free(NULL, memory[i], (size_t)f.args.workspace_bytes);
@@ -986,9 +995,6 @@ TEST(threads_share_a_plan_with_a_workspace_each)
     }
     fixture_close(&f);
 }
-#else
-TEST(threads_share_a_plan_with_a_workspace_each) { test_skip("no threads in this build"); }
-#endif
 
 // ---- golden checkpoints: outputs of transformers' own modules -------------------------------------------------------
 
