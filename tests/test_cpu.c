@@ -287,6 +287,8 @@ typedef int32_t wide_i32 __attribute__((vector_size(64)));
         wide_f32 wide_stored = (v); \
         memcpy((p), &wide_stored, sizeof wide_stored); \
     } while (0)
+#undef MOE__KEEP // these vectors are wider than a register
+#define MOE__KEEP(v) (void)0
 MOE__VECTOR_KERNELS(wide, , wide_f32, wide_i32, 16, wide_load, wide_bf16, wide_f16, wide_set1, wide_fma, wide_max,
                     wide_store)
 
