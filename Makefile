@@ -7,6 +7,7 @@ B = build
 WARN = -Wall -Wextra -Wno-sign-compare
 TEST_FLAGS = -O1 -g $(WARN)
 EXTRA =
+EXE =
 RUN =
 export CC CXX CI
 
@@ -65,12 +66,12 @@ $(BENCHES:%=$(B)/%): $(B)/%: bench/%.c moe.h
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread -lm
 
-$(B)/tests/test_%: tests/test_%.c $(wildcard tests/*.h) moe.h
+$(B)/tests/test_%$(EXE): tests/test_%.c $(wildcard tests/*.h) moe.h
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread -lm
 
 # A log is a run: the suite removes it first. RUN is what runs the program: nothing, valgrind, qemu, wine.
-$(B)/log/test_%.log: $(B)/tests/test_%
+$(B)/log/test_%.log: $(B)/tests/test_%$(EXE)
 	@sh tests/run_one.sh $(B) test_$* $(RUN) $<
 
 $(B)/log/group_%.log: tests/group_%.sh tests/group.sh FORCE
@@ -79,5 +80,5 @@ $(B)/log/group_%.log: tests/group_%.sh tests/group.sh FORCE
 test-logs: $(TESTS:%=$(B)/log/%.log)
 
 FORCE:
-.PRECIOUS: $(B)/tests/test_%
+.PRECIOUS: $(B)/tests/test_%$(EXE)
 .PHONY: all help demo test check test-bare lib golden bench picture clean test-logs FORCE

@@ -5092,8 +5092,7 @@ static void moe__infer_groups(moe__infer *in, int32_t rule, int32_t excluded)
     if (r->groups <= 1 || in->result != MOE_OK) { r->groups = 0; return; }
     if (rule == MOE_GROUP_NONE) {
         in->result = moe__fail(in->err, MOE_ERROR_UNSUPPORTED, source, "is %d in the config: how %s ranks groups is "
-                               "not "
-                               "known here, fill layer.routing by hand", r->groups, in->type);
+                               "not known here, fill layer.routing by hand", r->groups, in->type);
         return;
     }
     r->group_rule = rule;
@@ -5116,8 +5115,7 @@ static void moe__infer_check_score(moe__infer *in, const char *allowed)
     memcpy(in->score_source, in->source, sizeof in->source);
     if (moe__key_rank(score, allowed) >= 0) return;
     in->result = moe__fail(in->err, MOE_ERROR_UNSUPPORTED, in->source, "is %q in the config: %s is known here with "
-                           "%q only; "
-                           "fill layer.routing by hand", score, in->type, allowed);
+                           "%q only; fill layer.routing by hand", score, in->type, allowed);
 }
 
 static void moe__infer_softmax(moe__infer *in)
@@ -5325,8 +5323,7 @@ static void moe__infer_auto(moe__infer *in)
     if (in->result != MOE_OK) return;
     if (score[0] == 0 || !moe__json_is_set(norm)) {
         in->result = moe__fail(in->err, MOE_ERROR_MISSING, "layer.routing", "cannot be told: model type %q is not "
-                               "known here, "
-                               "and the config has no %s of %q; fill layer.routing by hand", in->type,
+                               "known here, and the config has no %s of %q; fill layer.routing by hand", in->type,
                                score[0] == 0 ? "score" : "rule of renormalisation",
                                score[0] == 0 ? moe__keys_score : moe__keys_norm);
         return;
@@ -5453,8 +5450,7 @@ static void moe__infer_limit(moe__infer *in, moe_activation_desc *act, const cha
     if (limit < 0) { moe__infer_wrong(in, moe__infer_find(in, keys, 1), "a number from 0 on"); return; }
     if (act->kind != MOE_ACTIVATION_SWIGLU && act->kind != MOE_ACTIVATION_SWIGLU_STEP) {
         in->result = moe__fail(in->err, MOE_ERROR_UNSUPPORTED, in->source, "is %g in the config: what it does to %s "
-                               "is not "
-                               "known here", limit, moe_activation_string(act->kind));
+                               "is not known here", limit, moe_activation_string(act->kind));
         return;
     }
     act->limit = (float)limit;
@@ -6035,8 +6031,7 @@ static int32_t moe__ckpt_read_header(moe__ckpt_file *f, moe_error *err)
     for (int32_t i = 7; i >= 0; i--) size = size << 8 | data[i];
     if (size > f->file.size - 8 || size > MOE__CKPT_HEADER_MAX)
         return moe__fail(err, MOE_ERROR_FORMAT, "", "%q says that its header has %U bytes: the file has %U, and a "
-                         "header at "
-                         "most %d", f->name, size, f->file.size, (int32_t)MOE__CKPT_HEADER_MAX);
+                         "header at most %d", f->name, size, f->file.size, (int32_t)MOE__CKPT_HEADER_MAX);
     if (size < 2 || data[8] != '{')
         return moe__fail(err, MOE_ERROR_FORMAT, "", "%q has a header that does not begin with '{'", f->name);
     moe__text_format(&text, "the header of %q", f->name);
@@ -6297,14 +6292,12 @@ static int32_t moe__ckpt_list_shards(moe_checkpoint *ckpt, moe__json map, moe_er
     while (moe__json_step(&iter, &key, &value)) {
         if (moe__json_kind_of(value) != MOE__JSON_STRING)
             return moe__fail(err, MOE_ERROR_FORMAT, "", "model.safetensors.index.json: a value of \"weight_map\" is "
-                             "no file "
-                             "name");
+                             "no file name");
         if ((result = moe__ckpt_name(value, name, sizeof name, "model.safetensors.index.json",
                                      err)) != MOE_OK) return result;
         if (!moe__ckpt_is_plain_name(name))
             return moe__fail(err, MOE_ERROR_FORMAT, "", "model.safetensors.index.json names the file %q: it must be "
-                             "a plain "
-                             "name in the same folder", name);
+                             "a plain name in the same folder", name);
         if ((result = moe__ckpt_add_file(ckpt, name, err)) != MOE_OK) return result;
     }
     if (ckpt->num_files == 0)
@@ -6330,8 +6323,7 @@ static int32_t moe__ckpt_check_index(const moe_checkpoint *ckpt, moe__json map, 
                              "has it",
                              name);
         return moe__fail(err, MOE_ERROR_MISSING, "", "model.safetensors.index.json names the tensor %q in another "
-                         "file than "
-                         "%q, where it is", name, ckpt->files[ckpt->tensors[slot - 1].file].name);
+                         "file than %q, where it is", name, ckpt->files[ckpt->tensors[slot - 1].file].name);
     }
     return MOE_OK;
 }
@@ -6584,6 +6576,7 @@ static void moe__ckpt_settle_format(moe__infer *in, const moe__ckpt_seen *seen)
     if (format == MOE_FORMAT_UNSET && layer->format == MOE_FORMAT_NVFP4 && seen->input_scales == 0)
         format = MOE_FORMAT_NVFP4_W4A16; // nothing to quantise activations with
     if (format == MOE_FORMAT_UNSET || format == layer->format) return;
+    if (layer->format_block != 0) moe__note(in, "format_block", "tensor dtype", "0");
     layer->format = format;
     layer->format_block = 0;
     layer->scale_dtype = 0;
@@ -6607,8 +6600,7 @@ static void moe__ckpt_settle_source(moe__infer *in, const moe__ckpt_seen *seen)
     if (seen->stacked == 0 || (both && layout != MOE_LAYOUT_UNSET)) return;
     if (both) {
         in->result = moe__fail(in->err, MOE_ERROR_UNSUPPORTED, "layer.source.layout", "cannot be told: %q fits [out, "
-                               "in] and "
-                               "[in, out]; use moe_layer_from_config() and set it", seen->data->name);
+                               "in] and [in, out]; use moe_layer_from_config() and set it", seen->data->name);
         return;
     }
     if (seen->output_major == seen->stacked) layout = MOE_LAYOUT_MAJOR_K;
@@ -6626,8 +6618,7 @@ static void moe__ckpt_settle(moe__infer *in, const moe_checkpoint *ckpt)
     moe__ckpt_see(ckpt, layer, &seen);
     if (seen.data == NULL) {
         in->result = moe__fail(in->err, MOE_ERROR_MISSING, "layer_index", "is %d: the config gives that layer "
-                               "experts, but "
-                               "the files have none of their tensors", layer->layer_index);
+                               "experts, but the files have none of their tensors", layer->layer_index);
         return;
     }
     moe__ckpt_settle_format(in, &seen);
@@ -6647,8 +6638,7 @@ static int32_t moe__ckpt_infer(moe__infer *in, const moe_checkpoint *ckpt, int32
     if (ckpt == NULL) return moe__fail_null(in->err, "ckpt");
     if (ckpt->config.data == NULL)
         return moe__fail(in->err, MOE_ERROR_MISSING, "ckpt", "has no config.json: open the folder that has it, or "
-                         "fill the "
-                         "layer by hand");
+                         "fill the layer by hand");
     result = moe__infer_layer(in, (const char *)ckpt->config.data, (size_t)ckpt->config.size,
                               (const char *)ckpt->quant.data, (size_t)ckpt->quant.size, layer_index);
     if (result != MOE_OK) return result;

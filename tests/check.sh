@@ -12,6 +12,12 @@ else
     omitted "sanitizers and fuzzing: no clang"
 fi
 
+# Beside valgrind, whose last program runs alone for long.
+if [ -f tests/test_math.c ]; then
+    rm -f build/full/log/test_math.log
+    $MAKE -s MOE_TEST_FULL=1 TEST_SECONDS=1200 B=build/full TEST_FLAGS=-O2 build/full/log/test_math.log &
+fi
+
 if command -v valgrind >/dev/null 2>&1; then
     variant valgrind build/valgrind TEST_SECONDS=900 TEST_FLAGS="-O1 -g" \
         RUN="valgrind -q --error-exitcode=9 --leak-check=full --child-silent-after-fork=yes"
@@ -19,15 +25,11 @@ else
     omitted "valgrind"
 fi
 
+wait
+if [ -f tests/test_math.c ]; then collect "every float:" build/full test_math; fi
+
 # Whatever the optimiser may do with fused multiply-adds and this processor's instructions, the results are the same bits.
 variant native build/native TEST_FLAGS="-O3 -march=native -ffp-contract=fast"
-
-if [ -f tests/test_math.c ]; then
-    echo "==== test_math, every float"
-    rm -f build/full/log/test_math.log
-    $MAKE -s MOE_TEST_FULL=1 TEST_SECONDS=900 B=build/full TEST_FLAGS=-O2 build/full/log/test_math.log
-    collect "full " build/full test_math
-fi
 
 if command -v aarch64-linux-gnu-gcc >/dev/null 2>&1 && command -v qemu-aarch64 >/dev/null 2>&1; then
     variant aarch64 build/aarch64 TEST_SECONDS=900 CC=aarch64-linux-gnu-gcc EXTRA=-static RUN=qemu-aarch64
@@ -39,7 +41,7 @@ if command -v x86_64-w64-mingw32-gcc >/dev/null 2>&1; then
     wine=$(command -v wine || command -v wine64 || ls /usr/lib/wine/wine64 2>/dev/null)
     if [ -n "$wine" ]; then
         variant windows build/windows WINEDEBUG=-all WINEPREFIX="$(pwd)/build/wine" TEST_SECONDS=900 \
-            CC=x86_64-w64-mingw32-gcc EXTRA="-static -D__USE_MINGW_ANSI_STDIO=1" RUN="$wine"
+            CC=x86_64-w64-mingw32-gcc EXE=.exe EXTRA="-static -D__USE_MINGW_ANSI_STDIO=1" RUN="$wine"
     else
         omitted "Windows: no wine"
     fi

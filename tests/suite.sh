@@ -27,9 +27,9 @@ collect() {
     shift 2
     for name; do
         if [ -f "$build/log/$name.log" ]; then
-            echo "$label$(tail -n 1 "$build/log/$name.log")" >>"$summary"
+            echo "${label:+$label }$(tail -n 1 "$build/log/$name.log")" >>"$summary"
         else
-            echo "$label$name: 0 passed, 1 failed (it did not build)" | tee -a "$summary"
+            echo "${label:+$label }$name: 0 passed, 1 failed (it did not build)" | tee -a "$summary"
         fi
     done
 }
@@ -45,11 +45,11 @@ variant() {
     label=$1
     build=$2
     shift 2
-    echo "==== $label"
+    echo "==== ${label:-tests}"
     rm -rf "$build/log"
     $MAKE -s -k -j"$JOBS" B="$build" "$@" test-logs
     # shellcheck disable=SC2046
-    collect "$label " "$build" $(programs)
+    collect "$label" "$build" $(programs)
 }
 
 omitted() {
