@@ -626,7 +626,9 @@ typedef struct moe_context_desc {
     int32_t threads;              // CPU: threads that one call may use, the caller's among them; 0: one per core
     void *cuda_context;           // CUcontext of the caller's; NULL: the device's primary one
     moe_allocator allocator;      // both functions or none; none: malloc and free
-    void (*log)(void *user, int32_t level, const char *text); // nullable; may be called from several threads
+    // Nullable: told, one line at a time, what creating and sealing decided; from any thread that calls the library,
+    // never from moe_execute(). `text` is valid during the call.
+    void (*log)(void *user, int32_t level, const char *text);
     void *log_user;
     moe_parallel_for_fn parallel_for; // nullable: then the context keeps a pool of threads - 1
     void *parallel_user;
@@ -6825,6 +6827,20 @@ static void moe__thread_join(moe__thread thread) { pthread_join(thread, NULL); }
 #endif
 #endif
 
+// A line for the caller's log hook. Formats as moe__text_vformat() says.
+static void moe__log(const moe_context *ctx, int32_t level, const char *format, ...)
+{
+    char line[256];
+    moe__text text = moe__text_make(line, sizeof line);
+    va_list args;
+    if (ctx->desc.log == NULL) return;
+    moe__text_string(&text, "moe: ");
+    va_start(args, format);
+    moe__text_vformat(&text, format, args);
+    va_end(args);
+    ctx->desc.log(ctx->desc.log_user, level, line);
+}
+
 // task(arg, i) for i in 0..tasks-1 on the context's threads; returns when all are done. Allocates nothing.
 static void moe__parallel(moe_context *ctx, int32_t tasks, void (*task)(void *arg, int32_t index), void *arg)
 {
@@ -6961,6 +6977,38 @@ static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_erro
     return moe__isa_choose(desc->isa, isa, err);
 }
 
+// Processor name into 64 bytes; "CPU" where the machine does not say.
+static void moe__cpu_name(char *name)
+{
+    strcpy(name, "CPU");
+#if defined(MOE__X86)
+    {
+        unsigned words[12];
+        size_t start = 0;
+        for (unsigned i = 0; i < 3; i++)
+            if (!__get_cpuid(0x80000002u + i, &words[4 * i], &words[4 * i + 1], &words[4 * i + 2], &words[4 * i + 3]))
+                return;
+        memcpy(name, words, sizeof words);
+        name[sizeof words] = 0;
+        while (name[start] == ' ') start++;
+        memmove(name, name + start, sizeof words + 1 - start);
+    }
+#endif
+}
+
+// What was made, and where the machine gave less than was asked for.
+static void moe__context_report(const moe_context *ctx)
+{
+    char name[64];
+    moe__cpu_name(name);
+    moe__log(ctx, MOE_LOG_INFO, "CPU back end on %s: %s kernels, %d threads%s", name, moe__isa_names[ctx->isa],
+             ctx->desc.threads, ctx->desc.parallel_for != NULL ? " of the caller's" : "");
+#if !defined(MOE_NO_THREADS)
+    if (ctx->desc.parallel_for == NULL && ctx->pool.started < ctx->desc.threads - 1)
+        moe__log(ctx, MOE_LOG_WARNING, "the system started %d of %d threads", ctx->pool.started + 1, ctx->desc.threads);
+#endif
+}
+
 MOE_API int32_t moe_context_create(const moe_context_desc *desc, moe_context **out, moe_error *err)
 {
     moe_context_desc checked;
@@ -6980,6 +7028,7 @@ MOE_API int32_t moe_context_create(const moe_context_desc *desc, moe_context **o
         moe__free(&checked.allocator, ctx, sizeof *ctx);
         return moe__fail(err, MOE_ERROR_MEMORY, "", "the system gave no lock or condition variable");
     }
+    moe__context_report(ctx);
     *out = ctx;
     return moe__ok(err);
 }
@@ -6991,25 +7040,6 @@ MOE_API void moe_context_destroy(moe_context *ctx)
     allocator = ctx->desc.allocator;
     moe__pool_destroy(&ctx->pool);
     moe__free(&allocator, ctx, sizeof *ctx);
-}
-
-// Processor name into 64 bytes; "CPU" where the machine does not say.
-static void moe__cpu_name(char *name)
-{
-    strcpy(name, "CPU");
-#if defined(MOE__X86)
-    {
-        unsigned words[12];
-        size_t start = 0;
-        for (unsigned i = 0; i < 3; i++)
-            if (!__get_cpuid(0x80000002u + i, &words[4 * i], &words[4 * i + 1], &words[4 * i + 2], &words[4 * i + 3]))
-                return;
-        memcpy(name, words, sizeof words);
-        name[sizeof words] = 0;
-        while (name[start] == ' ') start++;
-        memmove(name, name + start, sizeof words + 1 - start);
-    }
-#endif
 }
 
 MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *info, moe_error *err)
@@ -8191,6 +8221,8 @@ MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
         return moe__fail(err, MOE_ERROR_MISSING, "weights", "lack %s", what);
     }
     weights->sealed = 1;
+    moe__log(weights->ctx, MOE_LOG_INFO, "weights of layer %d: %d experts, %U bytes", weights->layer.layer_index,
+             weights->layout.blocks, weights->layout.bytes);
     return moe__ok(err);
 }
 
@@ -10168,6 +10200,8 @@ MOE_API int32_t moe_plan_create(moe_context *ctx, const moe_layer_desc *layer, c
         int32_t local = moe__layer_local(&plan->layer, id);
         if (local >= 0) plan->expert_of_block[local] = id;
     }
+    moe__log(ctx, MOE_LOG_INFO, "plan for %d tokens: %s kernels, %U bytes of workspace", plan->desc.max_tokens,
+             moe__isa_names[ctx->isa], plan->workspace.bytes);
     *out = plan;
     return moe__ok(err);
 }

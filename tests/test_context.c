@@ -149,6 +149,48 @@ TEST(the_hook_replaces_the_pool)
     moe_context_destroy(ctx);
 }
 
+typedef struct journal {
+    char text[2048];
+    int32_t lines, worst; // worst: the lowest level seen
+} journal;
+
+static void keep_line(void *user, int32_t level, const char *text)
+{
+    journal *j = (journal *)user;
+    snprintf(j->text + strlen(j->text), sizeof j->text - strlen(j->text), "%s\n", text);
+    j->lines++;
+    if (level < j->worst) j->worst = level;
+}
+
+TEST(the_log_hook_is_told_what_was_decided)
+{
+    moe_context_desc desc = context_desc();
+    moe_layer_desc layer;
+    moe_context *ctx;
+    moe_plan *plan;
+    journal j;
+    memset(&j, 0, sizeof j);
+    memset(&layer, 0, sizeof layer);
+    j.worst = 99;
+    desc.isa = "scalar";
+    desc.threads = 3;
+    desc.log = keep_line;
+    desc.log_user = &j;
+    REQUIRE_OK(moe_context_create(&desc, &ctx, &err));
+    CHECK_EQ(j.lines, 1);
+    CHECK_CONTAINS(j.text, "scalar kernels, 3 threads");
+    layer.hidden_size = layer.intermediate_size = layer.num_experts = 8;
+    layer.format = MOE_FORMAT_F32;
+    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
+    REQUIRE_OK(moe_routing_preset(MOE_ROUTING_RENORMALIZE, &layer.routing, &err));
+    layer.routing.top_k = 2;
+    REQUIRE_OK(moe_plan_create(ctx, &layer, NULL, &plan, &err));
+    CHECK_CONTAINS(j.text, "plan for 8192 tokens");
+    CHECK_EQ(j.worst, MOE_LOG_INFO);
+    moe_plan_destroy(plan);
+    moe_context_destroy(ctx);
+}
+
 TEST(every_kernel_set_that_is_reported_can_be_forced)
 {
     for (int32_t isa = 0; isa < 4; isa++) {
@@ -191,5 +233,6 @@ TEST_MAIN(
     T(errors_are_optional)
     T(every_task_runs_exactly_once)
     T(the_hook_replaces_the_pool)
+    T(the_log_hook_is_told_what_was_decided)
     T(every_kernel_set_that_is_reported_can_be_forced)
     T(names_are_never_null))
