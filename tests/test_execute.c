@@ -595,7 +595,7 @@ TEST(a_layer_without_a_router_refuses_router_logits)
 static int32_t broken_rows(void *user, int32_t role, int32_t expert, int32_t row, float *out)
 {
     (void)user; (void)expert; (void)row;
-    memset(out, 0, 40 * sizeof out[0]);
+    memset(out, 0, (role == MOE_TENSOR_DOWN ? 40 : 72) * sizeof out[0]); // I 40, H 72
     return role == MOE_TENSOR_DOWN ? 17 : role == MOE_TENSOR_CONSTANT ? 1 : 0;
 }
 
