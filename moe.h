@@ -9515,6 +9515,7 @@ MOE__AVX2 static void moe__avx2_reduce(const float *sums, int32_t count, float *
 {
     for (int32_t i = 0; i < count; i += 4) {
         __m128 a[4], low, high;
+        _Pragma("GCC unroll 4") // else a[] goes through memory at -O2
         for (int32_t j = 0; j < 4; j++, sums += MOE__LANES) {
             __m256 v = _mm256_add_ps(_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8));
             a[j] = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
