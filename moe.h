@@ -573,7 +573,8 @@ typedef enum moe_tensor_part {
 
 // Writes row `row` of a matrix (dims[1] values), or the whole of a vector (row 0), as fp32 into out. Asked for in
 // rising order, and only for what this rank has. Returns 0, or a code of its own to stop with: the call that asked
-// fails with MOE_ERROR_DATA and says so.
+// fails with MOE_ERROR_DATA and says so. moe_reference_layer() also asks for the MOE_TENSOR_CONSTANT of every expert:
+// any code but 0 there means that the expert has matrices.
 typedef int32_t (*moe_row_fn)(void *user, int32_t role, int32_t expert, int32_t row, float *out);
 
 // A tensor handed to moe_weights_set_tensor() or found in a checkpoint. `data` is read during the call only.
