@@ -9222,6 +9222,7 @@ MOE_API int32_t moe_weights_from_checkpoint(moe_context *ctx, const moe_checkpoi
 enum {
     MOE__LANES = 16,
     MOE__CELL_ROWS = 4,   // x rows x weight rows whose sums a kernel keeps in registers
+    MOE__WIDE_ROWS = 8,   // x rows where there are 32 registers
     MOE__CELL_COLS = 3,
     MOE__STRIP_COLS = 4,  // weight rows of the kernel for a single x row
     MOE__K_BLOCK = 512,   // 4 x rows of it are 8 KB: they stay in L1 while 96 weight rows pass
@@ -9306,6 +9307,8 @@ typedef struct moe__kernels {
     void (*reduce)(const float *sums, int32_t count, float *out);
     void (*add_scaled)(float scale, const float *x, float *acc, int32_t n); // acc = fma(scale, x, acc)
     void (*sigmoid)(float *x, int32_t n);                                   // n is a multiple of 16
+    // As tile, for 8 x rows; NULL where registers are too few.
+    void (*wide[3])(const float *const *x, const void *const *w, int32_t n, int32_t first, size_t ahead, float *sums);
 } moe__kernels;
 
 static float moe__same_f32(float value) { return value; }
@@ -9380,7 +9383,11 @@ static void moe__scalar_sigmoid(float *x, int32_t n)
     store(s + 16 * (3 * r), a##r##0); \
     store(s + 16 * (3 * r + 1), a##r##1); \
     store(s + 16 * (3 * r + 2), a##r##2);
-#define MOE__VECTOR_TILE(name, target, vec, lanes, type, load, widen, set1, fma, store) \
+#define MOE__ROWS_4(text, ...) text(0, __VA_ARGS__) text(1, __VA_ARGS__) text(2, __VA_ARGS__) text(3, __VA_ARGS__)
+#define MOE__ROWS_8(text, ...) \
+    MOE__ROWS_4(text, __VA_ARGS__) \
+    text(4, __VA_ARGS__) text(5, __VA_ARGS__) text(6, __VA_ARGS__) text(7, __VA_ARGS__)
+#define MOE__VECTOR_TILE(name, rows, target, vec, lanes, type, load, widen, set1, fma, store) \
     target static void name(const float *const *x, const void *const *w, int32_t n, int32_t first, size_t ahead, \
                             float *sums) \
     { \
@@ -9388,24 +9395,15 @@ static void moe__scalar_sigmoid(float *x, int32_t n)
             const type *p0 = (const type *)w[0] + lane, *p1 = (const type *)w[1] + lane; \
             const type *p2 = (const type *)w[2] + lane; \
             float *s = sums + lane; \
-            MOE__TILE_BEGIN(0, vec, lanes, load, set1) \
-            MOE__TILE_BEGIN(1, vec, lanes, load, set1) \
-            MOE__TILE_BEGIN(2, vec, lanes, load, set1) \
-            MOE__TILE_BEGIN(3, vec, lanes, load, set1) \
+            rows(MOE__TILE_BEGIN, vec, lanes, load, set1) \
             for (int32_t k = 0; k < n; k += MOE__LANES) { \
                 vec w0 = widen(p0 + k), w1 = widen(p1 + k), w2 = widen(p2 + k), v; \
                 __builtin_prefetch((const char *)(p0 + k) + ahead); \
                 __builtin_prefetch((const char *)(p1 + k) + ahead); \
                 __builtin_prefetch((const char *)(p2 + k) + ahead); \
-                MOE__TILE_ROW(0, fma, load) \
-                MOE__TILE_ROW(1, fma, load) \
-                MOE__TILE_ROW(2, fma, load) \
-                MOE__TILE_ROW(3, fma, load) \
+                rows(MOE__TILE_ROW, fma, load) \
             } \
-            MOE__TILE_END(0, store) \
-            MOE__TILE_END(1, store) \
-            MOE__TILE_END(2, store) \
-            MOE__TILE_END(3, store) \
+            rows(MOE__TILE_END, store) \
         } \
     }
 
@@ -9470,9 +9468,9 @@ static void moe__scalar_sigmoid(float *x, int32_t n)
     }
 
 #define MOE__VECTOR_KERNELS(prefix, target, vec, ivec, lanes, load, load_bf16, load_f16, set1, fma, max, store) \
-    MOE__VECTOR_TILE(prefix##_tile_f32, target, vec, lanes, float, load, load, set1, fma, store) \
-    MOE__VECTOR_TILE(prefix##_tile_bf16, target, vec, lanes, uint16_t, load, load_bf16, set1, fma, store) \
-    MOE__VECTOR_TILE(prefix##_tile_f16, target, vec, lanes, uint16_t, load, load_f16, set1, fma, store) \
+    MOE__VECTOR_TILE(prefix##_tile_f32, MOE__ROWS_4, target, vec, lanes, float, load, load, set1, fma, store) \
+    MOE__VECTOR_TILE(prefix##_tile_bf16, MOE__ROWS_4, target, vec, lanes, uint16_t, load, load_bf16, set1, fma, store) \
+    MOE__VECTOR_TILE(prefix##_tile_f16, MOE__ROWS_4, target, vec, lanes, uint16_t, load, load_f16, set1, fma, store) \
     MOE__VECTOR_STRIP(prefix##_strip_f32, target, vec, lanes, float, load, load, set1, fma, store) \
     MOE__VECTOR_STRIP(prefix##_strip_bf16, target, vec, lanes, uint16_t, load, load_bf16, set1, fma, store) \
     MOE__VECTOR_STRIP(prefix##_strip_f16, target, vec, lanes, uint16_t, load, load_f16, set1, fma, store) \
@@ -9510,6 +9508,12 @@ MOE__VECTOR_KERNELS(moe__avx2, MOE__AVX2, __m256, moe__i32x8, 8, _mm256_loadu_ps
                     _mm256_set1_ps, _mm256_fmadd_ps, _mm256_max_ps, _mm256_storeu_ps)
 MOE__VECTOR_KERNELS(moe__avx512, MOE__AVX512, __m512, moe__i32x16, 16, _mm512_loadu_ps, moe__avx512_bf16,
                     moe__avx512_f16, _mm512_set1_ps, _mm512_fmadd_ps, moe__avx512_max, _mm512_storeu_ps)
+#define MOE__AVX512_WIDE(name, type, widen) \
+    MOE__VECTOR_TILE(name, MOE__ROWS_8, MOE__AVX512, __m512, 16, type, _mm512_loadu_ps, widen, _mm512_set1_ps, \
+                     _mm512_fmadd_ps, _mm512_storeu_ps)
+MOE__AVX512_WIDE(moe__avx512_wide_f32, float, _mm512_loadu_ps)
+MOE__AVX512_WIDE(moe__avx512_wide_bf16, uint16_t, moe__avx512_bf16)
+MOE__AVX512_WIDE(moe__avx512_wide_f16, uint16_t, moe__avx512_f16)
 
 // Four sums at a time, so that the last steps have full registers; AVX-512 machines use it too.
 MOE__AVX2 static void moe__avx2_reduce(const float *sums, int32_t count, float *out)
@@ -9542,18 +9546,19 @@ MOE__VECTOR_KERNELS(moe__neon, , float32x4_t, moe__i32x4, 4, vld1q_f32, moe__neo
 
 static const moe__kernels *moe__kernels_of(int32_t isa)
 {
-#define MOE__KERNEL_TABLE(isa, reduce) \
+#define MOE__KERNEL_TABLE(isa, reduce, wide_f32, wide_bf16, wide_f16) \
     { { isa##_tile_f32, isa##_tile_bf16, isa##_tile_f16 }, { isa##_strip_f32, isa##_strip_bf16, isa##_strip_f16 }, \
-      reduce, isa##_add_scaled, isa##_sigmoid }
-    static const moe__kernels scalar = MOE__KERNEL_TABLE(moe__scalar, moe__scalar_reduce);
+      reduce, isa##_add_scaled, isa##_sigmoid, { wide_f32, wide_bf16, wide_f16 } }
+    static const moe__kernels scalar = MOE__KERNEL_TABLE(moe__scalar, moe__scalar_reduce, NULL, NULL, NULL);
 #if defined(MOE__X86)
-    static const moe__kernels avx2 = MOE__KERNEL_TABLE(moe__avx2, moe__avx2_reduce);
-    static const moe__kernels avx512 = MOE__KERNEL_TABLE(moe__avx512, moe__avx2_reduce);
+    static const moe__kernels avx2 = MOE__KERNEL_TABLE(moe__avx2, moe__avx2_reduce, NULL, NULL, NULL);
+    static const moe__kernels avx512 = MOE__KERNEL_TABLE(moe__avx512, moe__avx2_reduce, moe__avx512_wide_f32,
+                                                           moe__avx512_wide_bf16, moe__avx512_wide_f16);
     if (isa == MOE__ISA_AVX512) return &avx512;
     if (isa == MOE__ISA_AVX2) return &avx2;
 #endif
 #if defined(MOE__NEON)
-    static const moe__kernels neon = MOE__KERNEL_TABLE(moe__neon, moe__scalar_reduce);
+    static const moe__kernels neon = MOE__KERNEL_TABLE(moe__neon, moe__scalar_reduce, NULL, NULL, NULL);
     if (isa == MOE__ISA_NEON) return &neon;
 #endif
 #undef MOE__KERNEL_TABLE
@@ -9685,14 +9690,15 @@ static void moe__cpu_task_at(const moe__cpu *cpu, int32_t index, int32_t all_col
     task->cols = moe__min32(MOE__TASK_COLS, all_cols - task->col);
 }
 
-// dots [rows][96] of up to 32 x rows and 96 weight rows. x has room for MOE__CELL_ROWS - 1 more pointers.
+// dots [rows][96] of up to 32 x rows and 96 weight rows. x has room for MOE__WIDE_ROWS - 1 more pointers.
 static void moe__cpu_dots(const moe__kernels *kernels, int32_t dtype, const float **x, int32_t rows,
                           const unsigned char *w, size_t row_bytes, int32_t cols, int32_t n, float *sums, float *dots)
 {
     size_t element = dtype == MOE_DTYPE_F32 ? 4 : 2;
     int32_t tiles = (cols + MOE__CELL_COLS - 1) / MOE__CELL_COLS, step = rows <= MOE__CELL_ROWS ? 1 : tiles;
+    int32_t wide = rows > MOE__CELL_ROWS && kernels->wide[0] != NULL, cell = wide ? MOE__WIDE_ROWS : MOE__CELL_ROWS;
     const void *weight[MOE__STRIP_COLS];
-    float values[MOE__CELL_ROWS * MOE__CELL_COLS];
+    float values[MOE__WIDE_ROWS * MOE__CELL_COLS];
     if (rows == 1) {
         for (int32_t c = 0; c < cols; c += MOE__STRIP_COLS) {
             for (int32_t i = 0; i < MOE__STRIP_COLS; i++)
@@ -9702,30 +9708,31 @@ static void moe__cpu_dots(const moe__kernels *kernels, int32_t dtype, const floa
         }
         return;
     }
-    for (int32_t r = rows; r % MOE__CELL_ROWS != 0; r++) x[r] = x[rows - 1]; // computed, not used
+    for (int32_t r = rows; r % cell != 0; r++) x[r] = x[rows - 1]; // computed, not used
     for (int32_t t0 = 0; t0 < tiles; t0 += step) {
         for (int32_t k = 0; k < n; k += MOE__K_BLOCK)
-            for (int32_t r = 0; r < rows; r += MOE__CELL_ROWS) {
-                const float *xk[MOE__CELL_ROWS];
+            for (int32_t r = 0; r < rows; r += cell) {
+                const float *xk[MOE__WIDE_ROWS];
                 // Next from memory: the same K block of the next weight rows, as long as no x row has seen them, else
                 // the next K block of these.
                 size_t ahead = k == 0 || rows <= MOE__CELL_ROWS ? MOE__CELL_COLS * row_bytes : MOE__K_BLOCK * element;
                 if (r > 0) ahead = MOE__K_BLOCK * element;
-                for (int32_t i = 0; i < MOE__CELL_ROWS; i++) xk[i] = x[r + i] + k;
+                for (int32_t i = 0; i < cell; i++) xk[i] = x[r + i] + k;
                 for (int32_t t = t0; t < t0 + step; t++) {
                     for (int32_t i = 0; i < MOE__CELL_COLS; i++)
                         weight[i] =
                             w + (size_t)moe__min32(t * MOE__CELL_COLS + i, cols - 1) * row_bytes + (size_t)k * element;
-                    kernels->tile[dtype - MOE_DTYPE_F32](xk, weight, moe__min32(MOE__K_BLOCK, n - k), k == 0, ahead,
-                        sums + (r / MOE__CELL_ROWS * tiles + t) * MOE__CELL_ROWS * MOE__CELL_COLS * MOE__LANES);
+                    (wide ? kernels->wide : kernels->tile)[dtype - MOE_DTYPE_F32](
+                        xk, weight, moe__min32(MOE__K_BLOCK, n - k), k == 0, ahead,
+                        sums + (r / cell * tiles + t) * cell * MOE__CELL_COLS * MOE__LANES);
                 }
             }
     }
-    for (int32_t r = 0; r < rows; r += MOE__CELL_ROWS)
+    for (int32_t r = 0; r < rows; r += cell)
         for (int32_t t = 0; t < tiles; t++) {
-            kernels->reduce(sums + (r / MOE__CELL_ROWS * tiles + t) * MOE__CELL_ROWS * MOE__CELL_COLS * MOE__LANES,
-                            MOE__CELL_ROWS * MOE__CELL_COLS, values);
-            for (int32_t i = 0; i < MOE__CELL_ROWS && r + i < rows; i++)
+            kernels->reduce(sums + (r / cell * tiles + t) * cell * MOE__CELL_COLS * MOE__LANES,
+                            cell * MOE__CELL_COLS, values);
+            for (int32_t i = 0; i < cell && r + i < rows; i++)
                 memcpy(dots + (r + i) * MOE__TASK_COLS + t * MOE__CELL_COLS, values + i * MOE__CELL_COLS,
                        MOE__CELL_COLS * sizeof values[0]);
         }
@@ -9735,14 +9742,18 @@ static void moe__cpu_dots(const moe__kernels *kernels, int32_t dtype, const floa
 static void moe__cpu_activate(const moe__kernels *kernels, const moe_activation_desc *act, float *gate, const float *up,
                               float *s, int32_t n)
 {
+    // The usual case: the operations of moe__activate() without its branches.
+    int32_t unclamped = act->kind == MOE_ACTIVATION_SWIGLU && act->limit == 0;
     if (!moe__activation_has_sigmoid(act->kind)) {
         for (int32_t i = 0; i < n; i++) gate[i] = moe__activate(act, gate[i], up[i]);
         return;
     }
-    for (int32_t i = 0; i < n; i++) s[i] = moe__activation_sigmoid_of(act, gate[i]);
+    if (unclamped) for (int32_t i = 0; i < n; i++) s[i] = act->alpha * gate[i];
+    else for (int32_t i = 0; i < n; i++) s[i] = moe__activation_sigmoid_of(act, gate[i]);
     for (int32_t i = n; i % MOE__LANES != 0; i++) s[i] = 0;
     kernels->sigmoid(s, (n + MOE__LANES - 1) / MOE__LANES * MOE__LANES);
-    for (int32_t i = 0; i < n; i++) gate[i] = moe__activation_with_sigmoid(act, gate[i], up[i], s[i]);
+    if (unclamped) for (int32_t i = 0; i < n; i++) gate[i] = gate[i] * s[i] * (up[i] + act->beta);
+    else for (int32_t i = 0; i < n; i++) gate[i] = moe__activation_with_sigmoid(act, gate[i], up[i], s[i]);
 }
 
 static moe_activation_desc moe__cpu_activation(const moe__cpu *cpu, const moe__cpu_task *task)
@@ -9760,7 +9771,7 @@ static moe_activation_desc moe__cpu_activation(const moe__cpu *cpu, const moe__c
 static void moe__cpu_gemm1(void *arg, int32_t index, int32_t worker)
 {
     const moe__cpu *cpu = (const moe__cpu *)arg;
-    const float *x[MOE__TASK_ROWS + MOE__CELL_ROWS];
+    const float *x[MOE__TASK_ROWS + MOE__WIDE_ROWS];
     float *sums = cpu->scratch + (size_t)worker * MOE__SCRATCH, *dots = sums + MOE__SUMS;
     float gate[MOE__TASK_COLS], up[MOE__TASK_COLS], s[MOE__TASK_COLS];
     int32_t gated = moe__layer_is_gated(cpu->layer), dtype = cpu->weights->layout.dtype, first, features;
@@ -9802,7 +9813,7 @@ static void moe__cpu_gemm1(void *arg, int32_t index, int32_t worker)
 static void moe__cpu_gemm2(void *arg, int32_t index, int32_t worker)
 {
     const moe__cpu *cpu = (const moe__cpu *)arg;
-    const float *x[MOE__TASK_ROWS + MOE__CELL_ROWS];
+    const float *x[MOE__TASK_ROWS + MOE__WIDE_ROWS];
     float *sums = cpu->scratch + (size_t)worker * MOE__SCRATCH, *dots = sums + MOE__SUMS;
     int32_t dtype = cpu->weights->layout.dtype, column;
     const moe__block_shape *shape;
@@ -10899,7 +10910,7 @@ static void moe__router_task(void *arg, int32_t index, int32_t worker)
     int32_t rows = moe__min32(MOE__TASK_ROWS, run->tokens - first);
     float *sums = (float *)(void *)(run->memory + plan->workspace.scratch) + (size_t)worker * MOE__SCRATCH,
           *dots = sums + MOE__SUMS;
-    const float *x[MOE__TASK_ROWS + MOE__CELL_ROWS];
+    const float *x[MOE__TASK_ROWS + MOE__WIDE_ROWS];
     for (int32_t r = 0; r < rows; r++) x[r] = run->x + (int64_t)(first + r) * ld;
     moe__cpu_dots(moe__kernels_of(plan->ctx->isa), MOE_DTYPE_F32, x, rows,
                   (const unsigned char *)(router->table + (int64_t)col * ld), (size_t)ld * sizeof(float), cols, ld,

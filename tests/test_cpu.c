@@ -206,7 +206,7 @@ TEST(dots_of_a_task_are_single_dots)
         if (!available(isa, &kernels)) continue;
         for (int i = 0; i < 7; i++)
             for (int j = 0; j < 7; j++) {
-                const float *row[ROWS + MOE__CELL_ROWS];
+                const float *row[ROWS + MOE__WIDE_ROWS];
                 float *dots = scratch + MOE__SUMS;
                 int wrong = 0;
                 if (isa == MOE__ISA_SCALAR && rows[i] * cols[j] > 300) continue;
@@ -296,7 +296,7 @@ TEST(the_kernels_text_holds_for_16_lanes)
 {
     static const moe__kernels kernels = { { wide_tile_f32, wide_tile_bf16, wide_tile_f16 },
                                           { wide_strip_f32, wide_strip_bf16, wide_strip_f16 },
-                                          moe__scalar_reduce, wide_add_scaled, wide_sigmoid };
+                                          moe__scalar_reduce, wide_add_scaled, wide_sigmoid, { NULL, NULL, NULL } };
     uint64_t state = 31;
     float x[64], y[64];
     for (int dtype = MOE_DTYPE_F32; dtype <= MOE_DTYPE_F16; dtype++) {
