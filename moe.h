@@ -31,7 +31,8 @@
 //
 // WHAT IT DOES NOT DO
 //     No training. No communication: it computes a rank's partial sum and leaves the exchange to the engine. Latent
-//     projections and the norms around the layer are the engine's. The router's own product is a separate call
+//     projections, the norms around the layer, and shared experts that see another width than the routed ones (latent
+//     layers: inference then gives shared.count 0) are the engine's. The router's own product is a separate call
 //     (moe_router_logits), because routers may see another input than the experts do.
 //
 // INDEX    search for the tag
