@@ -51,6 +51,11 @@ call::~call()
     host_log(name, stream_number, capture_state, code);
 }
 
+int driver_version()
+{
+    return drv().initialised ? drv().version : atoi(host_env("MOE_EMU_DRIVER_VERSION", "13000").c_str());
+}
+
 static size_t device_bytes()
 {
     return strtoull(host_env("MOE_EMU_MEMORY", "8589934592").c_str(), nullptr, 10);
@@ -112,7 +117,7 @@ EMU_API CUresult cuDriverGetVersion(int *version)
     call c("cuDriverGetVersion", call::ANY);
     if (c.code) return c.code;
     if (!version) return c(CUDA_ERROR_INVALID_VALUE);
-    *version = drv().initialised ? drv().version : atoi(host_env("MOE_EMU_DRIVER_VERSION", "13000").c_str());
+    *version = driver_version();
     return CUDA_SUCCESS;
 }
 
@@ -780,17 +785,19 @@ CUresult get_function(CUmod_st *m, const char *name, CUfunction *out)
     return CUDA_SUCCESS;
 }
 
-// Waits for queued work before the code goes away; that there is any is reported, as hardware gives no such promise.
+// Hardware would run code that is gone. Here that is reported and the module stays.
 CUresult unload_checked(CUmod_st *m)
 {
+    const char *user = nullptr;
     if (!is_module(m)) return CUDA_ERROR_INVALID_HANDLE;
     for (CUgraphExec_st *e : drv().execs)
-        if (graph_uses(e->graph.get(), m)) {
-            host_report("emu: cuModuleUnload: a graph that can still be launched uses the module\n");
-            return CUDA_ERROR_INVALID_HANDLE;
-        }
-    CUctx_st *ctx = m->ctx;
-    wait_for_all(ctx);
+        if (graph_uses(e->graph.get(), m)) user = "a graph that can still be launched";
+    for (const op_ptr &o : m->ctx->pending)
+        if (!emu_done(o->handle) && o->function && o->function->module == m) user = "a kernel that has not run";
+    if (user) {
+        host_report(std::string("emu: cuModuleUnload: ") + user + " is of this module\n");
+        return m->ctx->sticky = CUDA_ERROR_LAUNCH_FAILED;
+    }
     unload(m);
     return CUDA_SUCCESS;
 }
@@ -1043,21 +1050,24 @@ static std::string leaks_now()
     return text;
 }
 
-// Lists what is alive, one a line, and what went with its context. Returns the number of lines.
+// Lists what is alive, one a line, and what went with its context since the last list. Returns the number of lines.
 EMU_API int emu_leaks(char *text, size_t bytes)
 {
     std::lock_guard<std::recursive_mutex> guard(drv().lock);
     std::string all = leaks_now();
+    drv().leaks.clear();
     if (bytes) snprintf(text, bytes, "%s", all.c_str());
     return (int)std::count(all.begin(), all.end(), '\n');
 }
 
-EMU_API void emu_log_begin(void)
+// Between the two every call of this process's threads is kept, a line each that begins with the function's name.
+EMU_API int emu_log_begin(void)
 {
     host_log_begin();
+    return 0;
 }
 
-EMU_API size_t emu_log_end(char *text, size_t bytes)
+EMU_API const char *emu_log_end(void)
 {
-    return host_log_end(text, bytes);
+    return host_log_end();
 }

@@ -40,9 +40,9 @@ struct work {
 // An operation of the engine. Streams, events and graphs share it.
 struct op {
     emu_op *handle;
-    bool is_kernel;
+    CUfunc_st *function;                            // of a kernel
     std::shared_ptr<void> keeps;
-    op(emu_op *h, const work &w) : handle(h), is_kernel(w.kind == WORK_KERNEL), keeps(w.keeps) {}
+    op(emu_op *h, const work &w) : handle(h), function(w.function), keeps(w.keeps) {}
     op(const op &) = delete;
     ~op();
 };
@@ -73,6 +73,7 @@ struct CUctx_st {
     std::set<CUstream_st *> streams;                // created and per-thread ones, without the legacy stream
     std::set<CUevent_st *> events;
     std::set<CUmod_st *> modules;
+    std::vector<op_ptr> pending;                    // what has not run, or had not when it was last looked at
 };
 
 struct CUgraphNode_st {
@@ -170,6 +171,7 @@ struct driver {
 };
 
 driver &drv();
+int driver_version();
 
 // One API call: takes the lock, injects faults, checks what every call of its class checks, logs its result.
 struct call {

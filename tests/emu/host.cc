@@ -128,8 +128,8 @@ void host_log(const char *function, long stream, int capture, int result)
     if (s.log_file.empty() && !s.keeps) return;
     static const char *const states[] = { "-", "capturing", "invalidated" };
     std::string name = stream == 0 ? "-" : stream == -1 ? "legacy" : stream == -2 ? "thread" : std::to_string(stream);
-    std::string line = std::to_string(thread_number()) + " " + function + " " + name + " " + states[capture] + " " +
-                       std::to_string(result) + "\n";
+    std::string line = std::string(function) + " " + std::to_string(thread_number()) + " " + name + " " +
+                       states[capture] + " " + std::to_string(result) + "\n";
     if (s.keeps) s.kept += line;
     if (!s.log_file.empty()) append(s.log_file, line);
 }
@@ -142,17 +142,12 @@ void host_log_begin()
     s.keeps = true;
 }
 
-size_t host_log_end(char *text, size_t bytes)
+const char *host_log_end()
 {
     settings &s = state();
     std::lock_guard<std::recursive_mutex> guard(s.lock);
     s.keeps = false;
-    if (bytes) {
-        size_t n = std::min(bytes - 1, s.kept.size());
-        memcpy(text, s.kept.data(), n);
-        text[n] = 0;
-    }
-    return s.kept.size() + 1;
+    return s.kept.c_str();
 }
 
 void host_report(const std::string &text)

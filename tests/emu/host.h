@@ -1,9 +1,9 @@
 // What the emulated driver and the emulated NVRTC share: environment, injected faults, the call log, compiling kernel
-// text with g++, and the images that come of it. Environment, read when a library is first called and again by cuInit:
+// text with g++, and the images that come of it. Environment, read again by cuInit and nvrtcVersion:
 //
 //   MOE_EMU_FAIL=cuMemAlloc:1=2,nvrtcCompileProgram:2=6   the n-th call of a function (0: every call) returns a code
 //   MOE_EMU_MISSING=cuLaunchKernelEx,...                  names that cuGetProcAddress does not know
-//   MOE_EMU_LOG=file                                      a line per call: thread, function, stream, capture, result
+//   MOE_EMU_LOG=file                                      a line per call: function, thread, stream, capture, result
 //   MOE_EMU_CXX (g++), MOE_EMU_DEVICE_H                   compiler and the header forced in front of the kernel text
 //   MOE_EMU_CACHE=folder                                  keeps compiled images; off if not set
 //   MOE_EMU_PTX_SOURCE=moe_kernels.cu.inc                 what an embedded PTX image was made from
@@ -28,7 +28,7 @@ bool host_missing(const char *function);
 // One line of the log. stream 0 is none, -1 the legacy stream, -2 the thread's own; capture 0 none, 1 active, 2 broken.
 void host_log(const char *function, long stream, int capture, int result);
 void host_log_begin();                          // starts keeping this process's lines in memory
-size_t host_log_end(char *text, size_t bytes);  // stops, copies them; returns the bytes that all of them need
+const char *host_log_end();                     // stops; the lines, valid until the next host_log_begin
 void host_report(const std::string &text);      // to stderr and to the file in MOE_EMU_REPORT
 
 // ---- kernel text -> image -------------------------------------------------------------------------------------------

@@ -173,6 +173,7 @@ EMU_API const char *nvrtcGetErrorString(nvrtcResult result)
 
 EMU_API nvrtcResult nvrtcVersion(int *major, int *minor)
 {
+    host_read_settings();
     if (int fault = host_fault("nvrtcVersion")) return done("nvrtcVersion", fault);
     if (!major || !minor) return done("nvrtcVersion", NVRTC_INVALID_INPUT);
     *major = version() / 1000;

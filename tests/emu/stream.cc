@@ -46,6 +46,16 @@ static emu_op_desc describe(const work &w)
     return d;
 }
 
+// Holds what an operation needs until it has run, also when its stream or event has moved on.
+static void remember(CUctx_st *ctx, const op_ptr &o)
+{
+    auto over = [](const op_ptr &each) { return emu_done(each->handle); };
+    auto &pending = ctx->pending;
+    if (pending.size() % 64 == 63)
+        pending.erase(std::remove_if(pending.begin(), pending.end(), over), pending.end());
+    pending.push_back(o);
+}
+
 op_ptr submit(CUctx_st *ctx, const work &w, const std::vector<op_edge> &before)
 {
     emu_op_desc d = describe(w);
@@ -63,7 +73,9 @@ op_ptr submit(CUctx_st *ctx, const work &w, const std::vector<op_edge> &before)
         kept.keeps = own;
     }
     emu_op *handle = emu_submit(ctx->dev->engine, &d, from.data(), programmatic.data(), (int)from.size());
-    return std::make_shared<op>(handle, kept);
+    op_ptr o = std::make_shared<op>(handle, kept);
+    remember(ctx, o);
+    return o;
 }
 
 static CUresult code_of(int status)
@@ -94,7 +106,7 @@ CUresult wait_for_all(CUctx_st *ctx)
 std::vector<op_edge> edges_before(CUstream_st *s, bool programmatic)
 {
     std::vector<op_edge> edges;
-    if (s->tail) edges.push_back({ s->tail, programmatic && s->tail->is_kernel });
+    if (s->tail) edges.push_back({ s->tail, programmatic && s->tail->function });
     for (const op_ptr &o : s->waits) edges.push_back({ o, false });
     CUstream_st *legacy = s->ctx->legacy;
     if (s == legacy) {
@@ -719,7 +731,7 @@ void *find_symbol(const char *name, int version, int *status)
     if (host_missing(name) || !dladdr((const void *)find_symbol, &info)) return nullptr;
     void *self = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
     for (const symbol &s : symbols) {
-        if (strcmp(s.name, name) != 0 || s.since > drv().version) continue;
+        if (strcmp(s.name, name) != 0 || s.since > driver_version()) continue;
         if (s.since > version && !found) *status = 2;
         if (s.since > version) continue;
         found = dlsym(self, (std::string(name) + s.suffix).c_str());
@@ -736,7 +748,7 @@ EMU_API CUresult cuGetProcAddress_v2(const char *name, void **out, int version, 
     call c("cuGetProcAddress", call::ANY);
     int own;
     if (c.code) return c.code;
-    if (!name || !out || version > drv().version) return c(CUDA_ERROR_INVALID_VALUE);
+    if (!name || !out || version > driver_version()) return c(CUDA_ERROR_INVALID_VALUE);
     *out = find_symbol(name, version, status ? status : &own);
     return c(*out || status ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND);
 }
