@@ -61,7 +61,7 @@ static size_t device_bytes()
     return strtoull(host_env("MOE_EMU_MEMORY", "8589934592").c_str(), nullptr, 10);
 }
 
-// Kernels' shared objects look their __tsan_ functions up in this library, which the program opened for itself alone.
+// Kernels' shared objects look the engine's functions up in this library, which the program opened for itself alone.
 static void publish_symbols()
 {
     Dl_info info;
@@ -89,6 +89,10 @@ static void configure(driver &d)
     for (const std::string &chip : chips) {
         int capability = atoi(chip.c_str());
         emu_device *engine = emu_device_create(capability, d.sms);
+        if (!engine) {
+            host_report("MOE_EMU_DEVICES: no chip has compute capability " + chip + "\n");
+            continue;
+        }
         d.devices.emplace_back(new device{ (int)d.devices.size(), capability, engine, nullptr, 0, 0 });
     }
 }
@@ -304,7 +308,7 @@ static void unload(CUmod_st *m)
 static void destroy_context(CUctx_st *ctx)
 {
     driver &d = drv();
-    wait_for_all(ctx);
+    if (!ctx->sticky) wait_for_all(ctx);
     std::string where = " of a context that was destroyed";
     for (CUmod_st *m : ctx->modules)
         d.leaks.push_back("module with " + std::to_string(m->functions.size()) + " functions" + where);
@@ -320,6 +324,8 @@ static void destroy_context(CUctx_st *ctx)
         i = d.memory.erase(i);
     }
     d.contexts.erase(ctx);
+    forget_pending(ctx);
+    if (ctx->sticky) emu_device_recover(ctx->dev->engine);
     if (ctx->dev->primary == ctx) ctx->dev->primary = nullptr;
     delete ctx;
 }
@@ -793,7 +799,7 @@ CUresult unload_checked(CUmod_st *m)
     for (CUgraphExec_st *e : drv().execs)
         if (graph_uses(e->graph.get(), m)) user = "a graph that can still be launched";
     for (const op_ptr &o : m->ctx->pending)
-        if (!emu_done(o->handle) && o->function && o->function->module == m) user = "a kernel that has not run";
+        if (!o->ended && o->function && o->function->module == m) user = "a kernel that has not run";
     if (user) {
         host_report(std::string("emu: cuModuleUnload: ") + user + " is of this module\n");
         return m->ctx->sticky = CUDA_ERROR_LAUNCH_FAILED;
@@ -1010,19 +1016,6 @@ EMU_API CUresult cuOccupancyMaxPotentialClusterSize(int *size, CUfunction f, con
     if (!is_function(f)) return c(CUDA_ERROR_INVALID_HANDLE);
     *size = c.ctx->dev->capability < 90 ? 1 : f->non_portable_cluster ? 16 : 8;
     return CUDA_SUCCESS;
-}
-
-// ---- tensor maps ----------------------------------------------------------------------------------------------------
-
-EMU_API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, int type, uint32_t rank, void *base, const uint64_t *dims,
-                                        const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
-                                        int interleave, int swizzle, int promotion, int fill)
-{
-    call c("cuTensorMapEncodeTiled", call::INIT);
-    if (c.code) return c.code;
-    if (!map || !dims || !box || !steps || (rank > 1 && !strides)) return c(CUDA_ERROR_INVALID_VALUE);
-    return c(emu_tensor_map_encode(map, type, rank, base, dims, strides, box, steps, interleave, swizzle, promotion,
-                                   fill) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE);
 }
 
 // ---- leaks and the log ----------------------------------------------------------------------------------------------

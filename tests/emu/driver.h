@@ -37,11 +37,14 @@ struct work {
     bool programmatic = false;                      // may start before the kernel in front of it has ended
 };
 
-// An operation of the engine. Streams, events and graphs share it.
+// An operation of the engine. Streams, events and graphs share it. ended: the program has waited for it, or for one
+// behind it, so that it knows that it ran.
 struct op {
     emu_op *handle;
     CUfunc_st *function;                            // of a kernel
     std::shared_ptr<void> keeps;
+    std::vector<std::shared_ptr<op>> before;        // until it has ended
+    bool ended = false;
     op(emu_op *h, const work &w) : handle(h), function(w.function), keeps(w.keeps) {}
     op(const op &) = delete;
     ~op();
@@ -73,7 +76,7 @@ struct CUctx_st {
     std::set<CUstream_st *> streams;                // created and per-thread ones, without the legacy stream
     std::set<CUevent_st *> events;
     std::set<CUmod_st *> modules;
-    std::vector<op_ptr> pending;                    // what has not run, or had not when it was last looked at
+    std::vector<op_ptr> pending;                    // what has not ended, and a little that has
 };
 
 struct CUgraphNode_st {
@@ -199,6 +202,7 @@ CUresult enqueue(CUstream_st *s, work w);
 op_ptr submit(CUctx_st *ctx, const work &w, const std::vector<op_edge> &before);
 CUresult wait_for(CUctx_st *ctx, const op_ptr &o);
 CUresult wait_for_all(CUctx_st *ctx);
+void forget_pending(CUctx_st *ctx);
 std::vector<op_edge> edges_before(CUstream_st *s, bool programmatic);
 CUresult set_tail(CUstream_st *s, const op_ptr &o);
 

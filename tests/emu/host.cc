@@ -280,14 +280,14 @@ bool host_parse_chip(const std::string &name, host_chip *chip)
     return !chip->variant || chip->variant == 'a' || chip->variant == 'f';
 }
 
-// -fno-strict-aliasing: kernel text reads bytes as vectors, as CUDA code does. Without libtsan (-nodefaultlibs) the
-// __tsan_ functions stay undefined until the driver's own meet them at load. Hidden, not unique: two programs in one
+// -fno-strict-aliasing: kernel text reads bytes as vectors, as CUDA code does. Without the sanitizers' libraries
+// (-nodefaultlibs) their functions stay undefined until the engine's own meet them at load. Hidden, not unique: two programs in one
 // process never share a function.
 static std::vector<std::string> compile_command(const std::vector<std::string> &defines, const host_chip &chip)
 {
     std::vector<std::string> c = {
         host_env("MOE_EMU_CXX", "g++"), "-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
-        "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fPIC", "-shared", "-nodefaultlibs",
+        "-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0", "-fPIC", "-shared", "-nodefaultlibs",
         "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions", "-fno-rtti", "-fno-stack-protector",
         "-fno-threadsafe-statics", "-w", "-Wl,-Bsymbolic", "-DMOE_EMU", "-include",
         host_env("MOE_EMU_DEVICE_H", EMU_DEVICE_H), "-DMOE_ARCH=" + std::to_string(chip.major_minor),

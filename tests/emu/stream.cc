@@ -46,14 +46,34 @@ static emu_op_desc describe(const work &w)
     return d;
 }
 
-// Holds what an operation needs until it has run, also when its stream or event has moved on.
-static void remember(CUctx_st *ctx, const op_ptr &o)
+// The context holds what an operation needs until it has run, also when its stream or event has moved on.
+static void remember(CUctx_st *ctx, const op_ptr &o, const std::vector<op_edge> &before)
 {
-    auto over = [](const op_ptr &each) { return emu_done(each->handle); };
+    auto over = [](const op_ptr &each) { return each->ended; };
     auto &pending = ctx->pending;
     if (pending.size() % 64 == 63)
         pending.erase(std::remove_if(pending.begin(), pending.end(), over), pending.end());
     pending.push_back(o);
+    for (const op_edge &e : before)
+        if (!e.from->ended) o->before.push_back(e.from);
+}
+
+static void mark_ended(const op_ptr &last)
+{
+    std::vector<op_ptr> next(1, last);
+    while (!next.empty()) {
+        op_ptr o = next.back();
+        next.pop_back();
+        if (!o->ended) next.insert(next.end(), o->before.begin(), o->before.end());
+        o->ended = true;
+        o->before.clear();
+    }
+}
+
+// From the last on: each is held by those behind it, and their destructors would nest.
+void forget_pending(CUctx_st *ctx)
+{
+    while (!ctx->pending.empty()) ctx->pending.pop_back();
 }
 
 op_ptr submit(CUctx_st *ctx, const work &w, const std::vector<op_edge> &before)
@@ -74,7 +94,7 @@ op_ptr submit(CUctx_st *ctx, const work &w, const std::vector<op_edge> &before)
     }
     emu_op *handle = emu_submit(ctx->dev->engine, &d, from.data(), programmatic.data(), (int)from.size());
     op_ptr o = std::make_shared<op>(handle, kept);
-    remember(ctx, o);
+    remember(ctx, o, before);
     return o;
 }
 
@@ -90,8 +110,9 @@ static CUresult code_of(int status)
 
 CUresult wait_for(CUctx_st *ctx, const op_ptr &o)
 {
-    CUresult code = o ? code_of(emu_wait(o->handle)) : CUDA_SUCCESS;
+    CUresult code = o && !o->ended ? code_of(emu_wait(o->handle)) : CUDA_SUCCESS;
     if (code) ctx->sticky = code;
+    else if (o) mark_ended(o);
     return ctx->sticky;
 }
 
@@ -99,6 +120,7 @@ CUresult wait_for_all(CUctx_st *ctx)
 {
     CUresult code = code_of(emu_wait_all(ctx->dev->engine));
     if (code) ctx->sticky = code;
+    else for (const op_ptr &o : ctx->pending) o->ended = true;
     return ctx->sticky;
 }
 
@@ -264,7 +286,7 @@ EMU_API CUresult cuStreamSynchronize(CUstream handle)
 // Nothing runs until somebody waits, so that a program that asks again and again must be let through at some time.
 static CUresult poll(CUctx_st *ctx, const op_ptr &o)
 {
-    if (!o || emu_done(o->handle)) return wait_for(ctx, o);
+    if (!o || o->ended || emu_done(o->handle)) return wait_for(ctx, o);
     return ++drv().polls % 3 ? CUDA_ERROR_NOT_READY : wait_for(ctx, o);
 }
 
@@ -385,7 +407,7 @@ static CUresult elapsed(float *ms, CUevent a, CUevent b)
     if (!ms || a->cap_id || b->cap_id) return c(CUDA_ERROR_INVALID_VALUE);
     if (!a->recorded || !b->recorded || ((a->flags | b->flags) & CU_EVENT_DISABLE_TIMING))
         return c(CUDA_ERROR_INVALID_HANDLE);
-    if (!emu_done(a->recorded->handle) || !emu_done(b->recorded->handle)) return c(CUDA_ERROR_NOT_READY);
+    if (!a->recorded->ended || !b->recorded->ended) return c(CUDA_ERROR_NOT_READY);
     *ms = (float)(1e3 * (b->clock->seconds - a->clock->seconds));
     return CUDA_SUCCESS;
 }
@@ -699,7 +721,7 @@ const symbol symbols[] = {
     { "cuFuncGetParamInfo", "", 12040 }, { "cuOccupancyMaxActiveBlocksPerMultiprocessor", "", 6050 },
     { "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "", 7000 },
     { "cuOccupancyMaxActiveClusters", "", 11070 }, { "cuOccupancyMaxPotentialClusterSize", "", 11070 },
-    { "cuTensorMapEncodeTiled", "", 12000 }, { "cuStreamCreate", "", 2000 },
+    { "cuStreamCreate", "", 2000 },
     { "cuStreamCreateWithPriority", "", 5050 }, { "cuStreamDestroy", "_v2", 4000 }, { "cuStreamGetPriority", "", 5050 },
     { "cuStreamGetFlags", "", 5050 }, { "cuStreamGetCtx", "", 9020 }, { "cuStreamSynchronize", "", 2000 },
     { "cuStreamQuery", "", 2000 }, { "cuStreamWaitEvent", "", 3020 }, { "cuLaunchHostFunc", "", 10000 },
