@@ -846,7 +846,7 @@ EMU_API CUresult cuModuleGetGlobal_v2(CUdeviceptr *, size_t *, CUmodule m, const
     return c(is_module(m) ? CUDA_ERROR_NOT_FOUND : CUDA_ERROR_INVALID_HANDLE);
 }
 
-static bool is_function(CUfunc_st *f)
+bool is_function(CUfunc_st *f)
 {
     for (CUctx_st *ctx : drv().contexts)
         for (CUmod_st *m : ctx->modules)

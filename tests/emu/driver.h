@@ -193,6 +193,7 @@ struct call {
 };
 
 CUctx_st *current_context();
+bool is_function(CUfunc_st *f);                     // of a module that is loaded
 CUstream_st *create_stream(CUctx_st *ctx, unsigned flags, int priority);
 void destroy_stream(CUstream_st *s);
 void destroy_context_streams(CUctx_st *ctx);

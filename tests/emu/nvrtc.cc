@@ -31,11 +31,20 @@ struct live_programs {
     std::set<nvrtcProgram> all;
 };
 
+void report_programs();
+
 // Never destroyed, as threads may still compile when the process leaves.
 live_programs &live()
 {
-    static live_programs *l = new live_programs;
+    static live_programs *l = (atexit(report_programs), new live_programs);
     return *l;
+}
+
+void report_programs()
+{
+    std::lock_guard<std::mutex> guard(live().lock);
+    if (!live().all.empty() && host_env("MOE_EMU_LEAKS", "1") != "0")
+        host_report("emu: " + std::to_string(live().all.size()) + " NVRTC programs were never destroyed\n");
 }
 
 bool is_live(nvrtcProgram p)

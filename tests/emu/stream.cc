@@ -557,15 +557,6 @@ EMU_API CUresult cuMemsetD32Async(CUdeviceptr dst, unsigned value, size_t count,
 
 namespace {
 
-bool known_function(CUfunc_st *f)
-{
-    for (CUctx_st *ctx : drv().contexts)
-        for (CUmod_st *m : ctx->modules)
-            for (const auto &entry : m->functions)
-                if (entry.second.get() == f) return true;
-    return false;
-}
-
 CUresult read_attributes(const CUlaunchConfig &config, work *w)
 {
     for (unsigned i = 0; i < config.numAttrs; i++) {
@@ -627,7 +618,7 @@ CUresult launch(const char *function, CUfunc_st *f, const CUlaunchConfig &config
     call c(function, call::CONTEXT);
     CUstream_st *s = c.stream(config.hStream);
     if (!s) return c.code;
-    if (!known_function(f) || f->module->ctx != s->ctx) return c(CUDA_ERROR_INVALID_HANDLE);
+    if (!is_function(f) || f->module->ctx != s->ctx) return c(CUDA_ERROR_INVALID_HANDLE);
     work w;
     w.kind = WORK_KERNEL;
     w.function = f;
