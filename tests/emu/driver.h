@@ -188,7 +188,7 @@ struct call {
     call(const char *function, int needs);
     ~call();
     CUresult operator()(CUresult result) { return code = result; }
-    CUstream_st *stream(CUstream handle);           // null: code is set
+    CUstream_st *stream(CUstream handle, bool asks = false); // null: code is set. asks: invalidates no capture
     bool event(CUevent handle);                     // false: code is set
 };
 
@@ -211,7 +211,7 @@ CUresult set_tail(CUstream_st *s, const op_ptr &o);
 CUresult capture_node(CUstream_st *s, const work &w);
 void invalidate(capture *c);
 CUresult check_unsafe();
-CUresult check_implicit(CUctx_st *ctx);             // legacy stream's use while a blocking stream captures
+CUresult check_implicit(CUctx_st *ctx, bool asks);  // legacy stream's use while a blocking stream captures
 CUresult check_not_capturing(CUstream_st *s);
 void end_capture(capture *c);
 bool graph_uses(const CUgraph_st *g, const CUmod_st *m);

@@ -42,12 +42,12 @@ CUresult check_unsafe()
     return code;
 }
 
-CUresult check_implicit(CUctx_st *ctx)
+CUresult check_implicit(CUctx_st *ctx, bool asks)
 {
     CUresult code = CUDA_SUCCESS;
     for (CUstream_st *s : ctx->streams) {
         if (!s->cap || (s->flags & CU_STREAM_NON_BLOCKING)) continue;
-        invalidate(s->cap);
+        if (!asks) invalidate(s->cap);
         code = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
     }
     return code;
@@ -156,7 +156,7 @@ EMU_API CUresult cuStreamEndCapture(CUstream handle, CUgraph *out)
 EMU_API CUresult cuStreamIsCapturing(CUstream handle, int *status)
 {
     call c("cuStreamIsCapturing", call::CONTEXT);
-    CUstream_st *s = c.stream(handle);
+    CUstream_st *s = c.stream(handle, true);
     if (!s) return c.code;
     if (!status) return c(CUDA_ERROR_INVALID_VALUE);
     *status = c.capture_state;
@@ -167,7 +167,7 @@ static CUresult capture_info(CUstream handle, int *status, uint64_t *id, CUgraph
                              size_t *count)
 {
     call c("cuStreamGetCaptureInfo", call::CONTEXT);
-    CUstream_st *s = c.stream(handle);
+    CUstream_st *s = c.stream(handle, true);
     if (!s) return c.code;
     if (!status) return c(CUDA_ERROR_INVALID_VALUE);
     *status = c.capture_state;
@@ -311,7 +311,7 @@ EMU_API CUresult cuGraphNodeGetType(CUgraphNode node, int *type)
 
 EMU_API CUresult cuGraphInstantiateWithFlags(CUgraphExec *out, CUgraph g, unsigned long long)
 {
-    call c("cuGraphInstantiate", call::CONTEXT | call::UNSAFE);
+    call c("cuGraphInstantiate", call::CONTEXT);
     if (c.code) return c.code;
     if (!out || !drv().graphs.count(g)) return c(CUDA_ERROR_INVALID_VALUE);
     *out = new CUgraphExec_st;

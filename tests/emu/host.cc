@@ -288,7 +288,8 @@ static std::vector<std::string> compile_command(const std::vector<std::string> &
     std::vector<std::string> c = {
         host_env("MOE_EMU_CXX", "g++"), "-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
         "-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0", "-fPIC",
-        "-shared", "-nodefaultlibs", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions", "-fno-rtti", "-fno-stack-protector",
+        "-shared", "-nodefaultlibs", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-exceptions", "-fno-rtti",
+        "-fno-stack-protector",
         "-fno-threadsafe-statics", "-w", "-Wl,-Bsymbolic", "-DMOE_EMU", "-include",
         host_env("MOE_EMU_DEVICE_H", EMU_DEVICE_H), "-DMOE_ARCH=" + std::to_string(chip.major_minor),
         std::string("-DMOE_ARCH_A=") + (chip.variant == 'a' ? "1" : "0")

@@ -179,14 +179,14 @@ void destroy_context_streams(CUctx_st *ctx)
     delete ctx->legacy;
 }
 
-CUstream_st *call::stream(CUstream handle)
+CUstream_st *call::stream(CUstream handle, bool asks)
 {
     if (code) return nullptr;
     CUstream_st *s = handle;
     uintptr_t special = (uintptr_t)handle;
     if (special <= 1) {
         s = ctx->legacy;
-        if ((code = check_implicit(ctx))) return nullptr;
+        if ((code = check_implicit(ctx, asks))) return nullptr;
     } else if (special == 2) {
         CUstream_st *&own = ctx->per_thread[std::this_thread::get_id()];
         if (!own) {
@@ -457,17 +457,16 @@ CUresult copy(CUstream_st *s, void *dst, const void *src, size_t bytes, bool syn
 
 CUresult copy_call(const char *function, CUstream handle, uint64_t dst, const void *src, size_t bytes, bool synchronous)
 {
-    call c(function, call::CONTEXT | (synchronous ? call::UNSAFE : 0));
+    call c(function, call::CONTEXT);
     CUstream_st *s = c.stream(handle);
-    if (!s) return c.code;
+    if (!s || (synchronous && c(check_unsafe()))) return c.code;
     if (bytes && (!dst || !src)) return c(CUDA_ERROR_INVALID_VALUE);
     return c(copy(s, (void *)dst, src, bytes, synchronous));
 }
 
-CUresult fill_call(const char *function, CUstream handle, uint64_t dst, unsigned value, unsigned width, size_t count,
-                   bool synchronous)
+CUresult fill_call(const char *function, CUstream handle, uint64_t dst, unsigned value, unsigned width, size_t count)
 {
-    call c(function, call::CONTEXT | (synchronous ? call::UNSAFE : 0));
+    call c(function, call::CONTEXT);
     CUstream_st *s = c.stream(handle);
     if (!s) return c.code;
     if (count && (!dst || dst % width)) return c(CUDA_ERROR_INVALID_VALUE);
@@ -525,32 +524,32 @@ EMU_API CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr dst, CUdeviceptr src, size_t b
 
 EMU_API CUresult cuMemsetD8_v2(CUdeviceptr dst, unsigned char value, size_t count)
 {
-    return fill_call("cuMemsetD8", nullptr, dst, value, 1, count, false);
+    return fill_call("cuMemsetD8", nullptr, dst, value, 1, count);
 }
 
 EMU_API CUresult cuMemsetD16_v2(CUdeviceptr dst, unsigned short value, size_t count)
 {
-    return fill_call("cuMemsetD16", nullptr, dst, value, 2, count, false);
+    return fill_call("cuMemsetD16", nullptr, dst, value, 2, count);
 }
 
 EMU_API CUresult cuMemsetD32_v2(CUdeviceptr dst, unsigned value, size_t count)
 {
-    return fill_call("cuMemsetD32", nullptr, dst, value, 4, count, false);
+    return fill_call("cuMemsetD32", nullptr, dst, value, 4, count);
 }
 
 EMU_API CUresult cuMemsetD8Async(CUdeviceptr dst, unsigned char value, size_t count, CUstream s)
 {
-    return fill_call("cuMemsetD8Async", s, dst, value, 1, count, false);
+    return fill_call("cuMemsetD8Async", s, dst, value, 1, count);
 }
 
 EMU_API CUresult cuMemsetD16Async(CUdeviceptr dst, unsigned short value, size_t count, CUstream s)
 {
-    return fill_call("cuMemsetD16Async", s, dst, value, 2, count, false);
+    return fill_call("cuMemsetD16Async", s, dst, value, 2, count);
 }
 
 EMU_API CUresult cuMemsetD32Async(CUdeviceptr dst, unsigned value, size_t count, CUstream s)
 {
-    return fill_call("cuMemsetD32Async", s, dst, value, 4, count, false);
+    return fill_call("cuMemsetD32Async", s, dst, value, 4, count);
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------

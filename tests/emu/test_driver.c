@@ -826,7 +826,7 @@ TEST(a_graph_is_updated_in_place)
 }
 
 // What breaks a capture: each returns hardware's code, and the end says that the capture is gone.
-enum { ALLOC, MODULE, SYNC, LEGACY, QUERY, OTHER_EVENT, BREAKS };
+enum { ALLOC, MODULE, SYNC, LEGACY, COPY, QUERY, OTHER_EVENT, BREAKS };
 
 static int break_capture(int how, CUstream s, CUevent e)
 {
@@ -837,6 +837,7 @@ static int break_capture(int how, CUstream s, CUevent e)
     case MODULE: return cu.cuModuleLoadData(&m, sm90().bytes);
     case SYNC: return cu.cuStreamSynchronize(s);
     case LEGACY: return add(NULL, 1);
+    case COPY: return cu.cuMemcpyDtoH(&p, dev.p, 4);
     case QUERY: return cu.cuStreamQuery(s);
     default: return cu.cuStreamWaitEvent(s, e, 0);
     }
@@ -847,7 +848,8 @@ TEST(illegal_calls_end_a_capture)
     static const int codes[BREAKS] = {
         CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
         CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
-        CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, CUDA_ERROR_STREAM_CAPTURE_ISOLATION
+        CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+        CUDA_ERROR_STREAM_CAPTURE_ISOLATION
     };
     CUgraph g;
     CUevent e;
@@ -859,6 +861,7 @@ TEST(illegal_calls_end_a_capture)
     for (int how = 0; how < BREAKS; how++) {
         CHECK_EQ(cu.cuStreamBeginCapture(s, CU_STREAM_CAPTURE_MODE_GLOBAL), 0);
         CHECK_EQ(add(s, 1), 0);
+        CHECK_EQ(cu.cuStreamIsCapturing(NULL, &status), CUDA_ERROR_STREAM_CAPTURE_IMPLICIT); // and it goes on
         CHECK_EQ(break_capture(how, s, e), codes[how]);
         CHECK_EQ(cu.cuStreamIsCapturing(s, &status), 0);
         CHECK_EQ(status, CU_STREAM_CAPTURE_STATUS_INVALIDATED);
