@@ -516,6 +516,7 @@ CUresult allocate(CUctx_st *ctx, size_t bytes, enum allocation::kind kind, void 
     void *p = emu_alloc(ctx->dev->engine, bytes, kind == allocation::HOST);
     if (!p) return CUDA_ERROR_OUT_OF_MEMORY;
     drv().memory[(uintptr_t)p] = { ctx, bytes, kind };
+    drv().freed.erase((uintptr_t)p);
     *out = p;
     return CUDA_SUCCESS;
 }
@@ -528,6 +529,7 @@ CUresult release(void *p, enum allocation::kind kind)
     if (found == drv().memory.end() || found->second.kind != kind) return CUDA_ERROR_INVALID_VALUE;
     if (kind == allocation::REGISTERED) emu_host_unregister(found->second.ctx->dev->engine, p);
     else emu_free(found->second.ctx->dev->engine, p);
+    if (kind == allocation::DEVICE) drv().freed[(uintptr_t)p] = found->second.bytes;
     drv().memory.erase(found);
     return CUDA_SUCCESS;
 }

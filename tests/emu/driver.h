@@ -167,6 +167,7 @@ struct driver {
     std::set<CUgraphExec_st *> execs;
     std::set<capture *> captures;
     std::map<uintptr_t, allocation> memory;
+    std::map<uintptr_t, size_t> freed;              // device memory that is no more, but not the host's either
     std::vector<std::string> leaks;                 // of contexts that are gone
     long last_stream = 0;
     uint64_t last_capture = 0;

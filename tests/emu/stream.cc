@@ -428,11 +428,11 @@ namespace {
 
 bool is_pageable(const void *p)
 {
-    auto &memory = drv().memory;
-    auto i = memory.upper_bound((uintptr_t)p);
-    if (i == memory.begin()) return true;
-    --i;
-    return (uintptr_t)p - i->first >= i->second.bytes;
+    uintptr_t at = (uintptr_t)p;
+    auto i = drv().memory.upper_bound(at);
+    if (i != drv().memory.begin() && at - std::prev(i)->first < std::prev(i)->second.bytes) return false;
+    auto f = drv().freed.upper_bound(at);
+    return f == drv().freed.begin() || at - std::prev(f)->first >= std::prev(f)->second;
 }
 
 // An asynchronous copy from pageable memory has taken the bytes when the call returns; one to pageable memory has
