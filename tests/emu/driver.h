@@ -171,7 +171,6 @@ struct driver {
     std::vector<std::string> leaks;                 // of contexts that are gone
     long last_stream = 0;
     uint64_t last_capture = 0;
-    unsigned polls = 0;
 };
 
 driver &drv();

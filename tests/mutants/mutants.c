@@ -171,9 +171,17 @@ static const char *break_file(const mutant *m, const char *tree)
     return NULL;
 }
 
-static int build(const char *tree, const char *program)
+// The test program. Kernels beside the product's own are read when it runs: the unbroken tree's program will do.
+static int build(const char *tree, const mutant *m, int part, const char *program)
 {
     char command[COMMAND];
+    if (m != NULL && strncmp(m->file, "moe", 3) != 0) {
+        snprintf(command, sizeof command, "build/mutants/unbroken%d/build/%s", part, program);
+        if (access(command, X_OK) != 0 && !build("build/mutants/unbroken0", NULL, part, program)) return 0;
+        snprintf(command, sizeof command, "ln -sf %s/build/mutants/unbroken%d/build/%s %s/build/%s", root, part, program,
+                 tree, program);
+        return system(command) == 0;
+    }
     snprintf(command, sizeof command, "cd %s && %s -std=gnu99 -O0 -o build/%s tests/%s.c -ldl -lpthread -lm "
              ">build/%s.log 2>&1", tree, compiler, program, program, program);
     return system(command) == 0;
@@ -201,7 +209,7 @@ static const char *try_mutant(const mutant *m, int part, int broken)
     snprintf(program, sizeof program, "%.*s", (int)strcspn(m->run, " ") & 63, m->run);
     make_tree(tree);
     if (broken && (wrong = break_file(m, tree)) != NULL) return wrong;
-    if (!build(tree, program)) return "does not build";
+    if (!build(tree, broken ? m : NULL, part, program)) return "does not build";
     status = run_guards(m, tree, program);
     snprintf(path, sizeof path, "%s/build/%s.log", tree, program);
     log = read_file(path);
