@@ -999,10 +999,12 @@ typedef struct moe_permutation {
     uint32_t reserved[4];
 } moe_permutation;
 MOE_API int64_t moe_permutation_rows(int64_t slots, int32_t local_experts, int32_t tile); // -1: an argument is illegal
-// Sorts args->ids [T, K] (IDS or PACKED) by expert, tokens in order inside an expert; every non-NULL table of `out` is
-// filled. Needs no workspace.
-MOE_API int32_t moe_permute(const moe_plan *plan, const moe_execute_args *args, const moe_permutation *out,
-                            void *stream);
+// Sorts slots by expert, tokens in order inside an expert; every non-NULL table of `out` is filled, and the members
+// that moe_route() writes. LOGITS routes first, in the same call; IDS and PACKED take args->ids [T, K] and need no
+// `weights`, no workspace on the CPU, and no args->weights (out_weights is then left alone). rows_max is that of
+// args->num_tokens also where num_tokens_dev holds less.
+MOE_API int32_t moe_permute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
+                            const moe_permutation *out, void *stream);
 // out[t] = sum over slots of weight * row, in slot order, fp32, one rounding; rows [rows, H] in out_dtype or F32
 // (rows_dtype); with special experts and scales, as moe_execute() would after GEMM2; shared experts are not added. ids
 // and weights come from args (IDS or PACKED); x is read only for identity experts.
@@ -10977,51 +10979,117 @@ static void moe__permute_tables(const moe_permutation *p, const int32_t *counts,
     if (p->num_tiles != NULL) p->num_tiles[0] = tiles;
 }
 
-MOE_API int32_t moe_permute(const moe_plan *plan, const moe_execute_args *args, const moe_permutation *out,
-                            void *stream)
+// What moe_permute() checks: LOGITS is a call like any other; IDS and PACKED do without weights and workspace.
+static int32_t moe__permute_begin(moe__run *run, moe_permutation *p, const moe_plan *plan, const moe_weights *weights,
+                                  const moe_execute_args *args, const moe_permutation *out)
 {
-    moe__run run;
-    moe_permutation p;
-    uint32_t faults[MOE_FAULTS] = { 0 };
-    int32_t counts[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS] = { 0 }, next[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS];
-    int32_t ids[MOE_MAX_SLOTS];
     int32_t result;
     int64_t rows_max;
-    (void)stream;
     if (plan == NULL || args == NULL || out == NULL) return MOE_ERROR_ARGUMENT;
-    run.plan = plan;
-    run.weights = NULL;
-    if ((result = moe__copy_desc(&run.args, sizeof run.args, args, "args", NULL)) != MOE_OK ||
-        (result = moe__copy_desc(&p, sizeof p, out, "out", NULL)) != MOE_OK)
-        return result;
-    run.tokens = run.args.num_tokens;
-    if (run.args.input_mode != MOE_INPUT_IDS && run.args.input_mode != MOE_INPUT_PACKED) return MOE_ERROR_ARGUMENT;
-    if (run.tokens < 0 || run.tokens > plan->desc.max_tokens || p.tile < 1 || (run.tokens > 0 && run.args.ids == NULL))
-        return MOE_ERROR_ARGUMENT;
-    rows_max = moe_permutation_rows((int64_t)run.tokens * plan->slots, plan->blocks, p.tile);
+    if (args->input_mode == MOE_INPUT_LOGITS) {
+        if ((result = moe__run_begin(run, plan, weights, args, NULL)) != MOE_OK) return result;
+    } else {
+        run->plan = plan;
+        run->weights = NULL;
+        if ((result = moe__copy_desc(&run->args, sizeof run->args, args, "args", NULL)) != MOE_OK ||
+            (weights != NULL && (result = moe__check_weights(plan, weights, NULL)) != MOE_OK))
+            return result;
+        run->tokens = run->args.num_tokens;
+        if (run->tokens < 0 || run->tokens > plan->desc.max_tokens) return MOE_ERROR_ARGUMENT;
+    }
+    if ((result = moe__copy_desc(p, sizeof *p, out, "out", NULL)) != MOE_OK) return result;
+    rows_max = moe_permutation_rows((int64_t)run->tokens * plan->slots, plan->blocks, p->tile);
     if (rows_max < 0 || rows_max > INT32_MAX) return MOE_ERROR_ARGUMENT;
-    result = moe__check_tokens(&run, faults, NULL);
-    for (int32_t t = 0; t < run.tokens && result != MOE_ERROR_ARGUMENT && faults[MOE_FAULT_COUNTS] == 0; t++) {
-        if (moe__check_ids(&run, t, ids, faults, NULL) != MOE_OK) result = MOE_ERROR_DATA;
+    if (run->tokens == 0 && run->args.input_mode >= MOE_INPUT_LOGITS && run->args.input_mode <= MOE_INPUT_PACKED)
+        return MOE_OK; // no row is read
+    if (run->args.input_mode == MOE_INPUT_IDS && run->args.weights == NULL) {
+        run->args.out_weights = NULL;
+        return run->args.ids == NULL ? MOE_ERROR_ARGUMENT : MOE_OK;
+    }
+    return moe__check_routing_input(run, NULL);
+}
+
+// Ids of one token: routed before, or the caller's.
+static int32_t moe__permute_ids(const moe__run *run, int32_t token, int32_t *ids, uint32_t *faults)
+{
+    if (run->args.input_mode != MOE_INPUT_LOGITS) return moe__check_ids(run, token, ids, faults, NULL);
+    memcpy(ids, run->ids + (int64_t)token * run->plan->slots, (size_t)run->plan->slots * sizeof ids[0]);
+    return MOE_OK;
+}
+
+// Slots per local expert into counts, and per routed expert where the caller asks; MOE_ERROR_DATA for the caller's ids.
+static int32_t moe__permute_count(moe__run *run, int32_t *counts)
+{
+    const moe_plan *plan = run->plan;
+    uint32_t faults[MOE_FAULTS] = { 0 };
+    int32_t ids[MOE_MAX_SLOTS], result = MOE_OK, bad;
+    if (run->args.input_mode != MOE_INPUT_LOGITS) result = moe__check_tokens(run, faults, NULL);
+    for (int32_t t = 0; t < run->tokens && faults[MOE_FAULT_COUNTS] == 0; t++) {
+        if ((bad = moe__permute_ids(run, t, ids, faults)) != MOE_OK) result = bad;
         for (int32_t j = 0; j < plan->slots && result == MOE_OK; j++) {
             int32_t local = moe__layer_local(&plan->layer, ids[j]);
             if (local >= 0) counts[local]++;
         }
     }
-    moe__run_report_faults(&run, faults);
-    if (result != MOE_OK) return result;
-    moe__permute_tables(&p, counts, plan->blocks, next);
-    for (int64_t r = 0; r < rows_max && p.slot_of_row != NULL; r++) p.slot_of_row[r] = -1;
-    for (int32_t t = 0; t < run.tokens; t++) {
-        moe__check_ids(&run, t, ids, faults, NULL);
+    if (run->args.input_mode != MOE_INPUT_LOGITS) moe__run_report_faults(run, faults);
+    return result;
+}
+
+// What routing would give, from the caller's ids and weights.
+static void moe__permute_outputs(const moe__run *run)
+{
+    const moe_execute_args *args = &run->args;
+    int32_t experts = run->plan->layer.num_experts, slots = run->plan->slots, ids[MOE_MAX_SLOTS];
+    float weights[MOE_MAX_SLOTS];
+    uint32_t faults[MOE_FAULTS] = { 0 };
+    if (args->out_expert_counts != NULL) memset(args->out_expert_counts, 0, (size_t)experts * sizeof(int32_t));
+    for (int32_t t = 0; t < run->tokens; t++) {
+        int64_t at = (int64_t)t * slots;
+        if (args->out_weights != NULL) {
+            moe__run_token(run, t, 0, ids, weights, faults, NULL);
+            memcpy(args->out_weights + at, weights, (size_t)slots * sizeof weights[0]);
+        }
+        moe__check_ids(run, t, ids, faults, NULL);
+        if (args->out_ids != NULL) memcpy(args->out_ids + at, ids, (size_t)slots * sizeof ids[0]);
+        for (int32_t j = 0; j < slots && args->out_expert_counts != NULL; j++)
+            if (ids[j] >= 0 && ids[j] < experts) args->out_expert_counts[ids[j]]++;
+    }
+}
+
+static int32_t moe__permute_cpu(moe__run *run, const moe_permutation *p)
+{
+    const moe_plan *plan = run->plan;
+    int32_t counts[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS] = { 0 }, next[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS];
+    int32_t ids[MOE_MAX_SLOTS], result = MOE_OK;
+    int64_t rows_max = moe_permutation_rows((int64_t)run->tokens * plan->slots, plan->blocks, p->tile);
+    uint32_t faults[MOE_FAULTS] = { 0 };
+    if (run->args.input_mode == MOE_INPUT_LOGITS) result = moe__run_route_phase(run);
+    if (result != MOE_OK || (result = moe__permute_count(run, counts)) != MOE_OK) return result;
+    if (run->args.input_mode != MOE_INPUT_LOGITS) moe__permute_outputs(run);
+    moe__permute_tables(p, counts, plan->blocks, next);
+    for (int64_t r = 0; r < rows_max && p->slot_of_row != NULL; r++) p->slot_of_row[r] = -1;
+    for (int32_t t = 0; t < run->tokens; t++) {
+        moe__permute_ids(run, t, ids, faults);
         for (int32_t j = 0; j < plan->slots; j++) {
             int32_t local = moe__layer_local(&plan->layer, ids[j]), slot = t * plan->slots + j;
-            if (local >= 0 && p.slot_of_row != NULL) p.slot_of_row[next[local]] = slot;
-            if (p.row_of_slot != NULL) p.row_of_slot[slot] = local < 0 ? -1 : next[local];
+            if (local >= 0 && p->slot_of_row != NULL) p->slot_of_row[next[local]] = slot;
+            if (p->row_of_slot != NULL) p->row_of_slot[slot] = local < 0 ? -1 : next[local];
             if (local >= 0) next[local]++;
         }
     }
     return MOE_OK;
+}
+
+MOE_API int32_t moe_permute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
+                            const moe_permutation *out, void *stream)
+{
+    moe__run run;
+    moe_permutation p;
+    int32_t result = moe__permute_begin(&run, &p, plan, weights, args, out);
+    (void)stream;
+    if (result != MOE_OK) return result;
+    run.args.x = NULL; // not widened
+    return moe__permute_cpu(&run, &p);
 }
 
 MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
