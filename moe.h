@@ -7186,6 +7186,17 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     return MOE_OK;
 }
 
+#if !defined(MOE_NO_CUDA)
+// Copies of the tables that the stages read, in one piece of device memory.
+typedef struct moe__device_tables {
+    moe__cu_ptr memory; // 0: none
+    uint64_t bytes;
+    uint64_t offset[MOE_TENSOR_ROLES]; // UINT64_MAX: not there
+    int32_t router_bf16;               // every value of the router's matrix is one
+    int32_t reserved;
+} moe__device_tables;
+#endif
+
 struct moe_weights {
     moe_context *ctx;
     uint64_t self_bytes;      // of this struct with the arrays behind it: one allocation
@@ -7203,6 +7214,9 @@ struct moe_weights {
     uint32_t *constant_set;   // [special_experts]
     const void *mapping;      // of moe_weights_load(): read-only, so replaced experts lie outside; NULL: none
     uint64_t mapping_bytes;
+#if !defined(MOE_NO_CUDA)
+    moe__device_tables device; // made when sealed in a CUDA context
+#endif
 };
 
 // One expert's matrices as the kernels take them; shared experts have the same form.
@@ -8212,6 +8226,71 @@ static void moe__text_missing(moe__text *text, const moe__missing *missing)
     if (missing->count > 2) moe__text_format(text, ", and %d more tensors", missing->count - 1);
 }
 
+// ---- tables on the device ----
+
+#if !defined(MOE_NO_CUDA)
+// Sizes and offsets of the tables that are set; rows of the router's matrix keep their zeros at the end.
+static void moe__device_tables_make(const moe_weights *weights, moe__device_tables *device)
+{
+    static const int32_t roles[] = { MOE_TENSOR_ROUTER, MOE_TENSOR_ROUTER_BIAS, MOE_TENSOR_ROUTER_INPUT_SCALE,
+                                     MOE_TENSOR_ROUTER_GLOBAL_SCALE, MOE_TENSOR_SELECT_BIAS,
+                                     MOE_TENSOR_PER_EXPERT_SCALE, MOE_TENSOR_FORCED_IDS };
+    memset(device, 0, sizeof *device);
+    memset(device->offset, 0xff, sizeof device->offset);
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(roles); i++) {
+        uint64_t count = weights->layout.table_count[roles[i]];
+        const float *table = (const float *)(const void *)(weights->memory + weights->layout.table_offset[roles[i]]);
+        if (weights->layout.table_offset[roles[i]] == UINT64_MAX || (weights->common_set >> roles[i] & 1u) == 0)
+            continue;
+        device->offset[roles[i]] = device->bytes;
+        if (roles[i] == MOE_TENSOR_ROUTER) {
+            device->router_bf16 = 1;
+            for (uint64_t j = 0; j < count && device->router_bf16; j++)
+                device->router_bf16 = (moe__f32_bits(table[j]) & 0xffffu) == 0;
+        }
+        device->bytes += roles[i] == MOE_TENSOR_ROUTER && device->router_bf16 ? count * 2 : count * 4;
+        device->bytes = moe__align_up(device->bytes, MOE__LAYOUT_ALIGN);
+    }
+}
+
+static int32_t moe__device_tables_upload(moe_weights *weights, moe_error *err)
+{
+    moe__device_tables *device = &weights->device;
+    const moe_allocator *allocator = &weights->ctx->desc.allocator;
+    unsigned char *staging;
+    int32_t result;
+    if (weights->ctx->desc.backend != MOE_BACKEND_CUDA) return MOE_OK;
+    moe__device_tables_make(weights, device);
+    if (device->bytes == 0) return MOE_OK;
+    staging = (unsigned char *)moe__alloc(allocator, device->bytes);
+    if (staging == NULL) return moe__fail_memory(err, device->bytes);
+    memset(staging, 0, (size_t)device->bytes);
+    for (int32_t role = 0; role < MOE_TENSOR_ROLES; role++) {
+        const unsigned char *table = weights->memory + weights->layout.table_offset[role];
+        uint64_t count = weights->layout.table_count[role];
+        if (device->offset[role] == UINT64_MAX) continue;
+        if (role != MOE_TENSOR_ROUTER || !device->router_bf16) {
+            memcpy(staging + device->offset[role], table, (size_t)count * 4);
+            continue;
+        }
+        for (uint64_t i = 0; i < count; i++) {
+            uint16_t high = (uint16_t)(moe__f32_bits(((const float *)(const void *)table)[i]) >> 16);
+            memcpy(staging + device->offset[role] + 2 * i, &high, 2);
+        }
+    }
+    result = moe__device_make(weights->ctx, staging, device->bytes, &device->memory, err);
+    moe__free(allocator, staging, device->bytes);
+    return result;
+}
+
+// A table on the device, or NULL.
+static const void *moe__device_table(const moe_weights *weights, int32_t role)
+{
+    uint64_t offset = weights->device.offset[role];
+    return offset == UINT64_MAX ? NULL : (const void *)(uintptr_t)(weights->device.memory + offset);
+}
+#endif
+
 MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
 {
     moe__missing missing;
@@ -8224,6 +8303,12 @@ MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
         moe__text_missing(&text, &missing);
         return moe__fail(err, MOE_ERROR_MISSING, "weights", "lack %s", what);
     }
+#if !defined(MOE_NO_CUDA)
+    {
+        int32_t result = moe__device_tables_upload(weights, err);
+        if (result != MOE_OK) return result;
+    }
+#endif
     weights->sealed = 1;
     moe__log(weights->ctx, MOE_LOG_INFO, "weights of layer %d: %d experts, %U bytes", weights->layer.layer_index,
              weights->layout.blocks, weights->layout.bytes);
@@ -8316,7 +8401,7 @@ static int32_t moe__weights_check_memory(const moe_weights_desc *desc, uint64_t 
 {
     if (desc->memory_kind == MOE_MEMORY_DEVICE)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
-                         "is MOE_MEMORY_DEVICE: the CPU back end reads host memory only");
+                         "is MOE_MEMORY_DEVICE: this version packs weights in host memory only");
     if (desc->memory_kind != MOE_MEMORY_HOST)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory_kind", "is %d: it must be a moe_memory",
                          desc->memory_kind);
@@ -8360,6 +8445,9 @@ MOE_API void moe_weights_destroy(moe_weights *weights)
                 moe__free(allocator, weights->expert[i], weights->layout.expert.bytes); // replaced
         moe__file_close(allocator, &file);
     }
+#endif
+#if !defined(MOE_NO_CUDA)
+    if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
 #endif
     if (weights->owns_memory) moe__free(allocator, weights->memory, weights->layout.bytes);
     moe__free(allocator, weights, weights->self_bytes);
@@ -8973,6 +9061,9 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
             result = moe__load_flags(&reader, weights, err);
         }
     }
+#if !defined(MOE_NO_CUDA)
+    if (result == MOE_OK) result = moe__device_tables_upload(weights, err);
+#endif
     if (result != MOE_OK) {
         moe_weights_destroy(weights);
         return result;
@@ -10002,7 +10093,174 @@ static void moe__rows_out_task(void *arg, int32_t index, int32_t worker)
         }
 }
 
-// >>plan  plans, execution and its stages on the CPU  A plan is a resolved copy of the layer with the offsets of a
+// >>instances  which kernels a plan runs on a chip  Pure: a resolved layer, a resolved plan_desc and a chip in, a list
+// of instances out, the same for moe_plan_create() and for compiling ahead without a GPU. The argument structs are
+// those of moe_kernels.cu.inc, where each member is explained.
+#if !defined(MOE_NO_CUDA)
+
+typedef struct moe__routing_args {
+    int32_t score, score_order, select, top_k;
+    float logit_multiplier, logit_softcap;
+    int32_t bias_rows, groups, groups_kept, group_rule, group_excluded, renormalize;
+    float renormalize_epsilon;
+    int32_t zero_sum;
+    float scale;
+    int32_t scale_on, per_expert_scale, forced_rows, marked_token_lo, marked_token_hi;
+    int32_t special_experts, special_kind, extra_slots, extra_scored;
+    float extra_weight, sparse_mixer;
+    int32_t simulate;
+    uint32_t simulate_seed;
+} moe__routing_args;
+
+typedef struct moe__tokens_args {
+    const void *logits, *ids, *weights, *token_ids;
+    const int32_t *bias_index, *num_tokens_dev;
+    const float *bias, *per_expert_scale;
+    const int32_t *forced_ids;
+    const float *global_scale;
+    int32_t *out_ids;
+    float *out_weights;
+    int64_t logits_stride;
+    int32_t num_tokens, num_experts, width, slots, ids_end, input_mode, logits_dtype, ids_dtype, weights_dtype;
+    int32_t end_is_none;
+    moe__routing_args routing;
+} moe__tokens_args;
+
+typedef struct moe__permute_args {
+    int32_t *row_of_slot, *slot_of_row, *expert_offsets, *expert_counts, *tile_expert, *tile_limit, *num_tiles;
+    int32_t *out_expert_counts;
+    uint32_t *out_faults;
+    const int32_t *local_of_id;
+    int32_t tile, rows_max, local_experts, local_first, local_routed, reserved;
+} moe__permute_args;
+
+typedef struct moe__route_one_args {
+    moe__tokens_args tokens;
+    moe__permute_args permute;
+} moe__route_one_args;
+
+typedef struct moe__route_args {
+    moe__tokens_args tokens;
+    uint16_t *chunk_counts;
+    uint32_t *chunk_faults;
+    int32_t chunk_tokens, counts_stride;
+} moe__route_args;
+
+typedef struct moe__sort_args {
+    moe__permute_args permute;
+    const int32_t *ids;
+    const uint16_t *chunk_counts;
+    const uint32_t *chunk_faults;
+    const int32_t *num_tokens_dev;
+    int32_t num_tokens, chunk_tokens, counts_stride, chunks, num_experts, slots, ids_end, special_experts;
+} moe__sort_args;
+
+typedef struct moe__router_args {
+    const void *x, *weight;
+    const float *bias, *input_scale;
+    const int32_t *num_tokens_dev;
+    float *out;
+    uint32_t *out_faults;
+    int64_t x_stride;
+    int32_t num_tokens, width, input_size, ld, x_dtype, rms_norm;
+    float norm_epsilon, input_multiplier;
+} moe__router_args;
+
+enum {
+    MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32, MOE__KERNEL_ROUTER_BF16,
+    MOE__KERNELS
+};
+enum {
+    MOE__ONE_TOKENS = 1024,     // of one launch with clusters; a chip without them has one CTA for it:
+    MOE__ONE_TOKENS_ALONE = 64,
+    MOE__ONE_WIDTH = 512,       // of the router
+    MOE__CLUSTER_MAX = 8,       // what every chip with clusters takes
+    MOE__CHUNK_MIN = 32,        // tokens of a CTA in two launches
+    MOE__CHUNK_MAX = 1024
+};
+
+static int32_t moe__chip_has_clusters(int32_t arch) { return arch >= 90; }
+
+// Tokens that one launch routes and sorts; 0: never in one.
+static int32_t moe__one_tokens(int32_t width, int32_t arch)
+{
+    if (width > MOE__ONE_WIDTH) return 0;
+    return moe__chip_has_clusters(arch) ? MOE__ONE_TOKENS : MOE__ONE_TOKENS_ALONE;
+}
+
+// CTAs of that launch: a warp for each token until the cluster is full.
+static int32_t moe__one_ctas(int32_t tokens, int32_t arch)
+{
+    int32_t ctas = 1;
+    while (moe__chip_has_clusters(arch) && ctas < MOE__CLUSTER_MAX && ctas * 8 < tokens) ctas *= 2;
+    return ctas;
+}
+
+// Experts that a lane keeps: kernels exist for these.
+static int32_t moe__experts_per_lane(int32_t width)
+{
+    static const int32_t tiers[] = { 4, 8, 12, 16, 32, 64 };
+    int32_t i = 0;
+    while (i + 1 < MOE__ARRAY_COUNT(tiers) && tiers[i] * 32 < width) i++;
+    return tiers[i];
+}
+
+static int32_t moe__route_threads(int32_t width) { return moe__experts_per_lane(width) > 16 ? 128 : 256; }
+
+// Shared memory as moe_kernels.cu.inc's >>args says.
+static int32_t moe__route_smem(int32_t width, int32_t ids_end)
+{
+    int32_t row = 8 * 32 * moe__experts_per_lane(width) + 2 * (int32_t)moe__align_up((uint64_t)ids_end, 8);
+    return moe__route_threads(width) / 32 * row + 256;
+}
+
+static int32_t moe__route_one_smem(int32_t width, int32_t ids_end, int32_t slots, int32_t tokens, int32_t ctas)
+{
+    int32_t each = (tokens + ctas - 1) / ctas * slots;
+    return 16 * ((each + 7) / 8) + moe__route_smem(width, ids_end) + 8 * (int32_t)moe__align_up((uint64_t)ids_end, 8);
+}
+
+static int32_t moe__sort_smem(int32_t ids_end) { return 24 * (int32_t)moe__align_up((uint64_t)ids_end, 8) + 256; }
+
+static void moe__instance_make(moe__instance *out, const char *entry, const char *name, const char *parameter,
+                               int32_t value, int32_t arch, size_t args_bytes, int32_t threads, int32_t smem_bytes)
+{
+    moe__text label = moe__text_make(out->name, sizeof out->name);
+    moe__text defines = moe__text_make(out->defines, sizeof out->defines);
+    memset(out, 0, sizeof *out);
+    out->entry = entry;
+    out->args_bytes = (int32_t)args_bytes;
+    out->threads = threads;
+    out->smem_bytes = smem_bytes;
+    moe__text_format(&label, "%s%d_sm%d", name, value, arch);
+    moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
+}
+
+// The instances that a plan runs, each at its place in out [MOE__KERNELS]; entry NULL where it runs none.
+static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t arch,
+                                  moe__instance *out)
+{
+    int32_t width = moe__routing_width(&layer->routing, layer->num_experts), lanes = moe__experts_per_lane(width);
+    int32_t slots = layer->routing.top_k + layer->routing.extra_slots, one = moe__one_tokens(width, arch);
+    int32_t ids_end = layer->num_experts + layer->routing.special_experts + layer->routing.extra_slots;
+    memset(out, 0, MOE__KERNELS * sizeof out[0]);
+    if (one > 0) // fewer tokens are fewer a CTA
+        moe__instance_make(&out[MOE__KERNEL_ROUTE_ONE], "moe_k_route_one", "route_one_e", "EXPERTS_PER_LANE", lanes,
+                           arch, sizeof(moe__route_one_args), moe__route_threads(width),
+                           moe__route_one_smem(width, ids_end, slots, one, moe__one_ctas(one, arch)));
+    if (desc->max_tokens > one) {
+        moe__instance_make(&out[MOE__KERNEL_ROUTE], "moe_k_route", "route_e", "EXPERTS_PER_LANE", lanes, arch,
+                           sizeof(moe__route_args), moe__route_threads(width), moe__route_smem(width, ids_end));
+        moe__instance_make(&out[MOE__KERNEL_SORT], "moe_k_sort", "sort", NULL, 0, arch, sizeof(moe__sort_args), 256,
+                           moe__sort_smem(ids_end));
+    }
+    for (int32_t bf16 = 0; bf16 < 2; bf16++)
+        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
+                           bf16, arch, sizeof(moe__router_args), 256, moe__router_smem());
+}
+#endif
+
+// >>plan  plans, checks, and execution on the CPU  A plan is a resolved copy of the layer with the offsets of a
 // workspace for max_tokens. One set of checks serves moe_execute() (without words), its stages and moe_execute_check().
 // Data that is refused is found before anything but out_faults is written.
 
@@ -10019,8 +10277,23 @@ typedef struct moe__workspace {
     uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_rows, mid, mid_shared, rows,
         scratch;
     uint64_t routing, routing_bytes; // per worker
+    uint64_t chunk_counts, chunk_faults; // CUDA
     uint64_t bytes;
 } moe__workspace;
+
+#if !defined(MOE_NO_CUDA)
+// What the stages launch. Members of the argument structs that no call changes are filled in.
+typedef struct moe__stages {
+    moe__cu_function kernel[MOE__KERNELS]; // NULL: not this plan's
+    int32_t threads[MOE__KERNELS];
+    int32_t one_tokens;                    // most tokens of one launch
+    int32_t pdl;                           // a launch may depend on the one before programmatically, in graphs too
+    moe__tokens_args tokens;
+    moe__permute_args permute;
+    moe__cu_ptr memory;                    // local_of_id [ids_end] on the device, or 0
+    uint64_t bytes;
+} moe__stages;
+#endif
 
 struct moe_plan {
     moe_context *ctx;
@@ -10033,6 +10306,9 @@ struct moe_plan {
     int32_t x_ld;              // floats: of a widened row
     int32_t *expert_of_block;  // [blocks] global id, behind this struct
     uint64_t self_bytes;
+#if !defined(MOE_NO_CUDA)
+    moe__stages stages;
+#endif
 };
 
 // ---- create ----
@@ -10122,6 +10398,38 @@ static int32_t moe__workspace_make(moe_plan *plan, moe_error *err)
     return MOE_OK;
 }
 
+#if !defined(MOE_NO_CUDA)
+// Tokens of one CTA, so that a wave of CTAs takes them all.
+static int32_t moe__chunk_tokens(int32_t tokens, int32_t sms)
+{
+    int32_t each = (int32_t)moe__align_up(((uint64_t)tokens + (uint64_t)sms - 1) / (uint64_t)sms, 8);
+    return moe__min32(moe__max32(each, MOE__CHUNK_MIN), MOE__CHUNK_MAX);
+}
+
+// Fewer tokens than max_tokens never make more chunks than this.
+static int32_t moe__chunks_max(int32_t tokens, int32_t sms)
+{
+    int32_t least = (tokens + MOE__CHUNK_MAX - 1) / MOE__CHUNK_MAX;
+    int32_t most = (tokens + MOE__CHUNK_MIN - 1) / MOE__CHUNK_MIN;
+    return moe__max32(least, moe__min32(most, sms));
+}
+
+static int32_t moe__workspace_make_cuda(moe_plan *plan, moe_error *err)
+{
+    moe__workspace *ws = &plan->workspace;
+    uint64_t slots = (uint64_t)plan->desc.max_tokens * (uint64_t)plan->slots, *end = &ws->bytes;
+    uint64_t chunks = (uint64_t)moe__chunks_max(plan->desc.max_tokens, plan->ctx->cuda->sms);
+    if (plan->desc.max_tokens <= moe__one_tokens(plan->width, plan->ctx->cuda->arch)) slots = chunks = 0;
+    if (slots > INT32_MAX / 2 || !moe__workspace_area(end, &ws->ids, slots, 4, 1) ||
+        !moe__workspace_area(end, &ws->chunk_counts, chunks, moe__align_up((uint64_t)plan->ids_end, 8), 2) ||
+        !moe__workspace_area(end, &ws->chunk_faults, chunks, MOE_FAULTS, 4) ||
+        !moe__workspace_area(end, &ws->faults, 1, 1, 1)) // so that there always is one
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.max_tokens", "is %d: %D slots are more than the kernels count",
+                         plan->desc.max_tokens, (int64_t)slots);
+    return MOE_OK;
+}
+#endif
+
 // Everything of a plan but its own copies of the tables.
 static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, const moe_plan_desc *desc,
                                  moe_plan *plan, moe_error *err)
@@ -10142,8 +10450,38 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
     plan->blocks = plan->layout.blocks;
     plan->x_ld = moe__max32(plan->layout.expert.ld1, plan->layout.router_ld);
     if ((result = moe__plan_desc_resolve(&plan->desc, plan->layout.dtype, plan->slots, err)) != MOE_OK) return result;
+#if !defined(MOE_NO_CUDA)
+    if (ctx->desc.backend == MOE_BACKEND_CUDA) return moe__workspace_make_cuda(plan, err);
+#endif
     return moe__workspace_make(plan, err);
 }
+
+#if !defined(MOE_NO_CUDA)
+static void moe__plan_candidates_cuda(const moe_plan *plan, moe_plan_info *info)
+{
+    moe__instance instances[MOE__KERNELS];
+    int32_t arch = plan->ctx->cuda->arch, one = moe__one_tokens(plan->width, arch);
+    static const char *const stages[MOE__KERNELS] = { "route_one", "route", "sort", "", "" };
+    moe__instances_select(&plan->layer, &plan->desc, arch, instances);
+    info->num_candidates = MOE__KERNELS + 1;
+    for (int32_t i = 0; i < MOE__KERNELS; i++) {
+        moe_plan_candidate *c = &info->candidates[i];
+        moe__text name = moe__text_make(c->name, sizeof c->name), reason = moe__text_make(c->reason, sizeof c->reason);
+        c->chosen = instances[i].entry != NULL;
+        moe__text_string(&name, c->chosen ? instances[i].name : stages[i]);
+        if (c->chosen) continue;
+        if (i == MOE__KERNEL_ROUTE_ONE)
+            moe__text_format(&reason, "the router's width %d is more than %d: two launches", plan->width,
+                             MOE__ONE_WIDTH);
+        else
+            moe__text_format(&reason, "one launch takes up to %d tokens, max_tokens is %d", one,
+                             plan->desc.max_tokens);
+    }
+    strcpy(info->candidates[MOE__KERNELS].name, "gemm1, gemm2, finalize");
+    strcpy(info->candidates[MOE__KERNELS].reason,
+           "not in this version: CUDA runs moe_route, moe_permute and moe_router_logits");
+}
+#endif
 
 static void moe__plan_candidates(const moe_plan *plan, moe_plan_info *info)
 {
@@ -10173,6 +10511,12 @@ static void moe__plan_fill_info(const moe_plan *plan, moe_plan_info *info)
     info->slots = plan->slots;
     info->router_width = plan->width;
     info->local_experts = plan->blocks;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) {
+        moe__plan_candidates_cuda(plan, info);
+        return;
+    }
+#endif
     moe__plan_candidates(plan, info);
 }
 
@@ -10189,6 +10533,79 @@ MOE_API int32_t moe_plan_query(const moe_context *ctx, const moe_layer_desc *lay
     moe__plan_fill_info(&plan, info);
     return moe__ok(err);
 }
+
+#if !defined(MOE_NO_CUDA)
+static void moe__stages_fill(moe_plan *plan)
+{
+    const moe_routing_desc *r = &plan->layer.routing;
+    moe__tokens_args *t = &plan->stages.tokens;
+    moe__routing_args *a = &t->routing;
+    moe__permute_args *p = &plan->stages.permute;
+    t->num_experts = plan->layer.num_experts;
+    t->width = plan->width;
+    t->slots = plan->slots;
+    t->ids_end = plan->ids_end;
+    t->logits_dtype = plan->desc.logits_dtype;
+    t->ids_dtype = plan->desc.ids_dtype;
+    t->weights_dtype = plan->desc.weights_dtype;
+#define MOE__COPY(member) a->member = r->member
+    MOE__COPY(score); MOE__COPY(score_order); MOE__COPY(select); MOE__COPY(top_k); MOE__COPY(logit_multiplier);
+    MOE__COPY(logit_softcap); MOE__COPY(bias_rows); MOE__COPY(groups); MOE__COPY(groups_kept); MOE__COPY(group_rule);
+    MOE__COPY(group_excluded); MOE__COPY(renormalize); MOE__COPY(renormalize_epsilon); MOE__COPY(zero_sum);
+    MOE__COPY(scale); MOE__COPY(scale_on); MOE__COPY(per_expert_scale); MOE__COPY(forced_rows);
+    MOE__COPY(marked_token_lo); MOE__COPY(marked_token_hi); MOE__COPY(special_experts); MOE__COPY(special_kind);
+    MOE__COPY(extra_slots); MOE__COPY(extra_scored); MOE__COPY(extra_weight); MOE__COPY(sparse_mixer);
+    MOE__COPY(simulate); MOE__COPY(simulate_seed);
+#undef MOE__COPY
+    p->local_of_id = (const int32_t *)(uintptr_t)plan->stages.memory;
+    p->local_experts = plan->blocks;
+    p->local_first = plan->layer.parallel.expert_offset;
+    p->local_routed = plan->layer.parallel.local_experts;
+}
+
+// Where experts are local by a map, the kernels read it from a table.
+static int32_t moe__stages_upload(moe_plan *plan, moe_error *err)
+{
+    moe__stages *stages = &plan->stages;
+    const moe_allocator *allocator = &plan->ctx->desc.allocator;
+    uint64_t bytes = (uint64_t)plan->ids_end * sizeof(int32_t);
+    int32_t *table, result;
+    if (plan->layer.parallel.expert_map == NULL) return MOE_OK;
+    if ((table = (int32_t *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
+    for (int32_t id = 0; id < plan->ids_end; id++) table[id] = moe__layer_local(&plan->layer, id);
+    result = moe__device_make(plan->ctx, table, bytes, &stages->memory, err);
+    if (result == MOE_OK) stages->bytes = bytes;
+    moe__free(allocator, table, bytes);
+    return result;
+}
+
+// Kernels of the stages, compiled or from the cache, and what they read.
+static int32_t moe__stages_create(moe_plan *plan, moe_error *err)
+{
+    moe__stages *stages = &plan->stages;
+    const moe__cuda *cuda = plan->ctx->cuda;
+    moe__instance all[MOE__KERNELS], used[MOE__KERNELS];
+    moe__cu_function functions[MOE__KERNELS];
+    int32_t place[MOE__KERNELS], count = 0, result;
+    moe__instances_select(&plan->layer, &plan->desc, cuda->arch, all);
+    for (int32_t i = 0; i < MOE__KERNELS; i++) {
+        if (all[i].entry == NULL) continue;
+        place[count] = i;
+        used[count++] = all[i];
+    }
+    if ((result = moe__jit_load(plan->ctx, used, count, functions, err)) != MOE_OK ||
+        (result = moe__stages_upload(plan, err)) != MOE_OK)
+        return result;
+    for (int32_t i = 0; i < count; i++) {
+        stages->kernel[place[i]] = functions[i];
+        stages->threads[place[i]] = used[i].threads;
+    }
+    stages->one_tokens = moe__one_tokens(plan->width, cuda->arch);
+    stages->pdl = cuda->arch >= 90 && cuda->driver_version >= 12030; // graphs have such edges since 12.3
+    moe__stages_fill(plan);
+    return MOE_OK;
+}
+#endif
 
 MOE_API int32_t moe_plan_create(moe_context *ctx, const moe_layer_desc *layer, const moe_plan_desc *desc,
                                 moe_plan **out, moe_error *err)
@@ -10216,8 +10633,14 @@ MOE_API int32_t moe_plan_create(moe_context *ctx, const moe_layer_desc *layer, c
         int32_t local = moe__layer_local(&plan->layer, id);
         if (local >= 0) plan->expert_of_block[local] = id;
     }
+#if !defined(MOE_NO_CUDA)
+    if (ctx->desc.backend == MOE_BACKEND_CUDA && (result = moe__stages_create(plan, err)) != MOE_OK) {
+        moe__free(&ctx->desc.allocator, plan, bytes);
+        return result;
+    }
+#endif
     moe__log(ctx, MOE_LOG_INFO, "plan for %d tokens: %s kernels, %U bytes of workspace", plan->desc.max_tokens,
-             moe__isa_names[ctx->isa], plan->workspace.bytes);
+             ctx->desc.backend == MOE_BACKEND_CUDA ? "CUDA" : moe__isa_names[ctx->isa], plan->workspace.bytes);
     *out = plan;
     return moe__ok(err);
 }
@@ -10235,7 +10658,11 @@ MOE_API int32_t moe_plan_get_info(const moe_plan *plan, moe_plan_info *info, moe
 
 MOE_API void moe_plan_destroy(moe_plan *plan)
 {
-    if (plan != NULL) moe__free(&plan->ctx->desc.allocator, plan, plan->self_bytes);
+    if (plan == NULL) return;
+#if !defined(MOE_NO_CUDA)
+    if (plan->stages.memory != 0) moe__device_free(plan->ctx, plan->stages.memory, plan->stages.bytes);
+#endif
+    moe__free(&plan->ctx->desc.allocator, plan, plan->self_bytes);
 }
 
 // ---- checks ----
@@ -10284,6 +10711,18 @@ static int32_t moe__same_layout(const moe__layout *a, const moe__layout *b)
            memcmp(a->table_count, b->table_count, sizeof a->table_count) == 0;
 }
 
+// The experts that are local, and where, are the same for both; ids end at the same number.
+static int32_t moe__same_locals(const moe_layer_desc *a, const moe_layer_desc *b)
+{
+    const moe_parallel_desc *p = &a->parallel, *q = &b->parallel;
+    if (p->local_experts != q->local_experts || p->omit_common != q->omit_common ||
+        a->routing.special_experts != b->routing.special_experts || a->routing.extra_slots != b->routing.extra_slots)
+        return 0;
+    if (p->expert_map == NULL || q->expert_map == NULL)
+        return p->expert_map == q->expert_map && p->expert_offset == q->expert_offset;
+    return memcmp(p->expert_map, q->expert_map, (size_t)a->num_experts * sizeof(int32_t)) == 0;
+}
+
 // Two layers are of one shape when their packed layouts are, and the same experts and slices are local.
 static int32_t moe__check_weights(const moe_plan *plan, const moe_weights *weights, moe_error *err)
 {
@@ -10304,7 +10743,7 @@ static int32_t moe__check_weights(const moe_plan *plan, const moe_weights *weigh
     if (moe__layer_is_gated(a) != moe__layer_is_gated(b) || !moe__same_layout(&weights->layout, &plan->layout))
         return moe__fail(err, MOE_ERROR_ARGUMENT, "weights",
                          "are of a layer with other biases, shared experts, tables or slices than the plan's");
-    for (int32_t id = 0; id < plan->ids_end; id++)
+    for (int32_t id = moe__same_locals(a, b) ? plan->ids_end : 0; id < plan->ids_end; id++) // a map may say the same
         if (moe__layer_local(a, id) != moe__layer_local(b, id))
             return moe__fail(err, MOE_ERROR_ARGUMENT, "weights",
                              "have other local experts than the plan: expert %d is at %d, not %d",
@@ -10329,36 +10768,15 @@ static moe__router moe__run_router(const moe_plan *plan, const moe_weights *weig
     return router;
 }
 
-// What every call needs; places the workspace.
-static int32_t moe__run_begin(moe__run *run, const moe_plan *plan, const moe_weights *weights,
-                              const moe_execute_args *args, moe_error *err)
+static int32_t moe__run_place(moe__run *run, moe_error *err)
 {
-    const uint32_t legal =
-        MOE_EXECUTE_ACCUMULATE | MOE_EXECUTE_ROWS_OUT | MOE_EXECUTE_PDL_IN | MOE_EXECUTE_ID_E_IS_NONE;
-    const moe__workspace *ws;
-    int32_t result;
-    if (plan == NULL) return moe__fail_null(err, "plan");
-    if (weights == NULL) return moe__fail_null(err, "weights");
-    if (args == NULL) return moe__fail_null(err, "args");
-    run->plan = plan;
-    run->weights = weights;
-    ws = &plan->workspace;
-    if ((result = moe__copy_desc(&run->args, sizeof run->args, args, "args", err)) != MOE_OK ||
-        (result = moe__check_weights(plan, weights, err)) != MOE_OK)
-        return result;
-    if ((run->args.flags & ~legal) != 0)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.flags", "is %u: it must be moe_execute_flags", run->args.flags);
-    if (run->args.num_tokens < 0 || run->args.num_tokens > plan->desc.max_tokens)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.num_tokens", "is %d: it must be 0..%d, the plan's max_tokens",
-                         run->args.num_tokens, plan->desc.max_tokens);
+    const moe__workspace *ws = &run->plan->workspace;
     if (run->args.workspace == NULL) return moe__fail_null(err, "args.workspace");
     if ((uintptr_t)run->args.workspace % 256 != 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "args.workspace", "is not aligned to 256 bytes");
     if (run->args.workspace_bytes < ws->bytes)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "args.workspace_bytes", "is %U: this plan needs %U",
                          run->args.workspace_bytes, ws->bytes);
-    run->tokens = run->args.num_tokens;
-    run->router = moe__run_router(plan, weights);
     run->memory = (unsigned char *)run->args.workspace;
     run->ids = (int32_t *)(void *)(run->memory + ws->ids);
     run->slot_weights = (float *)(void *)(run->memory + ws->weights);
@@ -10368,6 +10786,31 @@ static int32_t moe__run_begin(moe__run *run, const moe_plan *plan, const moe_wei
     run->faults = (uint32_t *)(void *)(run->memory + ws->faults);
     run->x = (float *)(void *)(run->memory + ws->x);
     return MOE_OK;
+}
+
+// What every call needs; places the workspace.
+static int32_t moe__run_begin(moe__run *run, const moe_plan *plan, const moe_weights *weights,
+                              const moe_execute_args *args, moe_error *err)
+{
+    const uint32_t legal =
+        MOE_EXECUTE_ACCUMULATE | MOE_EXECUTE_ROWS_OUT | MOE_EXECUTE_PDL_IN | MOE_EXECUTE_ID_E_IS_NONE;
+    int32_t result;
+    if (plan == NULL) return moe__fail_null(err, "plan");
+    if (weights == NULL) return moe__fail_null(err, "weights");
+    if (args == NULL) return moe__fail_null(err, "args");
+    run->plan = plan;
+    run->weights = weights;
+    if ((result = moe__copy_desc(&run->args, sizeof run->args, args, "args", err)) != MOE_OK ||
+        (result = moe__check_weights(plan, weights, err)) != MOE_OK)
+        return result;
+    if ((run->args.flags & ~legal) != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.flags", "is %u: it must be moe_execute_flags", run->args.flags);
+    if (run->args.num_tokens < 0 || run->args.num_tokens > plan->desc.max_tokens)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.num_tokens", "is %d: it must be 0..%d, the plan's max_tokens",
+                         run->args.num_tokens, plan->desc.max_tokens);
+    run->tokens = run->args.num_tokens;
+    run->router = moe__run_router(plan, weights);
+    return moe__run_place(run, err);
 }
 
 static int32_t moe__check_stride(int64_t *stride, int32_t width, const char *member, moe_error *err)
@@ -10535,13 +10978,13 @@ static int32_t moe__run_route(const moe__run *run, int32_t token, int32_t worker
     float *logits = (float *)(void *)(scratch + plan->workspace.routing_bytes) - plan->width;
     int64_t id = args->token_ids == NULL ? -1 : moe__load_id(args->token_ids, plan->desc.ids_dtype, token);
     char member[64];
-    int32_t result = moe__check_token_id(run, token, faults, err);
+    int32_t bias_row = -1, result = moe__check_token_id(run, token, faults, err);
     if (result != MOE_OK) return result;
     if (plan->layer.routing.simulate == MOE_SIMULATE_OFF)
         for (int32_t e = 0; e < plan->width; e++)
             logits[e] = moe__load(args->logits, plan->desc.logits_dtype, token * args->logits_stride + e);
-    if (moe__routing_token(&run->router, logits, token, id, args->bias_index == NULL ? -1 : args->bias_index[token],
-                           scratch, ids, weights) == MOE__ROUTED)
+    if (args->bias_index != NULL && plan->layer.routing.bias_rows > 0) bias_row = args->bias_index[token];
+    if (moe__routing_token(&run->router, logits, token, id, bias_row, scratch, ids, weights) == MOE__ROUTED)
         return MOE_OK;
     faults[MOE_FAULT_NAN_LOGITS]++;
     for (int32_t e = 0; e < plan->width && err != NULL; e++)
@@ -10594,6 +11037,44 @@ static int32_t moe__check_counts(const moe__run *run, uint32_t *faults, moe_erro
     return MOE_OK;
 }
 
+#if !defined(MOE_NO_CUDA)
+static int32_t moe__check_aligned(const void *pointer, int32_t bytes, const char *member, moe_error *err)
+{
+    if ((uintptr_t)pointer % (uintptr_t)bytes == 0) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is not aligned to its elements of %d bytes", bytes);
+}
+
+// On the device nothing is read to be checked: addresses must be multiples of the elements' size.
+static int32_t moe__check_device(const moe__run *run, moe_error *err)
+{
+    const moe_execute_args *a = &run->args;
+    const moe_plan_desc *d = &run->plan->desc;
+    int32_t id = moe_dtype_bits(d->ids_dtype) / 8, weight = moe_dtype_bits(d->weights_dtype) / 8;
+    int32_t packed = a->input_mode == MOE_INPUT_PACKED, result;
+    if ((result = moe__check_aligned(a->logits, moe_dtype_bits(d->logits_dtype) / 8, "args.logits", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->ids, packed ? 4 : id, "args.ids", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->weights, weight, "args.weights", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->token_ids, id, "args.token_ids", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->x, moe_dtype_bits(d->x_dtype) / 8, "args.x", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->bias_index, 4, "args.bias_index", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->num_tokens_dev, 4, "args.num_tokens_dev", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_ids, 4, "args.out_ids", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_weights, 4, "args.out_weights", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_expert_counts, 4, "args.out_expert_counts", err)) != MOE_OK)
+        return result;
+    return moe__check_aligned(a->out_faults, 4, "args.out_faults", err);
+}
+
+// moe_execute_check() of a CUDA plan: what the stages would refuse, and then what this version does.
+static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
+{
+    int32_t result = moe__check_device(run, err);
+    if (result != MOE_OK) return result;
+    return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "is of the CUDA back end, which in this version runs "
+                     "moe_route(), moe_permute() and moe_router_logits(); use MOE_BACKEND_CPU for the whole layer");
+}
+#endif
+
 MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                                   moe_error *err)
 {
@@ -10604,6 +11085,9 @@ MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weigh
     if ((result = moe__run_begin(&run, plan, weights, args, err)) != MOE_OK ||
         (result = moe__check_execute(&run, err)) != MOE_OK)
         return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return moe__check_cuda(&run, err);
+#endif
     if (moe__run_rows_mode(&run)) result = moe__check_counts(&run, faults, err);
     else if ((result = moe__check_tokens(&run, faults, err)) == MOE_OK)
         for (int32_t t = 0; t < run.tokens && result == MOE_OK; t++)
@@ -10848,7 +11332,193 @@ static int32_t moe__execute_rows(moe__run *run)
     return MOE_OK;
 }
 
-// ---- public calls ----
+// >>stages  the public calls of execution  On CUDA each enqueues one or two kernels: host arithmetic, then the driver.
+// Routing takes one launch up to moe__one_tokens() tokens, a cluster whose CTAs share their counts; beyond that a first
+// kernel routes chunks of tokens and counts them, a second adds the counts up and writes the tables, starting early by
+// programmatic dependent launch where the chip and the driver have it.
+
+#if !defined(MOE_NO_CUDA)
+static int32_t moe__stage_launch(const moe_plan *plan, int32_t kernel, int32_t ctas, int32_t cluster, int32_t pdl,
+                                 int32_t smem, void *args, void *stream)
+{
+    moe__cu_launch_config config;
+    moe__cu_launch_attribute attributes[2];
+    void *params[1];
+    params[0] = args;
+    memset(&config, 0, sizeof config);
+    config.gridDimX = (unsigned)ctas;
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+    config.blockDimX = (unsigned)plan->stages.threads[kernel];
+    config.sharedMemBytes = (unsigned)smem;
+    config.hStream = (moe__cu_stream)stream;
+    config.attrs = attributes;
+    if (cluster > 1) {
+        moe__cu_launch_attribute *a = &attributes[config.numAttrs++];
+        memset(a, 0, sizeof *a);
+        a->id = MOE__CU_ATTRIBUTE_CLUSTER;
+        a->value.cluster.x = (unsigned)cluster;
+        a->value.cluster.y = a->value.cluster.z = 1;
+    }
+    if (pdl) {
+        moe__cu_launch_attribute *a = &attributes[config.numAttrs++];
+        memset(a, 0, sizeof *a);
+        a->id = MOE__CU_ATTRIBUTE_PDL;
+        a->value.programmatic = 1;
+    }
+    return plan->ctx->cuda->cuLaunchKernelEx(&config, plan->stages.kernel[kernel], params, NULL);
+}
+
+static void moe__stage_tokens(const moe__run *run, moe__tokens_args *t)
+{
+    const moe_execute_args *a = &run->args;
+    const moe_weights *w = run->weights;
+    *t = run->plan->stages.tokens;
+    t->num_tokens_dev = a->num_tokens_dev;
+    t->num_tokens = a->num_tokens;
+    t->input_mode = a->input_mode;
+    t->out_ids = a->out_ids;
+    t->out_weights = a->out_weights;
+    t->end_is_none = (a->flags & MOE_EXECUTE_ID_E_IS_NONE) != 0;
+    if (a->input_mode != MOE_INPUT_LOGITS) {
+        t->ids = a->ids;
+        if (a->input_mode == MOE_INPUT_IDS) t->weights = a->weights;
+        return;
+    }
+    t->logits = a->logits;
+    t->logits_stride = a->logits_stride;
+    t->token_ids = a->token_ids;
+    if (t->routing.bias_rows > 0) t->bias_index = a->bias_index;
+    t->bias = (const float *)moe__device_table(w, MOE_TENSOR_SELECT_BIAS);
+    t->per_expert_scale = (const float *)moe__device_table(w, MOE_TENSOR_PER_EXPERT_SCALE);
+    t->forced_ids = (const int32_t *)moe__device_table(w, MOE_TENSOR_FORCED_IDS);
+    t->global_scale = (const float *)moe__device_table(w, MOE_TENSOR_ROUTER_GLOBAL_SCALE);
+}
+
+static void moe__stage_permute(const moe__run *run, const moe_permutation *p, moe__permute_args *a)
+{
+    *a = run->plan->stages.permute;
+    a->out_expert_counts = run->args.out_expert_counts;
+    a->out_faults = run->args.out_faults;
+    a->tile = p->tile;
+    a->row_of_slot = p->row_of_slot;
+    a->slot_of_row = p->slot_of_row;
+    a->expert_offsets = p->expert_offsets;
+    a->expert_counts = p->expert_counts;
+    a->tile_expert = p->tile_expert;
+    a->tile_limit = p->tile_limit;
+    a->num_tiles = p->num_tiles;
+    a->rows_max = (int32_t)moe_permutation_rows((int64_t)run->args.num_tokens * run->plan->slots, run->plan->blocks,
+                                                p->tile);
+}
+
+// Somebody wants what comes behind the ids and weights.
+static int32_t moe__stage_sorts(const moe__permute_args *a)
+{
+    return a->row_of_slot != NULL || a->slot_of_row != NULL || a->expert_offsets != NULL || a->expert_counts != NULL ||
+           a->tile_expert != NULL || a->tile_limit != NULL || a->num_tiles != NULL || a->out_expert_counts != NULL ||
+           a->out_faults != NULL;
+}
+
+static int32_t moe__stage_route_two(const moe__run *run, const moe__route_one_args *one, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe__workspace *ws = &plan->workspace;
+    int32_t tokens = run->args.num_tokens, pdl_in = (run->args.flags & MOE_EXECUTE_PDL_IN) != 0, result;
+    int32_t chunk = moe__chunk_tokens(tokens, plan->ctx->cuda->sms);
+    int32_t chunks = moe__max32(1, (tokens + chunk - 1) / chunk);
+    moe__route_args route;
+    moe__sort_args sort;
+    route.tokens = one->tokens;
+    if (route.tokens.out_ids == NULL) route.tokens.out_ids = run->ids;
+    route.chunk_counts = (uint16_t *)(void *)(run->memory + ws->chunk_counts);
+    route.chunk_faults = (uint32_t *)(void *)(run->memory + ws->chunk_faults);
+    route.chunk_tokens = chunk;
+    route.counts_stride = (int32_t)moe__align_up((uint64_t)plan->ids_end, 8);
+    result = moe__stage_launch(plan, MOE__KERNEL_ROUTE, chunks, 1, pdl_in && plan->stages.pdl,
+                               moe__route_smem(plan->width, plan->ids_end), &route, stream);
+    if (result != 0 || !moe__stage_sorts(&one->permute)) return result;
+    sort.permute = one->permute;
+    sort.ids = route.tokens.out_ids;
+    sort.chunk_counts = route.chunk_counts;
+    sort.chunk_faults = route.chunk_faults;
+    sort.num_tokens_dev = run->args.num_tokens_dev;
+    sort.num_tokens = tokens;
+    sort.chunk_tokens = chunk;
+    sort.counts_stride = route.counts_stride;
+    sort.chunks = chunks;
+    sort.num_experts = plan->layer.num_experts;
+    sort.slots = plan->slots;
+    sort.ids_end = plan->ids_end;
+    sort.special_experts = plan->layer.routing.special_experts;
+    return moe__stage_launch(plan, MOE__KERNEL_SORT, chunks, 1, plan->stages.pdl, moe__sort_smem(plan->ids_end), &sort,
+                             stream);
+}
+
+// K0: ids and weights, and every table that somebody wants.
+static int32_t moe__stage_route(const moe__run *run, const moe_permutation *p, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    moe__route_one_args one;
+    int32_t tokens = run->args.num_tokens, arch = plan->ctx->cuda->arch, ctas, entered, result;
+    if ((result = moe__check_device(run, NULL)) != MOE_OK) return result;
+    moe__stage_tokens(run, &one.tokens);
+    moe__stage_permute(run, p, &one.permute);
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    if (tokens > plan->stages.one_tokens || plan->stages.one_tokens == 0) {
+        result = moe__stage_route_two(run, &one, stream);
+    } else {
+        ctas = moe__one_ctas(tokens, arch);
+        result = moe__stage_launch(plan, MOE__KERNEL_ROUTE_ONE, ctas, ctas,
+                                   (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl,
+                                   moe__route_one_smem(plan->width, plan->ids_end, plan->slots, tokens, ctas), &one,
+                                   stream);
+    }
+    moe__cuda_leave(plan->ctx, entered);
+    return moe__cuda_result(result);
+}
+
+static int32_t moe__stage_permute_check(const moe_permutation *p)
+{
+    const void *const tables[] = { p->row_of_slot, p->slot_of_row, p->expert_offsets, p->expert_counts, p->tile_expert,
+                                   p->tile_limit, p->num_tiles };
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(tables); i++)
+        if ((uintptr_t)tables[i] % 4 != 0) return MOE_ERROR_ARGUMENT;
+    return MOE_OK;
+}
+
+static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe_router_desc *router = &plan->layer.router;
+    moe__router_args a;
+    int32_t entered, result = moe__check_device(run, NULL), bf16 = run->weights->device.router_bf16;
+    if (result != MOE_OK) return result;
+    if ((uintptr_t)out % 4 != 0) return MOE_ERROR_ARGUMENT;
+    a.x = run->args.x;
+    a.weight = moe__device_table(run->weights, MOE_TENSOR_ROUTER);
+    a.bias = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROUTER_BIAS);
+    a.input_scale = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROUTER_INPUT_SCALE);
+    a.num_tokens_dev = run->args.num_tokens_dev;
+    a.out = out;
+    a.out_faults = run->args.out_faults;
+    a.x_stride = run->args.x_stride;
+    a.num_tokens = run->args.num_tokens;
+    a.width = plan->width;
+    a.input_size = router->input_size;
+    a.ld = plan->layout.router_ld;
+    a.x_dtype = plan->desc.x_dtype;
+    a.rms_norm = router->rms_norm;
+    a.norm_epsilon = router->norm_epsilon;
+    a.input_multiplier = router->input_multiplier;
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    result = moe__stage_launch(plan, bf16 ? MOE__KERNEL_ROUTER_BF16 : MOE__KERNEL_ROUTER_F32,
+                               moe__router_ctas(&a, plan->ctx->cuda->sms), 1,
+                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl, moe__router_smem(), &a,
+                               stream);
+    moe__cuda_leave(plan->ctx, entered);
+    return moe__cuda_result(result);
+}
+#endif
 
 MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                             void *stream)
@@ -10859,6 +11529,9 @@ MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, co
     if ((result = moe__run_begin(&run, plan, weights, args, NULL)) != MOE_OK ||
         (result = moe__check_execute(&run, NULL)) != MOE_OK)
         return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return moe__check_cuda(&run, NULL);
+#endif
     return moe__run_rows_mode(&run) ? moe__execute_rows(&run) : moe__execute_tokens(&run);
 }
 
@@ -10870,6 +11543,14 @@ MOE_API int32_t moe_route(const moe_plan *plan, const moe_weights *weights, cons
     if ((result = moe__run_begin(&run, plan, weights, args, NULL)) != MOE_OK ||
         (run.tokens > 0 && (result = moe__check_routing_input(&run, NULL)) != MOE_OK))
         return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) {
+        moe_permutation none;
+        memset(&none, 0, sizeof none);
+        none.tile = 1;
+        return moe__stage_route(&run, &none, stream);
+    }
+#endif
     run.args.x = NULL; // not widened
     return moe__run_route_phase(&run);
 }
@@ -10939,6 +11620,9 @@ MOE_API int32_t moe_router_logits(const moe_plan *plan, const moe_weights *weigh
     if (run.tokens == 0) return MOE_OK;
     if ((result = moe__check_x(&run, plan->layer.router.input_size, NULL)) != MOE_OK) return result;
     if (logits_out == NULL) return MOE_ERROR_ARGUMENT;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return moe__stage_router(&run, logits_out, stream);
+#endif
     result = moe__check_tokens(&run, faults, NULL);
     moe__run_report_faults(&run, faults);
     if (result != MOE_OK) return result;
@@ -10996,6 +11680,8 @@ static int32_t moe__permute_begin(moe__run *run, moe_permutation *p, const moe_p
             return result;
         run->tokens = run->args.num_tokens;
         if (run->tokens < 0 || run->tokens > plan->desc.max_tokens) return MOE_ERROR_ARGUMENT;
+        if (plan->ctx->desc.backend == MOE_BACKEND_CUDA && (result = moe__run_place(run, NULL)) != MOE_OK)
+            return result;
     }
     if ((result = moe__copy_desc(p, sizeof *p, out, "out", NULL)) != MOE_OK) return result;
     rows_max = moe_permutation_rows((int64_t)run->tokens * plan->slots, plan->blocks, p->tile);
@@ -11088,6 +11774,10 @@ MOE_API int32_t moe_permute(const moe_plan *plan, const moe_weights *weights, co
     int32_t result = moe__permute_begin(&run, &p, plan, weights, args, out);
     (void)stream;
     if (result != MOE_OK) return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA)
+        return (result = moe__stage_permute_check(&p)) != MOE_OK ? result : moe__stage_route(&run, &p, stream);
+#endif
     run.args.x = NULL; // not widened
     return moe__permute_cpu(&run, &p);
 }
@@ -11103,6 +11793,7 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
     hidden = plan->layer.hidden_size;
     if (run.args.input_mode != MOE_INPUT_IDS && run.args.input_mode != MOE_INPUT_PACKED) return MOE_ERROR_ARGUMENT;
     if ((run.args.flags & MOE_EXECUTE_ROWS_OUT) != 0 || !moe__is_float_dtype(rows_dtype)) return MOE_ERROR_ARGUMENT;
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return MOE_ERROR_UNSUPPORTED;
     if (run.tokens == 0) return MOE_OK;
     if (rows == NULL || row_of_slot == NULL) return MOE_ERROR_ARGUMENT;
     if ((result = moe__check_routing_input(&run, NULL)) != MOE_OK ||
