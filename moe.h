@@ -183,7 +183,12 @@ typedef enum moe_result {
     MOE_ERROR_FILE = -21,        // a file could not be opened, read or written
     MOE_ERROR_FORMAT = -22,      // a file or text is damaged or is not what it says
     MOE_ERROR_MISSING = -23,     // a key, tensor or file that is needed is not there
+    MOE_ERROR_DRIVER = -40,      // no CUDA driver or device that can be used, or a call of it failed
+    MOE_ERROR_NVRTC = -41,       // no NVRTC that can compile for the chip, and the kernel is nowhere else
+    MOE_ERROR_COMPILE = -60,     // NVRTC refused a kernel
+    MOE_ERROR_LOAD = -61,        // the driver refused a compiled kernel
     MOE_ERROR_UNSUPPORTED = -80, // legal, but this build, machine or version of the library does not do it
+    MOE_ERROR_LAUNCH = -100,     // the driver refused a launch
     MOE_RESULT__FORCE32 = 0x7fffffff
 } moe_result;
 
@@ -621,13 +626,44 @@ typedef enum moe_log_level {
 // Runs task(arg, i) once for every i in 0..tasks-1, on any threads, and returns when all are done.
 typedef void (*moe_parallel_for_fn)(void *user, int32_t tasks, void (*task)(void *arg, int32_t index), void *arg);
 
+typedef enum moe_cache_mode {
+    MOE_CACHE_DEFAULT = 0,    // MOE_CACHE of the environment (rw, ro, off), else READ_WRITE
+    MOE_CACHE_READ_WRITE = 1,
+    MOE_CACHE_READ_ONLY = 2,
+    MOE_CACHE_OFF = 3,        // kernels live as long as their context
+    MOE_CACHE_MODE__FORCE32 = 0x7fffffff
+} moe_cache_mode;
+
+// A compiled kernel, as moe_jit_export() writes them.
+typedef struct moe_jit_image {
+    const char *key; // 64 hex digits: of the kernels' text, the options and the chip
+    const void *data;
+    uint64_t bytes;
+} moe_jit_image;
+
+// Where kernels come from; manual, CUDA and CACHE. Paths of libraries are absolute.
+typedef struct moe_jit_desc {
+    const char *cache_dir;       // NULL: MOE_CACHE_DIR, else the user's cache folder
+    const char *seed_dir;        // a second folder of the same kind, never written; nullable
+    const char *cuda_library;    // NULL: MOE_CUDA_LIB, else where the system looks; given: no other is tried
+    const char *nvrtc_library;   // NULL: MOE_NVRTC_LIB, else the usual places; given: no other is tried
+    const moe_jit_image *images; // looked at before the cache; kept: must outlive the context
+    int32_t num_images;
+    int32_t cache_mode;          // moe_cache_mode
+    uint32_t reserved[4];
+} moe_jit_desc;
+
 typedef struct moe_context_desc {
     uint32_t struct_size;
     int32_t backend;              // moe_backend
     int32_t device;               // ordinal; the CPU has device 0
-    int32_t threads;              // CPU: threads that one call may use, the caller's among them; 0: one per core
+    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for packing weights and
+    // compiling kernels. 0: one per core, with CUDA 8 at most.
+    int32_t threads;
     void *cuda_context;           // CUcontext of the caller's; NULL: the device's primary one
     moe_allocator allocator;      // both functions or none; none: malloc and free
+    moe_allocator device_allocator; // CUDA: memory of the device; both functions or none; none: cuMemAlloc, cuMemFree
+    moe_jit_desc jit;             // CUDA
     // Nullable: told, one line at a time, what creating and sealing decided; from any thread that calls the library,
     // never from moe_execute(). `text` is valid during the call.
     void (*log)(void *user, int32_t level, const char *text);
@@ -645,6 +681,10 @@ typedef struct moe_context_info {
     int32_t threads;
     char name[64];     // of the processor or GPU
     char isa[16];      // kernel set in use
+    char chip[16];     // CUDA: what kernels are compiled for, "sm_90a"
+    int32_t driver_version; // CUDA: 12040 for 12.4
+    int32_t nvrtc_version;  // CUDA: of the NVRTC that was opened; 0: none was needed so far
+    char cache_dir[512];    // CUDA: "": kernels stay in memory
     uint32_t reserved[8];
 } moe_context_info;
 
@@ -1089,15 +1129,25 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 #  include <stdio.h>
 #endif
 #if defined(_WIN32)
-#  if !defined(MOE_NO_FILES) || !defined(MOE_NO_THREADS)
+#  if !defined(MOE_NO_FILES) || !defined(MOE_NO_THREADS) || !defined(MOE_NO_CUDA)
 #    define MOE__WINDOWS 1
 #  endif
 #else
 #  if !defined(MOE_NO_FILES)
+#    include <dirent.h>
 #    include <fcntl.h>
 #    include <sys/mman.h>
+#    include <sys/resource.h>
 #    include <sys/stat.h>
 #    include <unistd.h>
+#  endif
+#  if !defined(MOE_NO_CUDA)
+#    include <dlfcn.h>
+#    include <sys/stat.h>
+#    include <unistd.h>
+#    if defined(__linux__)
+#      include <sys/auxv.h>
+#    endif
 #  endif
 #  if !defined(MOE_NO_THREADS)
 #    include <pthread.h>
@@ -1128,6 +1178,7 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 #  define MOE__UNUSED
 #endif
 #define MOE__ARRAY_COUNT(a) ((int32_t)(sizeof(a) / sizeof((a)[0])))
+enum { MOE__PATH_MAX = 4096 }; // bytes, with the terminator
 
 // >>base  memory, checked arithmetic, text, errors
 
@@ -1375,7 +1426,12 @@ MOE_API const char *moe_result_string(int32_t result)
         { MOE_ERROR_FILE, "MOE_ERROR_FILE" },
         { MOE_ERROR_FORMAT, "MOE_ERROR_FORMAT" },
         { MOE_ERROR_MISSING, "MOE_ERROR_MISSING" },
+        { MOE_ERROR_DRIVER, "MOE_ERROR_DRIVER" },
+        { MOE_ERROR_NVRTC, "MOE_ERROR_NVRTC" },
+        { MOE_ERROR_COMPILE, "MOE_ERROR_COMPILE" },
+        { MOE_ERROR_LOAD, "MOE_ERROR_LOAD" },
         { MOE_ERROR_UNSUPPORTED, "MOE_ERROR_UNSUPPORTED" },
+        { MOE_ERROR_LAUNCH, "MOE_ERROR_LAUNCH" },
     };
     return moe__name_find(names, MOE__ARRAY_COUNT(names), result, "unknown result");
 }
@@ -1622,8 +1678,6 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 // Called by the checkpoint reader and by saved weights; nothing else touches the file system.
 #ifndef MOE_NO_FILES
 
-enum { MOE__PATH_MAX = 4096 }; // bytes, with the terminator
-
 typedef enum moe__path_kind {
     MOE__PATH_MISSING = 0,
     MOE__PATH_FILE = 1,
@@ -1801,6 +1855,30 @@ static int32_t moe__path_rename(const char *from, const char *to)
 #else
 typedef int moe__fd;
 
+// POSIX 2008 under -std=c99: glibc then hides these names, not the functions.
+#  if defined(O_CLOEXEC)
+#    define MOE__O_CLOEXEC O_CLOEXEC
+#  elif defined(__O_CLOEXEC)
+#    define MOE__O_CLOEXEC __O_CLOEXEC
+#  else
+#    define MOE__O_CLOEXEC 0
+#  endif
+#  if !defined(MOE_NO_CUDA)
+#    if defined(O_NOFOLLOW)
+#      define MOE__O_NOFOLLOW O_NOFOLLOW
+#      define MOE__O_DIRECTORY O_DIRECTORY
+#    else
+#      define MOE__O_NOFOLLOW __O_NOFOLLOW
+#      define MOE__O_DIRECTORY __O_DIRECTORY
+#    endif
+#    if !defined(__cplusplus) && defined(__STRICT_ANSI__) && defined(__GLIBC__)
+int openat(int at, const char *name, int flags, ...);
+int mkdirat(int at, const char *name, mode_t mode);
+int unlinkat(int at, const char *name, int flags);
+int renameat(int from_at, const char *from, int to_at, const char *to);
+#    endif
+#  endif
+
 static uint32_t moe__process_id(void) { return (uint32_t)getpid(); }
 
 MOE__UNUSED static moe__path_kind moe__path_look(const char *path)
@@ -1813,11 +1891,7 @@ MOE__UNUSED static moe__path_kind moe__path_look(const char *path)
 static int32_t moe__fd_open(const char *path, moe__fd *fd, uint64_t *size, moe_error *err)
 {
     struct stat info;
-    int flags = O_RDONLY | O_NONBLOCK; // a pipe must not hold the call up
-#  ifdef O_CLOEXEC
-    flags |= O_CLOEXEC;
-#  endif
-    *fd = open(path, flags);
+    *fd = open(path, O_RDONLY | O_NONBLOCK | MOE__O_CLOEXEC); // a pipe must not hold the call up
     if (*fd < 0) {
         if (errno == ENOENT || errno == ENOTDIR)
             return moe__fail_file(err, MOE_ERROR_MISSING, path, "does not exist", 0);
@@ -6767,10 +6841,23 @@ typedef struct moe__pool {
 #endif
 } moe__pool;
 
+#if !defined(MOE_NO_CUDA)
+static int32_t moe__cuda_open(moe_context *ctx, moe_error *err);
+static void moe__cuda_close(moe_context *ctx);
+static void moe__cuda_info(const moe_context *ctx, moe_context_info *info);
+static void moe__cuda_report(const moe_context *ctx);
+static int32_t moe__jit_open(moe_context *ctx, const moe_jit_desc *desc, moe_error *err);
+static void moe__jit_close(moe_context *ctx);
+#endif
+
 struct moe_context {
     moe_context_desc desc;  // resolved: allocator set, backend and threads concrete
     int32_t isa;
     moe__pool pool;
+#if !defined(MOE_NO_CUDA)
+    struct moe__cuda *cuda; // NULL: the CPU
+    struct moe__jit *jit;   // of a CUDA context, and while compiling ahead
+#endif
 };
 
 #if !defined(MOE_NO_THREADS)
@@ -6834,7 +6921,7 @@ static void moe__thread_join(moe__thread thread) { pthread_join(thread, NULL); }
 // A line for the caller's log hook. Formats as moe__text_vformat() says.
 static void moe__log(const moe_context *ctx, int32_t level, const char *format, ...)
 {
-    char line[256];
+    char line[768];
     moe__text text = moe__text_make(line, sizeof line);
     va_list args;
     if (ctx->desc.log == NULL) return;
@@ -6956,14 +7043,23 @@ static int32_t moe__pool_create(moe__pool *pool, int32_t threads)
     return 1;
 }
 
-static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_error *err)
+// Members that only one of the back ends reads.
+static int32_t moe__context_check_backend(const moe_context_desc *desc, moe_error *err)
 {
-    int32_t result = moe__allocator_resolve(&desc->allocator, "desc.allocator", err);
-    if (result != MOE_OK) return result;
-    if (desc->backend == MOE_BACKEND_CUDA)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.backend",
-                         "is MOE_BACKEND_CUDA: this version of moe.h has the "
-                         "CPU back end only; use MOE_BACKEND_AUTO or MOE_BACKEND_CPU");
+    if (desc->backend == MOE_BACKEND_CUDA) {
+#if defined(MOE_NO_CUDA)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.backend", "is MOE_BACKEND_CUDA, which this build leaves out "
+                         "(MOE_NO_CUDA); use MOE_BACKEND_AUTO or MOE_BACKEND_CPU");
+#else
+        if ((desc->device_allocator.alloc == NULL) != (desc->device_allocator.free == NULL))
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.device_allocator",
+                             "has only one of alloc and free: set both or none");
+        if (desc->cuda_context != NULL && desc->device != 0)
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.device", "is %d: with desc.cuda_context it must be 0, the "
+                             "device is that context's", desc->device);
+        return MOE_OK;
+#endif
+    }
     if (desc->backend != MOE_BACKEND_AUTO && desc->backend != MOE_BACKEND_CPU)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.backend", "is %d: it must be a moe_backend", desc->backend);
     if (desc->device != 0)
@@ -6971,10 +7067,18 @@ static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_erro
                          desc->device);
     if (desc->cuda_context != NULL)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.cuda_context", "is set, but the back end is the CPU");
+    return MOE_OK;
+}
+
+static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_error *err)
+{
+    int32_t most = desc->backend == MOE_BACKEND_CUDA ? 8 : MOE__THREADS_MAX;
+    int32_t result = moe__allocator_resolve(&desc->allocator, "desc.allocator", err);
+    if (result != MOE_OK || (result = moe__context_check_backend(desc, err)) != MOE_OK) return result;
     if (desc->threads < 0 || desc->threads > MOE__THREADS_MAX)
         return moe__fail_range(err, "desc.threads", desc->threads, 0, MOE__THREADS_MAX);
-    desc->backend = MOE_BACKEND_CPU;
-    if (desc->threads == 0) desc->threads = moe__min32(moe__cores(), MOE__THREADS_MAX);
+    if (desc->backend == MOE_BACKEND_AUTO) desc->backend = MOE_BACKEND_CPU;
+    if (desc->threads == 0) desc->threads = moe__min32(moe__cores(), most);
 #if defined(MOE_NO_THREADS)
     if (desc->parallel_for == NULL) desc->threads = 1;
 #endif
@@ -7004,6 +7108,12 @@ static void moe__cpu_name(char *name)
 static void moe__context_report(const moe_context *ctx)
 {
     char name[64];
+#if !defined(MOE_NO_CUDA)
+    if (ctx->cuda != NULL) {
+        moe__cuda_report(ctx);
+        return;
+    }
+#endif
     moe__cpu_name(name);
     moe__log(ctx, MOE_LOG_INFO, "CPU back end on %s: %s kernels, %d threads%s", name, moe__isa_names[ctx->isa],
              ctx->desc.threads, ctx->desc.parallel_for != NULL ? " of the caller's" : "");
@@ -7032,6 +7142,14 @@ MOE_API int32_t moe_context_create(const moe_context_desc *desc, moe_context **o
         moe__free(&checked.allocator, ctx, sizeof *ctx);
         return moe__fail(err, MOE_ERROR_MEMORY, "", "the system gave no lock or condition variable");
     }
+#if !defined(MOE_NO_CUDA)
+    if (checked.backend == MOE_BACKEND_CUDA && ((result = moe__cuda_open(ctx, err)) != MOE_OK ||
+                                                (result = moe__jit_open(ctx, &checked.jit, err)) != MOE_OK)) {
+        moe_context_destroy(ctx);
+        return result;
+    }
+    memset(&ctx->desc.jit, 0, sizeof ctx->desc.jit); // the caller's strings are not kept
+#endif
     moe__context_report(ctx);
     *out = ctx;
     return moe__ok(err);
@@ -7042,6 +7160,10 @@ MOE_API void moe_context_destroy(moe_context *ctx)
     moe_allocator allocator;
     if (ctx == NULL) return;
     allocator = ctx->desc.allocator;
+#if !defined(MOE_NO_CUDA)
+    moe__jit_close(ctx);
+    moe__cuda_close(ctx);
+#endif
     moe__pool_destroy(&ctx->pool);
     moe__free(&allocator, ctx, sizeof *ctx);
 }
@@ -7060,8 +7182,1794 @@ MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *i
     info->threads = ctx->desc.threads;
     moe__cpu_name(info->name);
     strcpy(info->isa, moe__isa_names[ctx->isa]);
+#if !defined(MOE_NO_CUDA)
+    if (ctx->cuda != NULL) moe__cuda_info(ctx, info);
+#endif
     return moe__ok(err);
 }
+
+// >>cuda  the driver and NVRTC, opened at run time  Nothing of CUDA is needed to compile or to link: the few types are
+// spelled out here, functions are found by name, and a table of them belongs to each context. Both libraries stay
+// loaded until the process ends, since others in it may use them too.
+#if !defined(MOE_NO_CUDA)
+
+#if defined(_WIN32)
+#  define MOE__CUDA_CALL __stdcall
+#else
+#  define MOE__CUDA_CALL
+#endif
+
+typedef int moe__cu_result; // CUresult
+typedef int moe__cu_device;
+typedef unsigned long long moe__cu_ptr;
+typedef struct CUctx_st *moe__cu_context; // cuda.h's own tags: handles pass to and fro without a cast
+typedef struct CUmod_st *moe__cu_module;
+typedef struct CUfunc_st *moe__cu_function;
+typedef struct CUstream_st *moe__cu_stream;
+
+typedef struct moe__cu_launch_attribute { // CUlaunchAttribute
+    int id;
+    int pad;
+    union {
+        struct { unsigned x, y, z; } cluster;
+        int programmatic;
+        char size[64];
+    } value;
+} moe__cu_launch_attribute;
+
+typedef struct moe__cu_launch_config { // CUlaunchConfig
+    unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+    moe__cu_stream hStream;
+    moe__cu_launch_attribute *attrs;
+    unsigned numAttrs;
+} moe__cu_launch_config;
+
+enum { // numbers of cuda.h
+    MOE__CU_ATTRIBUTE_CLUSTER = 4,     // of a launch
+    MOE__CU_ATTRIBUTE_PDL = 6,
+    MOE__CU_DEVICE_SMS = 16,           // of a device
+    MOE__CU_DEVICE_MAJOR = 75,
+    MOE__CU_DEVICE_MINOR = 76,
+    MOE__CU_DEVICE_SMEM_OPTIN = 97,
+    MOE__CU_FUNCTION_MAX_THREADS = 0,  // of a function
+    MOE__CU_FUNCTION_DYNAMIC_SMEM = 8,
+    MOE__CU_STREAM_NON_BLOCKING = 1,
+    MOE__CU_CAPTURE_RELAXED = 2,
+    MOE__CU_NO_MEMORY = 2,             // results
+    MOE__CU_STUB = 34,
+    MOE__CU_NO_DEVICE = 100,
+    MOE__DRIVER_MIN = 12000,
+    MOE__ARCH_MIN = 80
+};
+
+// name, suffix of the exported symbol, the CUDA version that brought this signature, whether the driver must have it
+#define MOE__CU_FUNCTIONS(X) \
+    X(cuInit, "", 12000, 1, (unsigned flags)) \
+    X(cuDriverGetVersion, "", 12000, 1, (int *version)) \
+    X(cuGetErrorName, "", 12000, 1, (moe__cu_result result, const char **name)) \
+    X(cuDeviceGetCount, "", 12000, 1, (int *count)) \
+    X(cuDeviceGet, "", 12000, 1, (moe__cu_device *device, int ordinal)) \
+    X(cuDeviceGetName, "", 12000, 1, (char *name, int size, moe__cu_device device)) \
+    X(cuDeviceGetAttribute, "", 12000, 1, (int *value, int attribute, moe__cu_device device)) \
+    X(cuDevicePrimaryCtxRetain, "", 12000, 1, (moe__cu_context *context, moe__cu_device device)) \
+    X(cuDevicePrimaryCtxRelease, "_v2", 12000, 1, (moe__cu_device device)) \
+    X(cuCtxPushCurrent, "_v2", 12000, 1, (moe__cu_context context)) \
+    X(cuCtxPopCurrent, "_v2", 12000, 1, (moe__cu_context *context)) \
+    X(cuCtxGetCurrent, "", 12000, 1, (moe__cu_context *context)) \
+    X(cuCtxGetDevice, "", 12000, 1, (moe__cu_device *device)) \
+    X(cuCtxSynchronize, "", 12000, 1, (void)) \
+    X(cuModuleLoadData, "", 12000, 1, (moe__cu_module *module, const void *image)) \
+    X(cuModuleUnload, "", 12000, 1, (moe__cu_module module)) \
+    X(cuModuleGetFunction, "", 12000, 1, (moe__cu_function *function, moe__cu_module module, const char *name)) \
+    X(cuFuncGetAttribute, "", 12000, 1, (int *value, int attribute, moe__cu_function function)) \
+    X(cuFuncSetAttribute, "", 12000, 1, (moe__cu_function function, int attribute, int value)) \
+    X(cuFuncGetParamInfo, "", 12040, 0, (moe__cu_function function, size_t index, size_t *offset, size_t *size)) \
+    X(cuFuncLoad, "", 12040, 0, (moe__cu_function function)) \
+    X(cuMemAlloc, "_v2", 12000, 1, (moe__cu_ptr *ptr, size_t bytes)) \
+    X(cuMemFree, "_v2", 12000, 1, (moe__cu_ptr ptr)) \
+    X(cuMemcpyHtoD, "_v2", 12000, 1, (moe__cu_ptr to, const void *from, size_t bytes)) \
+    X(cuMemcpyDtoH, "_v2", 12000, 1, (void *to, moe__cu_ptr from, size_t bytes)) \
+    X(cuMemcpyHtoDAsync, "_v2", 12000, 1, \
+      (moe__cu_ptr to, const void *from, size_t bytes, moe__cu_stream stream)) \
+    X(cuMemsetD8, "_v2", 12000, 1, (moe__cu_ptr to, unsigned char value, size_t bytes)) \
+    X(cuStreamCreate, "", 12000, 1, (moe__cu_stream *stream, unsigned flags)) \
+    X(cuStreamDestroy, "_v2", 12000, 1, (moe__cu_stream stream)) \
+    X(cuStreamSynchronize, "", 12000, 1, (moe__cu_stream stream)) \
+    X(cuThreadExchangeStreamCaptureMode, "", 12000, 1, (int *mode)) \
+    X(cuLaunchKernelEx, "", 12000, 1, \
+      (const moe__cu_launch_config *config, moe__cu_function function, void **params, void **extra))
+
+// A context's device. Everything but the functions is a fact that does not change.
+typedef struct moe__cuda {
+#define MOE__MEMBER(name, suffix, since, needed, parameters) moe__cu_result(MOE__CUDA_CALL *name) parameters;
+    MOE__CU_FUNCTIONS(MOE__MEMBER)
+#undef MOE__MEMBER
+    moe__cu_device device;
+    moe__cu_context context;
+    int32_t primary;        // the context is the device's own, retained
+    moe__cu_stream stream;  // copies of creation and sealing
+    int32_t driver_version; // 12040 for 12.4
+    int32_t arch;           // compute capability: 90 for 9.0
+    int32_t sms;
+    int32_t smem_optin;     // bytes that one CTA can have
+    char chip[16];          // what its kernels are compiled for: "sm_90a"
+    char name[64];
+} moe__cuda;
+
+typedef struct moe__nvrtc_program_t *moe__nvrtc_program;
+
+#define MOE__NVRTC_FUNCTIONS(X) \
+    X(nvrtcVersion, int, (int *major, int *minor)) \
+    X(nvrtcGetErrorString, const char *, (int result)) \
+    X(nvrtcGetNumSupportedArchs, int, (int *count)) \
+    X(nvrtcGetSupportedArchs, int, (int *archs)) \
+    X(nvrtcCreateProgram, int, \
+      (moe__nvrtc_program *program, const char *source, const char *name, int headers, const char *const *texts, \
+       const char *const *names)) \
+    X(nvrtcCompileProgram, int, (moe__nvrtc_program program, int count, const char *const *options)) \
+    X(nvrtcGetCUBINSize, int, (moe__nvrtc_program program, size_t *size)) \
+    X(nvrtcGetCUBIN, int, (moe__nvrtc_program program, char *cubin)) \
+    X(nvrtcGetPTXSize, int, (moe__nvrtc_program program, size_t *size)) \
+    X(nvrtcGetPTX, int, (moe__nvrtc_program program, char *ptx)) \
+    X(nvrtcGetProgramLogSize, int, (moe__nvrtc_program program, size_t *size)) \
+    X(nvrtcGetProgramLog, int, (moe__nvrtc_program program, char *log)) \
+    X(nvrtcDestroyProgram, int, (moe__nvrtc_program *program))
+
+typedef struct moe__nvrtc {
+#define MOE__MEMBER(name, type, parameters) type(MOE__CUDA_CALL *name) parameters;
+    MOE__NVRTC_FUNCTIONS(MOE__MEMBER)
+#undef MOE__MEMBER
+    int32_t version; // 12040 for 12.4; 0: not opened
+    int32_t num_archs;
+    int32_t archs[64];
+} moe__nvrtc;
+
+// ---- environment ----
+
+// Variables of the environment, but not where the process runs with more rights than its user.
+static const char *moe__env(const char *name)
+{
+#if defined(MOE_NO_ENV)
+    (void)name;
+    return NULL;
+#else
+    const char *value;
+#  if !defined(_WIN32)
+    if (getuid() != geteuid() || getgid() != getegid()) return NULL;
+#  endif
+#  if defined(__linux__)
+    if (getauxval(23) != 0) return NULL; // AT_SECURE
+#  endif
+    value = getenv(name);
+    return value == NULL || value[0] == 0 ? NULL : value;
+#endif
+}
+
+static int32_t moe__path_is_absolute(const char *path)
+{
+#if defined(_WIN32)
+    int32_t drive = ((path[0] | 32) >= 'a' && (path[0] | 32) <= 'z') && path[1] == ':';
+    return (drive && (path[2] == '\\' || path[2] == '/')) || (path[0] == '\\' && path[1] == '\\');
+#else
+    return path[0] == '/';
+#endif
+}
+
+// A folder named by an absolute path in the environment, or NULL.
+static const char *moe__env_folder(const char *name)
+{
+    const char *folder = moe__env(name);
+    return folder != NULL && moe__path_is_absolute(folder) && strlen(folder) < MOE__PATH_MAX / 2 ? folder : NULL;
+}
+
+// ---- libraries ----
+
+// What was tried, for messages: files that are not there by name alone, others with the reason.
+typedef struct moe__attempts {
+    const moe_context *ctx;
+    const char *what; // "the CUDA driver"
+    char missing_text[640], unusable_text[640];
+    moe__text missing, unusable;
+} moe__attempts;
+
+static void moe__attempts_init(moe__attempts *attempts, const moe_context *ctx, const char *what)
+{
+    attempts->ctx = ctx;
+    attempts->what = what;
+    attempts->missing = moe__text_make(attempts->missing_text, sizeof attempts->missing_text);
+    attempts->unusable = moe__text_make(attempts->unusable_text, sizeof attempts->unusable_text);
+}
+
+static void moe__attempt_missing(moe__attempts *attempts, const char *path)
+{
+    moe__text_format(&attempts->missing, "%s%s", attempts->missing.length > 0 ? ", " : "", path);
+    moe__log(attempts->ctx, MOE_LOG_INFO, "%s: %s is not there", attempts->what, path);
+}
+
+static void moe__attempt_unusable(moe__attempts *attempts, const char *path, const char *format, ...)
+{
+    char reason[256];
+    moe__text text = moe__text_make(reason, sizeof reason);
+    va_list args;
+    va_start(args, format);
+    moe__text_vformat(&text, format, args);
+    va_end(args);
+    moe__text_format(&attempts->unusable, "%s%s %s", attempts->unusable.length > 0 ? "; " : "", path, reason);
+    moe__log(attempts->ctx, MOE_LOG_INFO, "%s: %s %s", attempts->what, path, reason);
+}
+
+// "tried: X is ...; not there: Y, Z"
+static const char *moe__attempts_list(const moe__attempts *attempts, char *list, size_t capacity)
+{
+    moe__text text = moe__text_make(list, capacity);
+    moe__text_string(&text, "tried: ");
+    moe__text_string(&text, attempts->unusable_text);
+    if (attempts->missing.length > 0)
+        moe__text_format(&text, "%snot there: %s", attempts->unusable.length > 0 ? "; " : "", attempts->missing_text);
+    return list;
+}
+
+#if defined(_WIN32)
+#  ifdef __cplusplus
+extern "C" {
+#  endif
+__declspec(dllimport) void *__stdcall LoadLibraryExW(const wchar_t *name, void *file, unsigned long flags);
+typedef intptr_t(__stdcall *moe__windows_function)(void);
+__declspec(dllimport) moe__windows_function __stdcall GetProcAddress(void *library, const char *name);
+#  ifdef __cplusplus
+}
+#  endif
+
+static void *moe__library_open(const char *path, moe__attempts *attempts)
+{
+    wchar_t wide[MOE__PATH_MAX];
+    // An absolute path: its own folder is searched for what it needs; a name: the system's folder, then the path's.
+    void *library = LoadLibraryExW(moe__wide(wide, path), NULL, moe__path_is_absolute(path) ? 8 : 0);
+    if (library == NULL && moe__error_is_missing((int32_t)GetLastError() == 126 ? 2 : (int32_t)GetLastError()))
+        moe__attempt_missing(attempts, path);
+    else if (library == NULL)
+        moe__attempt_unusable(attempts, path, "cannot be loaded (system error %d)", (int32_t)GetLastError());
+    return library;
+}
+
+static int32_t moe__library_symbol(void *library, const char *name, void *function)
+{
+    moe__windows_function found = GetProcAddress(library, name);
+    memcpy(function, &found, sizeof found);
+    return found != NULL;
+}
+#else
+static void *moe__library_open(const char *path, moe__attempts *attempts)
+{
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    const char *why = library == NULL ? dlerror() : NULL;
+    size_t length = strlen(path);
+    if (library != NULL) return library;
+    if (why == NULL) why = "cannot be loaded";
+    if (strstr(why, "o such file") != NULL && strstr(why, path) != NULL) {
+        moe__attempt_missing(attempts, path);
+        return NULL;
+    }
+    if (strncmp(why, path, length) == 0 && why[length] == ':') why += length + 1; // the path is there already
+    while (*why == ' ') why++;
+    moe__attempt_unusable(attempts, path, "cannot be loaded (%s)", why);
+    return NULL;
+}
+
+static int32_t moe__library_symbol(void *library, const char *name, void *function)
+{
+    void *found = dlsym(library, name);
+    memcpy(function, &found, sizeof found);
+    return found != NULL;
+}
+#endif
+
+// ---- driver ----
+
+static int32_t moe__cuda_result(moe__cu_result result) { return result == 0 ? MOE_OK : MOE_ERROR_LAUNCH; }
+
+static const char *moe__cuda_error_name(const moe__cuda *cuda, moe__cu_result result)
+{
+    const char *name = NULL;
+    return cuda->cuGetErrorName(result, &name) == 0 && name != NULL ? name : "an unknown error";
+}
+
+static int32_t moe__cuda_fail(const moe_context *ctx, moe_error *err, int32_t code, const char *call,
+                              moe__cu_result result)
+{
+    return moe__fail(err, code, "", "%s failed: %s (%d)", call, moe__cuda_error_name(ctx->cuda, result),
+                     (int32_t)result);
+}
+
+typedef moe__cu_result(MOE__CUDA_CALL *moe__cu_get_proc)(const char *symbol, void **function, int version,
+                                                         unsigned long long flags, int *status);
+
+// Functions of the versions that the table says: asked for by base name, or found under their exported name.
+static int32_t moe__driver_symbols(moe__cuda *cuda, void *library, const char **missing)
+{
+    moe__cu_get_proc get_proc = NULL;
+    char name[64];
+    moe__text text;
+    if (!moe__library_symbol(library, "cuGetProcAddress_v2", &get_proc)) get_proc = NULL;
+#define MOE__LOAD(function, suffix, since, needed, parameters) \
+    { \
+        void *found = NULL; \
+        int status = 0; \
+        text = moe__text_make(name, sizeof name); \
+        moe__text_string(&text, #function suffix); \
+        if (get_proc != NULL && get_proc(#function, &found, since, 0, &status) == 0 && found != NULL) \
+            memcpy(&cuda->function, &found, sizeof found); \
+        else if (!moe__library_symbol(library, name, &cuda->function)) \
+            cuda->function = NULL; \
+        if (needed && cuda->function == NULL) { \
+            *missing = #function; \
+            return 0; \
+        } \
+    }
+    MOE__CU_FUNCTIONS(MOE__LOAD)
+#undef MOE__LOAD
+    return 1;
+}
+
+// 1, or 0 with the reason among the attempts.
+static int32_t moe__driver_try(moe__cuda *cuda, const char *path, moe__attempts *attempts)
+{
+    void *library = moe__library_open(path, attempts);
+    const char *missing = NULL;
+    int version = 0;
+    moe__cu_result result;
+    if (library == NULL) return 0;
+    if (!moe__driver_symbols(cuda, library, &missing)) {
+        moe__attempt_unusable(attempts, path, "has no %s: it is no CUDA driver of 12.0 or later", missing);
+        return 0;
+    }
+    result = cuda->cuInit(0);
+    if (result == MOE__CU_STUB) {
+        moe__attempt_unusable(attempts, path, "is the toolkit's stub for linking, not a driver");
+        return 0;
+    }
+    if (result != 0) {
+        moe__attempt_unusable(attempts, path, "says %s (%d) in cuInit: %s", moe__cuda_error_name(cuda, result),
+                              (int32_t)result,
+                              result == MOE__CU_NO_DEVICE ? "no GPU is visible to this process"
+                                                          : "the driver cannot be used");
+        return 0;
+    }
+    if (cuda->cuDriverGetVersion(&version) != 0 || version < MOE__DRIVER_MIN) {
+        moe__attempt_unusable(attempts, path, "is a driver for CUDA %d.%d: 12.0 or later is needed", version / 1000,
+                              version % 1000 / 10);
+        return 0;
+    }
+    cuda->driver_version = version;
+    moe__log(attempts->ctx, MOE_LOG_INFO, "CUDA driver %d.%d: %s", version / 1000, version % 1000 / 10, path);
+    return 1;
+}
+
+// A library that the caller or the environment names: then no other is tried. *path NULL: none is named.
+static int32_t moe__library_named(const char *wanted, const char *member, const char *variable, const char **path,
+                                  moe_error *err)
+{
+    const char *value = wanted != NULL && wanted[0] != 0 ? wanted : moe__env(variable);
+    *path = value;
+    if (value == NULL) return MOE_OK;
+    if (value != wanted) member = variable;
+    if (!moe__path_is_absolute(value))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %q: it must be an absolute path", value);
+    if (strlen(value) >= MOE__PATH_MAX)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is longer than %d bytes", MOE__PATH_MAX - 1);
+    return MOE_OK;
+}
+
+static int32_t moe__driver_open(moe_context *ctx, const char *wanted, moe_error *err)
+{
+#if defined(_WIN32)
+    static const char *const names[] = { "nvcuda.dll" };
+#else
+    static const char *const names[] = { "libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1" };
+#endif
+    moe__attempts attempts;
+    const char *named;
+    char list[560];
+    int32_t result = moe__library_named(wanted, "desc.jit.cuda_library", "MOE_CUDA_LIB", &named, err);
+    if (result != MOE_OK) return result;
+    moe__attempts_init(&attempts, ctx, "CUDA driver");
+    if (named != NULL && moe__driver_try(ctx->cuda, named, &attempts)) return MOE_OK;
+    for (int32_t i = 0; named == NULL && i < MOE__ARRAY_COUNT(names); i++)
+        if (moe__driver_try(ctx->cuda, names[i], &attempts)) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_DRIVER, "desc.backend", "is MOE_BACKEND_CUDA, but there is no CUDA driver that "
+                     "can be used; %s", moe__attempts_list(&attempts, list, sizeof list));
+}
+
+// ---- chips ----
+
+// What kernels for a compute capability are compiled for: the chip's own features where it has some, and one image for
+// a family from 10.0 on.
+static void moe__chip_name(int32_t arch, char *chip)
+{
+    moe__text text = moe__text_make(chip, 16);
+    if (arch >= 100) moe__text_format(&text, "sm_%df", arch / 10 * 10);
+    else moe__text_format(&text, "sm_%d%s", arch, arch == 90 ? "a" : "");
+}
+
+// Compute capability of a name that moe__chip_name() gives, or 0. compute_NN, where PTX is asked for, is one too.
+static int32_t moe__chip_arch(const char *chip, int32_t *ptx)
+{
+    char canonical[16];
+    int32_t arch = 0;
+    const char *p;
+    *ptx = strncmp(chip, "compute_", 8) == 0;
+    if (!*ptx && strncmp(chip, "sm_", 3) != 0) return 0;
+    for (p = chip + (*ptx ? 8 : 3); *p >= '0' && *p <= '9' && arch < 1000; p++) arch = arch * 10 + (*p - '0');
+    if (arch < MOE__ARCH_MIN || arch >= 1000) return 0;
+    if (*ptx) return *p == 0 ? arch : 0;
+    moe__chip_name(arch, canonical);
+    return strcmp(canonical, chip) == 0 ? arch : 0;
+}
+
+// ---- device ----
+
+static int32_t moe__cuda_enter(const moe_context *ctx, int32_t *entered)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__cu_context current = NULL;
+    *entered = 0;
+    if (cuda->cuCtxGetCurrent(&current) == 0 && current == cuda->context) return MOE_OK;
+    if (cuda->cuCtxPushCurrent(cuda->context) != 0) return MOE_ERROR_DRIVER;
+    *entered = 1;
+    return MOE_OK;
+}
+
+static void moe__cuda_leave(const moe_context *ctx, int32_t entered)
+{
+    moe__cu_context popped;
+    if (entered) ctx->cuda->cuCtxPopCurrent(&popped);
+}
+
+// Around calls that a capture of another thread's would forbid: loading, allocating, copying.
+typedef struct moe__cuda_scope {
+    int32_t entered;
+    int mode;
+} moe__cuda_scope;
+
+static int32_t moe__cuda_begin(const moe_context *ctx, moe__cuda_scope *scope, moe_error *err)
+{
+    if (moe__cuda_enter(ctx, &scope->entered) != MOE_OK)
+        return moe__fail(err, MOE_ERROR_DRIVER, "", "the CUDA context cannot be made current: it was destroyed, or an "
+                         "earlier kernel of it failed");
+    scope->mode = MOE__CU_CAPTURE_RELAXED;
+    ctx->cuda->cuThreadExchangeStreamCaptureMode(&scope->mode);
+    return MOE_OK;
+}
+
+static void moe__cuda_end(const moe_context *ctx, moe__cuda_scope *scope)
+{
+    ctx->cuda->cuThreadExchangeStreamCaptureMode(&scope->mode);
+    moe__cuda_leave(ctx, scope->entered);
+}
+
+static int32_t moe__device_alloc(const moe_context *ctx, uint64_t bytes, moe__cu_ptr *out, moe_error *err)
+{
+    const moe_allocator *allocator = &ctx->desc.device_allocator;
+    moe__cu_result result;
+    *out = 0;
+    if (allocator->alloc != NULL) {
+        *out = (moe__cu_ptr)(uintptr_t)allocator->alloc(allocator->user, (size_t)bytes, 256);
+        if (*out == 0)
+            return moe__fail(err, MOE_ERROR_MEMORY, "", "the device allocator returned NULL for %U bytes", bytes);
+        return MOE_OK;
+    }
+    result = ctx->cuda->cuMemAlloc(out, (size_t)bytes);
+    if (result == 0) return MOE_OK;
+    if (result != MOE__CU_NO_MEMORY) return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuMemAlloc", result);
+    return moe__fail(err, MOE_ERROR_MEMORY, "", "the device has no %U bytes of memory left", bytes);
+}
+
+static void moe__device_release(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
+{
+    const moe_allocator *allocator = &ctx->desc.device_allocator;
+    if (allocator->free != NULL) allocator->free(allocator->user, (void *)(uintptr_t)memory, (size_t)bytes);
+    else ctx->cuda->cuMemFree(memory);
+}
+
+// Device memory with a copy of `from` in it; there when the call returns. Runs on a stream of the context's, so that it
+// waits for nothing of the caller's and disturbs no capture.
+MOE__UNUSED static int32_t moe__device_make(const moe_context *ctx, const void *from, uint64_t bytes, moe__cu_ptr *out,
+                                            moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__cuda_scope scope;
+    moe__cu_result copied;
+    int32_t result;
+    *out = 0;
+    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
+    if ((result = moe__device_alloc(ctx, bytes, out, err)) == MOE_OK) {
+        copied = cuda->cuMemcpyHtoDAsync(*out, from, (size_t)bytes, cuda->stream);
+        if (copied == 0) copied = cuda->cuStreamSynchronize(cuda->stream);
+        if (copied != 0) {
+            moe__device_release(ctx, *out, bytes);
+            *out = 0;
+            result = moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "copying to the device", copied);
+        }
+    }
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+MOE__UNUSED static void moe__device_free(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
+{
+    moe__cuda_scope scope;
+    if (moe__cuda_begin(ctx, &scope, NULL) != MOE_OK) return; // the memory went with the CUDA context
+    moe__device_release(ctx, memory, bytes);
+    moe__cuda_end(ctx, &scope);
+}
+
+static int32_t moe__device_attribute(const moe__cuda *cuda, int attribute)
+{
+    int value = 0;
+    return cuda->cuDeviceGetAttribute(&value, attribute, cuda->device) == 0 ? (int32_t)value : 0;
+}
+
+// The device by its number, or the one that the caller's CUDA context is on.
+static int32_t moe__device_find(moe_context *ctx, moe_error *err)
+{
+    moe__cuda *cuda = ctx->cuda;
+    moe__cu_context popped;
+    moe__cu_result result;
+    int count = 0;
+    if (ctx->desc.cuda_context != NULL) {
+        cuda->context = (moe__cu_context)ctx->desc.cuda_context;
+        if ((result = cuda->cuCtxPushCurrent(cuda->context)) != 0)
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.cuda_context", "is not a CUcontext that can be used: "
+                             "cuCtxPushCurrent says %s (%d)", moe__cuda_error_name(cuda, result), (int32_t)result);
+        result = cuda->cuCtxGetDevice(&cuda->device);
+        cuda->cuCtxPopCurrent(&popped);
+        if (result != 0) return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuCtxGetDevice", result);
+        ctx->desc.device = (int32_t)cuda->device;
+        return MOE_OK;
+    }
+    if ((result = cuda->cuDeviceGetCount(&count)) != 0)
+        return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuDeviceGetCount", result);
+    if (ctx->desc.device < 0 || ctx->desc.device >= count)
+        return moe__fail(err, count == 0 ? MOE_ERROR_DRIVER : MOE_ERROR_ARGUMENT, "desc.device",
+                         "is %d: this process sees %d CUDA device%s", ctx->desc.device, (int32_t)count,
+                         count == 1 ? "" : "s");
+    if ((result = cuda->cuDeviceGet(&cuda->device, ctx->desc.device)) != 0)
+        return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuDeviceGet", result);
+    return MOE_OK;
+}
+
+static int32_t moe__device_facts(moe_context *ctx, moe_error *err)
+{
+    moe__cuda *cuda = ctx->cuda;
+    if (cuda->cuDeviceGetName(cuda->name, (int)sizeof cuda->name, cuda->device) != 0) strcpy(cuda->name, "GPU");
+    cuda->name[sizeof cuda->name - 1] = 0;
+    cuda->arch = moe__device_attribute(cuda, MOE__CU_DEVICE_MAJOR) * 10 +
+                 moe__device_attribute(cuda, MOE__CU_DEVICE_MINOR);
+    cuda->sms = moe__device_attribute(cuda, MOE__CU_DEVICE_SMS);
+    cuda->smem_optin = moe__device_attribute(cuda, MOE__CU_DEVICE_SMEM_OPTIN);
+    moe__chip_name(cuda->arch, cuda->chip);
+    if (cuda->arch < MOE__ARCH_MIN)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.device", "is %d, %q of compute capability %d.%d: 8.0 or "
+                         "later is needed", ctx->desc.device, cuda->name, cuda->arch / 10, cuda->arch % 10);
+    return MOE_OK;
+}
+
+// The CUDA context and a stream in it.
+static int32_t moe__device_open(moe_context *ctx, moe_error *err)
+{
+    moe__cuda *cuda = ctx->cuda;
+    moe__cuda_scope scope;
+    moe__cu_result created;
+    int32_t result;
+    if ((result = moe__device_find(ctx, err)) != MOE_OK || (result = moe__device_facts(ctx, err)) != MOE_OK)
+        return result;
+    if (ctx->desc.cuda_context == NULL) {
+        created = cuda->cuDevicePrimaryCtxRetain(&cuda->context, cuda->device);
+        if (created != 0) return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuDevicePrimaryCtxRetain", created);
+        cuda->primary = 1;
+    }
+    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
+    created = cuda->cuStreamCreate(&cuda->stream, MOE__CU_STREAM_NON_BLOCKING);
+    if (created != 0) {
+        cuda->stream = NULL;
+        result = moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuStreamCreate", created);
+    }
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+// Undoes as much of moe__cuda_open() as was done.
+static void moe__cuda_close(moe_context *ctx)
+{
+    moe__cuda *cuda = ctx->cuda;
+    moe__cuda_scope scope;
+    if (cuda == NULL) return;
+    if (cuda->stream != NULL && moe__cuda_begin(ctx, &scope, NULL) == MOE_OK) {
+        cuda->cuStreamDestroy(cuda->stream);
+        moe__cuda_end(ctx, &scope);
+    }
+    if (cuda->primary) cuda->cuDevicePrimaryCtxRelease(cuda->device);
+    moe__free(&ctx->desc.allocator, cuda, sizeof *cuda);
+    ctx->cuda = NULL;
+}
+
+static int32_t moe__cuda_open(moe_context *ctx, moe_error *err)
+{
+    int32_t result;
+    ctx->cuda = (moe__cuda *)moe__alloc(&ctx->desc.allocator, sizeof *ctx->cuda);
+    if (ctx->cuda == NULL) return moe__fail_memory(err, sizeof *ctx->cuda);
+    memset(ctx->cuda, 0, sizeof *ctx->cuda);
+    if ((result = moe__driver_open(ctx, ctx->desc.jit.cuda_library, err)) != MOE_OK ||
+        (result = moe__device_open(ctx, err)) != MOE_OK)
+        moe__cuda_close(ctx);
+    return result;
+}
+
+// ---- NVRTC ----
+
+static int32_t moe__nvrtc_symbols(moe__nvrtc *nvrtc, void *library, const char **missing)
+{
+#define MOE__LOAD(function, type, parameters) \
+    if (!moe__library_symbol(library, #function, &nvrtc->function)) { \
+        *missing = #function; \
+        return 0; \
+    }
+    MOE__NVRTC_FUNCTIONS(MOE__LOAD)
+#undef MOE__LOAD
+    return 1;
+}
+
+#if !defined(_WIN32)
+// NVRTC opens its builtins by bare name: the ones beside it are loaded first, so that they are found. Where they are
+// not there, compiling says so.
+static void moe__nvrtc_builtins(const char *path, int32_t version)
+{
+    char builtins[MOE__PATH_MAX];
+    size_t length = strlen(path);
+    moe__text text;
+    if (!moe__path_is_absolute(path) || length + 64 > sizeof builtins) return;
+    while (path[length - 1] != '/') length--;
+    memcpy(builtins, path, length);
+    text = moe__text_make(builtins + length, sizeof builtins - length);
+    moe__text_format(&text, "libnvrtc-builtins.so.%d.%d", version / 1000, version % 1000 / 10);
+    dlopen(builtins, RTLD_NOW | RTLD_LOCAL);
+}
+#endif
+
+// Family targets (sm_100f) exist since 12.9.
+static int32_t moe__nvrtc_knows(const moe__nvrtc *nvrtc, int32_t arch)
+{
+    if (arch >= 100 && nvrtc->version < 12090) return 0;
+    if (arch >= 100) arch = arch / 10 * 10;
+    for (int32_t i = 0; i < nvrtc->num_archs; i++)
+        if (nvrtc->archs[i] == arch) return 1;
+    return 0;
+}
+
+static int32_t moe__nvrtc_facts(moe__nvrtc *nvrtc)
+{
+    int major = 0, minor = 0, count = 0, archs[MOE__ARRAY_COUNT(nvrtc->archs)];
+    if (nvrtc->nvrtcVersion(&major, &minor) != 0) return 0;
+    nvrtc->version = major * 1000 + minor * 10;
+    if (nvrtc->nvrtcGetNumSupportedArchs(&count) != 0 || count < 0 || count > MOE__ARRAY_COUNT(archs) ||
+        nvrtc->nvrtcGetSupportedArchs(archs) != 0)
+        return 0;
+    nvrtc->num_archs = count;
+    for (int i = 0; i < count; i++) nvrtc->archs[i] = archs[i];
+    return 1;
+}
+
+// 1 and *out, or 0 with the reason among the attempts.
+static int32_t moe__nvrtc_try(moe__nvrtc *out, const char *path, int32_t arch, moe__attempts *attempts)
+{
+    moe__nvrtc nvrtc;
+    const char *missing = NULL;
+    void *library = moe__library_open(path, attempts);
+    if (library == NULL) return 0;
+    memset(&nvrtc, 0, sizeof nvrtc);
+    if (!moe__nvrtc_symbols(&nvrtc, library, &missing)) {
+        moe__attempt_unusable(attempts, path, "has no %s: it is no NVRTC of 12.0 or later", missing);
+        return 0;
+    }
+    if (!moe__nvrtc_facts(&nvrtc)) {
+        moe__attempt_unusable(attempts, path, "does not say its version and chips");
+        return 0;
+    }
+    if (nvrtc.version < MOE__DRIVER_MIN) {
+        moe__attempt_unusable(attempts, path, "is NVRTC %d.%d: 12.0 or later is needed", nvrtc.version / 1000,
+                              nvrtc.version % 1000 / 10);
+        return 0;
+    }
+    if (!moe__nvrtc_knows(&nvrtc, arch)) {
+        moe__attempt_unusable(attempts, path, "is NVRTC %d.%d, which cannot compile for compute capability %d.%d",
+                              nvrtc.version / 1000, nvrtc.version % 1000 / 10, arch / 10, arch % 10);
+        return 0;
+    }
+#if !defined(_WIN32)
+    moe__nvrtc_builtins(path, nvrtc.version);
+#endif
+    *out = nvrtc;
+    moe__log(attempts->ctx, MOE_LOG_INFO, "NVRTC %d.%d: %s", nvrtc.version / 1000, nvrtc.version % 1000 / 10, path);
+    return 1;
+}
+
+// Names of the library of one major version in a folder; folder NULL: by name, where the system looks.
+static int32_t moe__nvrtc_try_in(moe__nvrtc *out, const char *folder, const char *below, int32_t major, int32_t arch,
+                                 moe__attempts *attempts)
+{
+    char path[MOE__PATH_MAX];
+    moe__text text = moe__text_make(path, sizeof path);
+#if defined(_WIN32)
+    if (folder != NULL) moe__text_format(&text, "%s\\%s\\", folder, below);
+    moe__text_format(&text, "nvrtc64_%d0_0.dll", major);
+#else
+    if (folder != NULL) moe__text_format(&text, "%s/%s/", folder, below);
+    moe__text_format(&text, "libnvrtc.so.%d", major);
+#endif
+    return moe__nvrtc_try(out, path, arch, attempts);
+}
+
+#if defined(_WIN32)
+static int32_t moe__nvrtc_folders(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+    static const char *const below[] = { "bin\\x64", "bin" };
+    const char *toolkit = moe__env_folder("CUDA_PATH");
+    for (int32_t i = 0; toolkit != NULL && i < MOE__ARRAY_COUNT(below); i++)
+        if (moe__nvrtc_try_in(out, toolkit, below[i], major, arch, attempts)) return 1;
+    return 0;
+}
+#else
+static int32_t moe__nvrtc_toolkits(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+#  if defined(__aarch64__)
+    static const char *const below[] = { "lib64", "lib", "targets/sbsa-linux/lib" };
+#  else
+    static const char *const below[] = { "lib64", "lib", "targets/x86_64-linux/lib" };
+#  endif
+    const char *folders[5];
+    char versioned[32];
+    moe__text text = moe__text_make(versioned, sizeof versioned);
+    moe__text_format(&text, "/usr/local/cuda-%d", major);
+    folders[0] = moe__env_folder("CUDA_HOME");
+    folders[1] = moe__env_folder("CUDA_PATH");
+    folders[2] = "/usr/local/cuda";
+    folders[3] = versioned;
+    folders[4] = "/opt/cuda";
+    for (int32_t f = 0; f < MOE__ARRAY_COUNT(folders); f++)
+        for (int32_t i = 0; folders[f] != NULL && i < MOE__ARRAY_COUNT(below); i++)
+            if (moe__nvrtc_try_in(out, folders[f], below[i], major, arch, attempts)) return 1;
+    return 0;
+}
+
+// NVIDIA's wheels for Python, wherever environments keep them. Folders that are not there are not listed: they are too
+// many.
+static int32_t moe__nvrtc_wheels(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+    static const char *const sites[] = { "site-packages", "dist-packages" };
+    const char *prefixes[5];
+    char below[96];
+    struct stat info;
+    char home[MOE__PATH_MAX];
+    const char *user = moe__env_folder("HOME");
+    moe__text text = moe__text_make(home, sizeof home);
+    if (user != NULL) moe__text_format(&text, "%s/.local", user);
+    prefixes[0] = moe__env_folder("VIRTUAL_ENV");
+    prefixes[1] = moe__env_folder("CONDA_PREFIX");
+    prefixes[2] = user != NULL ? home : NULL;
+    prefixes[3] = "/usr/local";
+    prefixes[4] = "/usr";
+    if (prefixes[1] != NULL && moe__nvrtc_try_in(out, prefixes[1], "lib", major, arch, attempts)) return 1;
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(prefixes) * 2 * 10 * 2; i++) {
+        char path[MOE__PATH_MAX];
+        const char *prefix = prefixes[i / 40];
+        if (prefix == NULL) continue;
+        text = moe__text_make(below, sizeof below);
+        moe__text_format(&text, "lib/python3.%d/%s/nvidia/", 8 + i / 4 % 10, sites[i / 2 % 2]);
+        if (i % 2 == 0) moe__text_format(&text, "cu%d/lib", major);
+        else moe__text_string(&text, "cuda_nvrtc/lib");
+        text = moe__text_make(path, sizeof path);
+        moe__text_format(&text, "%s/%s/libnvrtc.so.%d", prefix, below, major);
+        if (stat(path, &info) == 0 && moe__nvrtc_try(out, path, arch, attempts)) return 1;
+    }
+    return 0;
+}
+
+static int32_t moe__nvrtc_folders(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+    return moe__nvrtc_toolkits(out, major, arch, attempts) || moe__nvrtc_wheels(out, major, arch, attempts);
+}
+#endif
+
+// An NVRTC that compiles for `arch`: of the driver's major version if there is one, since a driver may refuse what a
+// newer one made; then of the older, then of the newer ones.
+static int32_t moe__nvrtc_open(const moe_context *ctx, const char *wanted, int32_t arch, moe__nvrtc *out,
+                               moe_error *err)
+{
+    int32_t driver = ctx->cuda != NULL ? ctx->cuda->driver_version / 1000 : 13, result;
+    int32_t majors[3];
+    moe__attempts attempts;
+    const char *named;
+    char list[500];
+    result = moe__library_named(wanted, "desc.jit.nvrtc_library", "MOE_NVRTC_LIB", &named, err);
+    if (result != MOE_OK) return result;
+    majors[0] = driver;
+    majors[1] = driver == 12 ? 13 : driver == 13 ? 12 : 13;
+    majors[2] = driver == 12 || driver == 13 ? 0 : 12;
+    moe__attempts_init(&attempts, ctx, "NVRTC");
+    if (named != NULL && moe__nvrtc_try(out, named, arch, &attempts)) return MOE_OK;
+    for (int32_t i = 0; named == NULL && i < 3 && majors[i] != 0; i++) {
+        if (!moe__nvrtc_try_in(out, NULL, NULL, majors[i], arch, &attempts) &&
+            !moe__nvrtc_folders(out, majors[i], arch, &attempts))
+            continue;
+        if (ctx->cuda != NULL && out->version / 1000 > driver)
+            moe__log(ctx, MOE_LOG_WARNING, "NVRTC %d.%d is newer than the driver, %d.%d, which may refuse its kernels",
+                     out->version / 1000, out->version % 1000 / 10, driver, ctx->cuda->driver_version % 1000 / 10);
+        return MOE_OK;
+    }
+    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can compile "
+                     "for compute capability %d.%d; %s", arch / 10, arch % 10,
+                     moe__attempts_list(&attempts, list, sizeof list));
+}
+
+#endif // MOE_NO_CUDA
+
+// >>jit  kernels from the embedded text  An instance is the whole text compiled with its own definitions. Kernels come,
+// in this order, from: the context itself, images that the caller brings, the cache folder, the seed folder, NVRTC,
+// embedded PTX. Called when plans are created; nothing here runs when they are executed.
+#if !defined(MOE_NO_CUDA)
+
+// Of the region that `make embed` writes, at the end.
+static const char *const *moe__kernel_pieces(int32_t *count); // concatenated: moe_kernels.cu.inc
+static const char *moe__kernel_digest(void);                  // SHA-256 of it in hex
+
+// ---- SHA-256 ----
+
+typedef struct moe__sha256 {
+    uint32_t state[8];
+    uint64_t bytes;
+    unsigned char block[64];
+} moe__sha256;
+
+static uint32_t moe__rotate(uint32_t x, int32_t n) { return x >> n | x << (32 - n); }
+
+static void moe__sha256_block(moe__sha256 *sha, const unsigned char *p)
+{
+    static const uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+        0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+        0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+        0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+        0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+        0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+        0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2
+    };
+    uint32_t w[64], v[8];
+    for (int32_t i = 0; i < 16; i++)
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 | (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    for (int32_t i = 16; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + (moe__rotate(a, 7) ^ moe__rotate(a, 18) ^ a >> 3) + w[i - 7] +
+               (moe__rotate(b, 17) ^ moe__rotate(b, 19) ^ b >> 10);
+    }
+    memcpy(v, sha->state, sizeof v);
+    for (int32_t i = 0; i < 64; i++) {
+        uint32_t s1 = moe__rotate(v[4], 6) ^ moe__rotate(v[4], 11) ^ moe__rotate(v[4], 25);
+        uint32_t t1 = v[7] + s1 + ((v[4] & v[5]) ^ (~v[4] & v[6])) + k[i] + w[i];
+        uint32_t s0 = moe__rotate(v[0], 2) ^ moe__rotate(v[0], 13) ^ moe__rotate(v[0], 22);
+        uint32_t t2 = s0 + ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        memmove(v + 1, v, 7 * sizeof v[0]);
+        v[4] += t1;
+        v[0] = t1 + t2;
+    }
+    for (int32_t i = 0; i < 8; i++) sha->state[i] += v[i];
+}
+
+static void moe__sha256_init(moe__sha256 *sha)
+{
+    static const uint32_t start[8] = { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                       0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19 };
+    memcpy(sha->state, start, sizeof start);
+    sha->bytes = 0;
+}
+
+static void moe__sha256_add(moe__sha256 *sha, const void *data, uint64_t size)
+{
+    const unsigned char *p = (const unsigned char *)data;
+    while (size > 0) {
+        uint64_t used = sha->bytes % 64, part = 64 - used < size ? 64 - used : size;
+        memcpy(sha->block + used, p, (size_t)part);
+        sha->bytes += part;
+        p += part;
+        size -= part;
+        if (sha->bytes % 64 == 0) moe__sha256_block(sha, sha->block);
+    }
+}
+
+static void moe__sha256_end(moe__sha256 *sha, unsigned char digest[32])
+{
+    static const unsigned char pad[64] = { 0x80 };
+    unsigned char length[8];
+    uint64_t bits = sha->bytes * 8;
+    for (int32_t i = 0; i < 8; i++) length[i] = (unsigned char)(bits >> (56 - 8 * i));
+    moe__sha256_add(sha, pad, 1 + (119 - sha->bytes % 64) % 64);
+    moe__sha256_add(sha, length, 8);
+    for (int32_t i = 0; i < 32; i++) digest[i] = (unsigned char)(sha->state[i / 4] >> (24 - 8 * (i % 4)));
+}
+
+// ---- instances ----
+
+enum { MOE__OPTIONS_MAX = 24 };
+
+// One kernel of a plan.
+typedef struct moe__instance {
+    const char *entry;   // "moe_k_sort": selects MOE_K_SORT and is the kernel's name
+    char name[48];       // in messages and file names
+    char defines[96];    // "-DMOE_P_X=1 -DMOE_P_Y=2"
+    int32_t args_bytes;  // of its argument struct
+    int32_t threads;     // of a CTA
+    int32_t smem_bytes;  // dynamic shared memory at most
+} moe__instance;
+
+// Options without the chip; the text of each lies in `memory`.
+typedef struct moe__options {
+    const char *option[MOE__OPTIONS_MAX];
+    int32_t count;
+    char memory[256];
+} moe__options;
+
+static void moe__options_make(moe__options *options, const moe__instance *instance)
+{
+    moe__text text = moe__text_make(options->memory, sizeof options->memory);
+    char *p;
+    moe__text_string(&text, "--std=c++17 --fmad=false -D");
+    for (const char *c = instance->entry; *c != 0; c++)
+        moe__text_char(&text, *c >= 'a' && *c <= 'z' ? (char)(*c - 'a' + 'A') : *c);
+    moe__text_format(&text, " %s", instance->defines);
+    options->count = 0;
+    for (p = options->memory; *p != 0 && options->count < MOE__OPTIONS_MAX - 1;) {
+        while (*p == ' ') *p++ = 0;
+        if (*p != 0) options->option[options->count++] = p;
+        while (*p != 0 && *p != ' ') p++;
+    }
+}
+
+// What identifies an image: the text, the options, the chip. Neither NVRTC's version nor any path or date.
+static void moe__instance_key(const moe__instance *instance, const char *chip, unsigned char key[32])
+{
+    moe__options options;
+    moe__sha256 sha;
+    const char *digest = moe__kernel_digest();
+    moe__options_make(&options, instance);
+    moe__sha256_init(&sha);
+    moe__sha256_add(&sha, "moe.h kernel 1", 15); // with the 0 behind each
+    moe__sha256_add(&sha, digest, strlen(digest) + 1);
+    moe__sha256_add(&sha, instance->entry, strlen(instance->entry) + 1);
+    moe__sha256_add(&sha, chip, strlen(chip) + 1);
+    for (int32_t i = 0; i < options.count; i++)
+        moe__sha256_add(&sha, options.option[i], strlen(options.option[i]) + 1);
+    moe__sha256_end(&sha, key);
+}
+
+static void moe__text_hex(moe__text *text, const unsigned char *data, int32_t count)
+{
+    static const char digits[] = "0123456789abcdef";
+    for (int32_t i = 0; i < count; i++) {
+        moe__text_char(text, digits[data[i] >> 4]);
+        moe__text_char(text, digits[data[i] & 15]);
+    }
+}
+
+// An image on its way from a file or the compiler into a module.
+typedef struct moe__build {
+    const moe__instance *instance;
+    const char *chip;
+    unsigned char key[32];
+    unsigned char *image; // the allocator's, a 0 behind it; NULL: not found
+    uint64_t bytes;
+    moe__nvrtc_program program;
+    int32_t compiled;     // nvrtcResult
+    int32_t nvrtc_version; // of whoever compiled it
+} moe__build;
+
+static void moe__build_init(moe__build *build, const moe__instance *instance, const char *chip)
+{
+    memset(build, 0, sizeof *build);
+    build->instance = instance;
+    build->chip = chip;
+    moe__instance_key(instance, chip, build->key);
+}
+
+static int32_t moe__build_alloc(const moe_context *ctx, moe__build *build, uint64_t bytes, moe_error *err)
+{
+    build->image = (unsigned char *)moe__alloc(&ctx->desc.allocator, bytes + 1);
+    if (build->image == NULL) return moe__fail_memory(err, bytes + 1);
+    build->image[bytes] = 0;
+    build->bytes = bytes;
+    return MOE_OK;
+}
+
+static void moe__build_drop(const moe_context *ctx, moe__build *build)
+{
+    moe__free(&ctx->desc.allocator, build->image, build->bytes + 1);
+    build->image = NULL;
+    build->bytes = 0;
+}
+
+// A kernel that the context has loaded; it stays until the context is destroyed.
+typedef struct moe__kernel {
+    struct moe__kernel *next;
+    unsigned char key[32];
+    moe__cu_module module;
+    moe__cu_function function;
+    int32_t smem_bytes; // dynamic shared memory that it may be launched with
+} moe__kernel;
+
+// What a context keeps for compiling and loading. Guarded by `lock`.
+typedef struct moe__jit {
+    moe__lock lock;
+    moe__kernel *kernels;
+    moe__nvrtc nvrtc;
+    char *source;         // the kernels' text in one piece, made when first compiled
+    uint64_t source_bytes;
+    const moe_jit_image *images;
+    int32_t num_images;
+    int32_t cache_mode;   // moe_cache_mode
+    int32_t quiet;        // the cache folder's trouble has been told
+    char cache_dir[MOE__PATH_MAX]; // "": memory only
+    char seed_dir[MOE__PATH_MAX];  // "": none
+    char nvrtc_library[MOE__PATH_MAX];
+} moe__jit;
+
+// ---- compiling ----
+
+static int32_t moe__source_join(const moe_context *ctx, moe_error *err)
+{
+    moe__jit *jit = ctx->jit;
+    int32_t count = 0;
+    const char *const *pieces = moe__kernel_pieces(&count);
+    uint64_t bytes = 1, at = 0;
+    if (jit->source != NULL) return MOE_OK;
+    for (int32_t i = 0; i < count; i++) bytes += strlen(pieces[i]);
+    jit->source = (char *)moe__alloc(&ctx->desc.allocator, bytes);
+    if (jit->source == NULL) return moe__fail_memory(err, bytes);
+    jit->source_bytes = bytes;
+    for (int32_t i = 0; i < count; i++) {
+        size_t length = strlen(pieces[i]);
+        memcpy(jit->source + at, pieces[i], length);
+        at += length;
+    }
+    jit->source[at] = 0;
+    return MOE_OK;
+}
+
+typedef struct moe__compile {
+    const moe__jit *jit;
+    moe__build *const *wanted;
+} moe__compile;
+
+// One program on one thread. Allocates nothing of ours: results are fetched by the thread that called.
+static void moe__compile_task(void *arg, int32_t index)
+{
+    const moe__compile *compile = (const moe__compile *)arg;
+    const moe__jit *jit = compile->jit;
+    moe__build *build = compile->wanted[index];
+    char arch[32];
+    moe__text text = moe__text_make(arch, sizeof arch);
+    moe__options options;
+    moe__text_format(&text, "--gpu-architecture=%s", build->chip);
+    moe__options_make(&options, build->instance);
+    options.option[options.count++] = arch;
+    build->program = NULL;
+    build->compiled = jit->nvrtc.nvrtcCreateProgram(&build->program, jit->source, build->instance->name, 0, NULL, NULL);
+    if (build->compiled == 0)
+        build->compiled = jit->nvrtc.nvrtcCompileProgram(build->program, options.count, options.option);
+}
+
+// The compiler's own words: all of them line by line for the log hook, the first ones in the message.
+static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build, moe_error *err)
+{
+    const moe__nvrtc *nvrtc = &ctx->jit->nvrtc;
+    const moe_allocator *allocator = &ctx->desc.allocator;
+    size_t size = 0;
+    char *log = NULL;
+    int32_t result;
+    if (build->program != NULL && nvrtc->nvrtcGetProgramLogSize(build->program, &size) == 0 && size > 1)
+        log = (char *)moe__alloc(allocator, size);
+    if (log != NULL && nvrtc->nvrtcGetProgramLog(build->program, log) != 0) log[0] = 0;
+    if (log != NULL) log[size - 1] = 0;
+    result = moe__fail(err, MOE_ERROR_COMPILE, "", "kernel %s for %s does not compile with NVRTC %d.%d: %s%s%s",
+                       build->instance->name, build->chip, nvrtc->version / 1000, nvrtc->version % 1000 / 10,
+                       nvrtc->nvrtcGetErrorString(build->compiled), log != NULL ? ": " : "", log != NULL ? log : "");
+    for (char *line = log; line != NULL && *line != 0;) {
+        char *end = line;
+        while (*end != 0 && *end != '\n') end++;
+        if (*end != 0) *end++ = 0;
+        moe__log(ctx, MOE_LOG_ERROR, "%s: %s", build->instance->name, line);
+        line = end;
+    }
+    moe__free(allocator, log, size);
+    return result;
+}
+
+static int32_t moe__compile_fetch(const moe_context *ctx, moe__build *build, moe_error *err)
+{
+    const moe__nvrtc *nvrtc = &ctx->jit->nvrtc;
+    int32_t ptx = strncmp(build->chip, "compute_", 8) == 0, got, result;
+    size_t size = 0;
+    if (build->compiled != 0) return moe__compile_fail(ctx, build, err);
+    got = ptx ? nvrtc->nvrtcGetPTXSize(build->program, &size) : nvrtc->nvrtcGetCUBINSize(build->program, &size);
+    if (got != 0 || size == 0)
+        return moe__fail(err, MOE_ERROR_COMPILE, "", "NVRTC %d.%d gave no %s of %s for %s: %s", nvrtc->version / 1000,
+                         nvrtc->version % 1000 / 10, ptx ? "PTX" : "cubin", build->instance->name, build->chip,
+                         nvrtc->nvrtcGetErrorString(got));
+    if ((result = moe__build_alloc(ctx, build, size, err)) != MOE_OK) return result;
+    if (ptx) nvrtc->nvrtcGetPTX(build->program, (char *)build->image);
+    else nvrtc->nvrtcGetCUBIN(build->program, (char *)build->image);
+    build->nvrtc_version = nvrtc->version;
+    moe__log(ctx, MOE_LOG_INFO, "kernel %s for %s: compiled by NVRTC %d.%d, %U bytes", build->instance->name,
+             build->chip, nvrtc->version / 1000, nvrtc->version % 1000 / 10, build->bytes);
+    return MOE_OK;
+}
+
+// NVRTC for this compute capability, opened when first needed.
+static int32_t moe__jit_compiler(const moe_context *ctx, int32_t arch, moe_error *err)
+{
+    moe__jit *jit = ctx->jit;
+    if (jit->nvrtc.version != 0 && moe__nvrtc_knows(&jit->nvrtc, arch)) return MOE_OK;
+    return moe__nvrtc_open(ctx, jit->nvrtc_library, arch, &jit->nvrtc, err);
+}
+
+// Compiles `count` programs for chips of one compute capability on the context's threads.
+static int32_t moe__jit_compile(moe_context *ctx, moe__build *const *wanted, int32_t count, moe_error *err)
+{
+    moe__compile compile;
+    int32_t ptx, result = moe__jit_compiler(ctx, moe__chip_arch(wanted[0]->chip, &ptx), err);
+    if (result != MOE_OK || (result = moe__source_join(ctx, err)) != MOE_OK) return result;
+    compile.jit = ctx->jit;
+    compile.wanted = wanted;
+    moe__parallel(ctx, count, moe__compile_task, &compile);
+    for (int32_t i = 0; i < count; i++) {
+        if (result == MOE_OK) result = moe__compile_fetch(ctx, wanted[i], err);
+        if (wanted[i]->program != NULL) ctx->jit->nvrtc.nvrtcDestroyProgram(&wanted[i]->program);
+    }
+    return result;
+}
+
+// ---- modules ----
+
+// The kernel must take the struct that this header fills in.
+static int32_t moe__kernel_check(const moe_context *ctx, const moe__instance *instance, moe__cu_function function,
+                                 moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    size_t offset = 0, size = 0;
+    int threads = 0;
+    if (cuda->cuFuncGetParamInfo != NULL && cuda->cuFuncGetParamInfo(function, 0, &offset, &size) == 0 &&
+        size != (size_t)instance->args_bytes)
+        return moe__fail(err, MOE_ERROR_LOAD, "", "kernel %s takes %U bytes of arguments, this build gives it %d",
+                         instance->name, (uint64_t)size, instance->args_bytes);
+    if (cuda->cuFuncGetAttribute(&threads, MOE__CU_FUNCTION_MAX_THREADS, function) == 0 && threads < instance->threads)
+        return moe__fail(err, MOE_ERROR_LOAD, "", "kernel %s can have %d threads a CTA, %d are needed", instance->name,
+                         (int32_t)threads, instance->threads);
+    return MOE_OK;
+}
+
+// Raises the dynamic shared memory that a kernel may be launched with.
+static int32_t moe__kernel_smem(const moe_context *ctx, moe__kernel *kernel, const moe__instance *instance,
+                                moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__cu_result result;
+    if (instance->smem_bytes <= kernel->smem_bytes) return MOE_OK;
+    if (instance->smem_bytes > cuda->smem_optin)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "", "kernel %s needs %d bytes of shared memory: %s has %d a CTA",
+                         instance->name, instance->smem_bytes, cuda->name, cuda->smem_optin);
+    result = cuda->cuFuncSetAttribute(kernel->function, MOE__CU_FUNCTION_DYNAMIC_SMEM, instance->smem_bytes);
+    if (result != 0) return moe__cuda_fail(ctx, err, MOE_ERROR_LOAD, "cuFuncSetAttribute", result);
+    kernel->smem_bytes = instance->smem_bytes;
+    return MOE_OK;
+}
+
+static moe__kernel *moe__kernel_find(const moe__jit *jit, const unsigned char key[32])
+{
+    moe__kernel *kernel = jit->kernels;
+    while (kernel != NULL && memcmp(kernel->key, key, 32) != 0) kernel = kernel->next;
+    return kernel;
+}
+
+// Loads an image for good. Called inside moe__cuda_begin(). MOE_ERROR_LOAD: the driver does not take it.
+static int32_t moe__kernel_load(moe_context *ctx, const moe__build *build, moe__kernel **out, moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    const moe__instance *instance = build->instance;
+    moe__kernel *kernel = (moe__kernel *)moe__alloc(&ctx->desc.allocator, sizeof *kernel);
+    const char *call = "cuModuleLoadData";
+    moe__cu_result loaded;
+    int32_t result = MOE_OK;
+    if (kernel == NULL) return moe__fail_memory(err, sizeof *kernel);
+    memset(kernel, 0, sizeof *kernel);
+    memcpy(kernel->key, build->key, sizeof kernel->key);
+    loaded = cuda->cuModuleLoadData(&kernel->module, build->image);
+    if (loaded != 0) {
+        kernel->module = NULL;
+    } else {
+        call = "cuModuleGetFunction";
+        loaded = cuda->cuModuleGetFunction(&kernel->function, kernel->module, instance->entry);
+    }
+    if (loaded == 0 && cuda->cuFuncLoad != NULL) { // now, not at the first launch
+        call = "cuFuncLoad";
+        loaded = cuda->cuFuncLoad(kernel->function);
+    }
+    if (loaded == 0)
+        result = moe__kernel_check(ctx, instance, kernel->function, err);
+    else
+        result = moe__fail(err, loaded == MOE__CU_NO_MEMORY ? MOE_ERROR_MEMORY : MOE_ERROR_LOAD, "",
+                           "%s refuses kernel %s for %s: %s (%d), driver %d.%d, NVRTC %d.%d", call, instance->name,
+                           build->chip, moe__cuda_error_name(cuda, loaded), (int32_t)loaded,
+                           cuda->driver_version / 1000, cuda->driver_version % 1000 / 10, build->nvrtc_version / 1000,
+                           build->nvrtc_version % 1000 / 10);
+    if (result != MOE_OK) {
+        if (kernel->module != NULL) cuda->cuModuleUnload(kernel->module);
+        moe__free(&ctx->desc.allocator, kernel, sizeof *kernel);
+        return result;
+    }
+    kernel->next = ctx->jit->kernels;
+    ctx->jit->kernels = kernel;
+    *out = kernel;
+    return MOE_OK;
+}
+
+// ---- cache ----
+
+// An entry is a header and a cubin, named <instance>-<chip>-<half of its key>.bin in v1/<16 digits of the kernels'
+// digest>/. Its name only finds it: magic, key, length and the payload's SHA-256 decide. Anything wrong is a miss.
+enum {
+    MOE__ENTRY_HEADER = 88,            // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
+    MOE__ENTRY_MAX = 64 << 20,         // bytes of a cubin
+    MOE__ENTRY_FORMAT = 1
+};
+
+typedef enum moe__place { MOE__PLACE_IMAGES, MOE__PLACE_CACHE, MOE__PLACE_SEED, MOE__PLACES } moe__place;
+
+static const char *const moe__place_names[] = { "the caller's images", "the cache", "the seed folder" };
+
+static void moe__put_le(unsigned char *p, uint64_t value, int32_t bytes)
+{
+    for (int32_t i = 0; i < bytes; i++) p[i] = (unsigned char)(value >> (8 * i));
+}
+
+static uint64_t moe__get_le(const unsigned char *p, int32_t bytes)
+{
+    uint64_t value = 0;
+    for (int32_t i = bytes - 1; i >= 0; i--) value = value << 8 | p[i];
+    return value;
+}
+
+static void moe__sha256_of(const void *data, uint64_t size, unsigned char digest[32])
+{
+    moe__sha256 sha;
+    moe__sha256_init(&sha);
+    moe__sha256_add(&sha, data, size);
+    moe__sha256_end(&sha, digest);
+}
+
+#if !defined(MOE_NO_FILES)
+static void moe__entry_header(const moe__build *build, unsigned char *header)
+{
+    memcpy(header, "moe.cubn", 8);
+    moe__put_le(header + 8, MOE__ENTRY_FORMAT, 4);
+    moe__put_le(header + 12, (uint64_t)(uint32_t)build->nvrtc_version, 4);
+    memcpy(header + 16, build->key, 32);
+    moe__put_le(header + 48, build->bytes, 8);
+    moe__sha256_of(build->image, build->bytes, header + 56);
+}
+
+// NULL, or what is wrong with an entry of `size` bytes.
+static const char *moe__entry_defect(const moe__build *build, const unsigned char *entry, uint64_t size)
+{
+    unsigned char digest[32];
+    if (size < MOE__ENTRY_HEADER) return "is cut short";
+    if (memcmp(entry, "moe.cubn", 8) != 0 || moe__get_le(entry + 8, 4) != MOE__ENTRY_FORMAT)
+        return "is not an entry of this format";
+    if (memcmp(entry + 16, build->key, 32) != 0) return "holds another kernel";
+    if (moe__get_le(entry + 48, 8) != size - MOE__ENTRY_HEADER) return "is not of the length that it says";
+    moe__sha256_of(entry + MOE__ENTRY_HEADER, size - MOE__ENTRY_HEADER, digest);
+    return memcmp(entry + 56, digest, 32) != 0 ? "is damaged" : NULL;
+}
+
+static void moe__entry_name(const moe__build *build, char *name, size_t capacity)
+{
+    moe__text text = moe__text_make(name, capacity);
+    moe__text_format(&text, "%s-%s-", build->instance->name, build->chip);
+    moe__text_hex(&text, build->key, 16);
+    moe__text_string(&text, ".bin");
+}
+
+static void moe__entry_folder(char name[17])
+{
+    memcpy(name, moe__kernel_digest(), 16);
+    name[16] = 0;
+}
+
+// What is wrong with a cache or seed folder is told once.
+static void moe__cache_trouble(const moe_context *ctx, const char *path, const char *what, int32_t number)
+{
+    if (ctx->jit->quiet) return;
+    ctx->jit->quiet = 1;
+    if (number != 0) moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path,
+                              what, number);
+    else moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+}
+
+#if defined(_WIN32)
+// Folders of a user's profile keep others out by their access rights, which new files inherit.
+typedef struct moe__folder {
+    char path[MOE__PATH_MAX];
+} moe__folder;
+
+static int32_t moe__folder_open(const moe_context *ctx, const char *path, int32_t create, moe__folder *folder)
+{
+    wchar_t wide[MOE__PATH_MAX];
+    char digest[17];
+    size_t length = strlen(path);
+    moe__text text = moe__text_make(folder->path, sizeof folder->path);
+    (void)ctx;
+    moe__entry_folder(digest);
+    moe__text_format(&text, "%s\\v1\\%s", path, digest);
+    for (size_t i = 3; create && i <= text.length; i++) {
+        char c = folder->path[i];
+        if (c != 0 && c != '\\' && c != '/') continue;
+        folder->path[i] = 0;
+        CreateDirectoryW(moe__wide(wide, folder->path), NULL); // there already: as well
+        folder->path[i] = c;
+    }
+    return length > 0 && moe__path_look(folder->path) == MOE__PATH_FOLDER;
+}
+
+static void moe__folder_close(moe__folder *folder) { (void)folder; }
+
+static int32_t moe__folder_read(const moe_context *ctx, moe__folder *folder, const char *name, moe__file *out)
+{
+    char path[MOE__PATH_MAX];
+    return moe__path_join(path, folder->path, name, NULL) == MOE_OK &&
+           moe__file_read(&ctx->desc.allocator, path, MOE__ENTRY_HEADER + MOE__ENTRY_MAX, out, NULL) == MOE_OK;
+}
+
+static int32_t moe__folder_write(moe__folder *folder, const char *name, const moe__span *spans, int32_t count)
+{
+    char path[MOE__PATH_MAX];
+    moe_error err;
+    if (moe__path_join(path, folder->path, name, &err) != MOE_OK) return 1;
+    return moe__file_write_atomic(path, spans, count, &err) == MOE_OK ? 0 : 1;
+}
+#else
+typedef struct moe__folder {
+    int fd;
+} moe__folder;
+
+// A folder or file is believed if nobody but this user and root can have written it.
+static const char *moe__untrusted(const struct stat *info)
+{
+    if (info->st_uid != geteuid() && info->st_uid != 0) return "belongs to another user";
+    if ((info->st_mode & (S_IWGRP | S_IWOTH)) != 0) return "can be written by other users";
+    return NULL;
+}
+
+// One step down, made where it is missing; never through a link. -1: errno says why, 0 for what *why says.
+static int moe__folder_step(int at, const char *name, int32_t create, const char **why)
+{
+    const int flags = O_RDONLY | MOE__O_DIRECTORY | MOE__O_NOFOLLOW | MOE__O_CLOEXEC;
+    struct stat info;
+    int fd = at < 0 ? open(name, flags) : openat(at, name, flags);
+    *why = NULL;
+    if (fd < 0 && errno == ENOENT && create) {
+        if ((at < 0 ? mkdir(name, 0700) : mkdirat(at, name, 0700)) != 0 && errno != EEXIST) return -1;
+        fd = at < 0 ? open(name, flags) : openat(at, name, flags);
+    }
+    if (fd < 0) {
+        if (errno == ELOOP || errno == ENOTDIR) *why = "is a link or no folder";
+        return -1;
+    }
+    *why = fstat(fd, &info) == 0 ? moe__untrusted(&info) : "cannot be looked at";
+    if (*why == NULL) return fd;
+    close(fd);
+    return -1;
+}
+
+// Missing folders above the cache folder itself.
+static void moe__folder_parents(const char *path)
+{
+    char part[MOE__PATH_MAX];
+    size_t length = strlen(path);
+    memcpy(part, path, length + 1);
+    for (size_t i = 1; i < length; i++) {
+        if (part[i] != '/') continue;
+        part[i] = 0;
+        mkdir(part, 0700);
+        part[i] = '/';
+    }
+}
+
+// 1: open. 0: not there, or not to be used, which is logged.
+static int32_t moe__folder_open(const moe_context *ctx, const char *path, int32_t create, moe__folder *folder)
+{
+    const char *why = NULL;
+    char digest[17];
+    const char *steps[2];
+    int fd;
+    moe__entry_folder(digest);
+    steps[0] = "v1";
+    steps[1] = digest;
+    fd = moe__folder_step(-1, path, 0, &why);
+    if (fd < 0 && why == NULL && errno == ENOENT && create) {
+        moe__folder_parents(path);
+        fd = moe__folder_step(-1, path, 1, &why);
+    }
+    for (int32_t i = 0; i < 2 && fd >= 0; i++) {
+        int below = moe__folder_step(fd, steps[i], create, &why), number = errno;
+        close(fd);
+        errno = number;
+        fd = below;
+    }
+    folder->fd = fd;
+    if (fd >= 0) return 1;
+    if (why != NULL) moe__cache_trouble(ctx, path, why, 0);
+    else if (create || errno != ENOENT) moe__cache_trouble(ctx, path, "cannot be opened", (int32_t)errno);
+    return 0;
+}
+
+static void moe__folder_close(moe__folder *folder) { close(folder->fd); }
+
+// 1 and a file to be closed, or 0: not there, not to be believed, or not readable.
+static int32_t moe__folder_read(const moe_context *ctx, moe__folder *folder, const char *name, moe__file *out)
+{
+    struct stat info;
+    unsigned char *data = NULL;
+    uint64_t size = 0, done = 0;
+    int fd = openat(folder->fd, name, O_RDONLY | O_NONBLOCK | MOE__O_NOFOLLOW | MOE__O_CLOEXEC);
+    memset(out, 0, sizeof *out);
+    if (fd < 0) return 0;
+    if (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && moe__untrusted(&info) == NULL && info.st_size > 0 &&
+        info.st_size <= MOE__ENTRY_HEADER + MOE__ENTRY_MAX) {
+        size = (uint64_t)info.st_size;
+        data = (unsigned char *)moe__alloc(&ctx->desc.allocator, size + 1);
+    }
+    while (data != NULL && done < size) {
+        int64_t got = moe__fd_read(fd, data + done, size - done);
+        if (got <= 0) break;
+        done += (uint64_t)got;
+    }
+    close(fd);
+    out->data = data;
+    out->size = size;
+    if (data != NULL && done == size) return 1;
+    moe__file_close(&ctx->desc.allocator, out);
+    return 0;
+}
+
+// Under a name of its own, then renamed: readers see a whole entry or none. 0, or the system's error.
+static int32_t moe__folder_write(moe__folder *folder, const char *name, const moe__span *spans, int32_t count)
+{
+    struct rlimit limit;
+    char temp[192];
+    uint64_t bytes = 0;
+    int fd = -1, number = 0;
+    for (int32_t i = 0; i < count; i++) bytes += spans[i].size;
+    // Past this limit the system would send a signal that ends the process.
+    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < bytes) return EFBIG;
+    for (uint32_t attempt = 0; fd < 0 && attempt < 1000; attempt++) {
+        moe__text text = moe__text_make(temp, sizeof temp);
+        moe__text_format(&text, "%s.%u.%u.tmp", name, moe__process_id(), attempt);
+        fd = openat(folder->fd, temp, O_WRONLY | O_CREAT | O_EXCL | MOE__O_NOFOLLOW | MOE__O_CLOEXEC, 0600);
+        if (fd < 0 && errno != EEXIST) return (int32_t)errno;
+    }
+    if (fd < 0) return EEXIST;
+    errno = 0;
+    if (!moe__write_all(fd, spans, count)) number = errno != 0 ? errno : EIO;
+    if (number == 0) number = moe__fd_flush(fd);
+    close(fd);
+    if (number == 0 && renameat(folder->fd, temp, folder->fd, name) != 0) number = errno;
+    if (number != 0) unlinkat(folder->fd, temp, 0);
+    return (int32_t)number;
+}
+#endif
+
+static int32_t moe__cache_read(const moe_context *ctx, moe__build *build, const char *path, moe_error *err)
+{
+    moe__folder folder;
+    moe__file file;
+    char name[128];
+    const char *defect;
+    int32_t result = MOE_OK;
+    if (path[0] == 0 || !moe__folder_open(ctx, path, 0, &folder)) return MOE_OK;
+    moe__entry_name(build, name, sizeof name);
+    if (moe__folder_read(ctx, &folder, name, &file)) {
+        defect = moe__entry_defect(build, file.data, file.size);
+        if (defect != NULL) {
+            moe__log(ctx, MOE_LOG_WARNING, "cache entry %s in %q %s: passed over", name, path, defect);
+        } else if ((result = moe__build_alloc(ctx, build, file.size - MOE__ENTRY_HEADER, err)) == MOE_OK) {
+            memcpy(build->image, file.data + MOE__ENTRY_HEADER, (size_t)build->bytes);
+            build->nvrtc_version = (int32_t)moe__get_le(file.data + 12, 4);
+        }
+        moe__file_close(&ctx->desc.allocator, &file);
+    }
+    moe__folder_close(&folder);
+    return result;
+}
+
+// Puts a compiled image into the cache folder. Where that fails, the kernel is in memory all the same.
+static int32_t moe__cache_write(const moe_context *ctx, const moe__build *build)
+{
+    moe__jit *jit = ctx->jit;
+    moe__folder folder;
+    moe__span spans[2];
+    unsigned char header[MOE__ENTRY_HEADER];
+    char name[128];
+    int32_t number;
+    if (jit->cache_dir[0] == 0 || jit->cache_mode != MOE_CACHE_READ_WRITE) return 0;
+    if (!moe__folder_open(ctx, jit->cache_dir, 1, &folder)) return 0;
+    moe__entry_header(build, header);
+    moe__entry_name(build, name, sizeof name);
+    spans[0].data = header;
+    spans[0].size = sizeof header;
+    spans[1].data = build->image;
+    spans[1].size = build->bytes;
+    number = moe__folder_write(&folder, name, spans, 2);
+    moe__folder_close(&folder);
+    if (number != 0) moe__cache_trouble(ctx, jit->cache_dir, "cannot be written", number);
+    return number == 0;
+}
+#endif
+
+// An image of the caller's, by key and chip.
+static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_error *err)
+{
+    const moe__jit *jit = ctx->jit;
+    char key[65];
+    moe__text text = moe__text_make(key, sizeof key);
+    moe__text_hex(&text, build->key, 32);
+    for (int32_t i = 0; i < jit->num_images; i++) {
+        const moe_jit_image *image = &jit->images[i];
+        int32_t result;
+        if (image->key == NULL || strcmp(image->key, key) != 0 || image->data == NULL || image->bytes == 0) continue;
+        if ((result = moe__build_alloc(ctx, build, image->bytes, err)) == MOE_OK)
+            memcpy(build->image, image->data, (size_t)image->bytes);
+        return result;
+    }
+    return MOE_OK;
+}
+
+// The image of a place, or none.
+static int32_t moe__jit_read(const moe_context *ctx, moe__build *build, int32_t place, moe_error *err)
+{
+    if (place == MOE__PLACE_IMAGES) return moe__images_read(ctx, build, err);
+#if !defined(MOE_NO_FILES)
+    return moe__cache_read(ctx, build, place == MOE__PLACE_CACHE ? ctx->jit->cache_dir : ctx->jit->seed_dir, err);
+#else
+    return MOE_OK;
+#endif
+}
+
+// ---- settings ----
+
+#if !defined(MOE_NO_FILES)
+// base + name into dir [MOE__PATH_MAX], if base is a usable folder of the environment's. Returns whether it is.
+static int32_t moe__cache_below(char *dir, const char *variable, const char *name)
+{
+    const char *base = moe__env_folder(variable);
+    moe__text text = moe__text_make(dir, MOE__PATH_MAX);
+    if (base == NULL) return 0;
+    moe__text_format(&text, "%s/%s", base, name);
+    return 1;
+}
+
+// Where the cache folder is when the caller does not say.
+static void moe__cache_default(char *dir)
+{
+    const char *given = moe__env_folder("MOE_CACHE_DIR");
+    moe__text text = moe__text_make(dir, MOE__PATH_MAX);
+    if (given != NULL) {
+        moe__text_string(&text, given);
+        return;
+    }
+#  if defined(_WIN32)
+    moe__cache_below(dir, "LOCALAPPDATA", "moe");
+#  else
+    if (moe__cache_below(dir, "XDG_CACHE_HOME", "moe")) return;
+#    if defined(__APPLE__)
+    moe__cache_below(dir, "HOME", "Library/Caches/moe");
+#    else
+    moe__cache_below(dir, "HOME", ".cache/moe");
+#    endif
+#  endif
+}
+#endif
+
+static int32_t moe__jit_path(char *out, const char *path, const char *member, moe_error *err)
+{
+    if (path == NULL || path[0] == 0) return MOE_OK;
+    if (strlen(path) >= MOE__PATH_MAX - 64)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is longer than %d bytes", MOE__PATH_MAX - 65);
+    strcpy(out, path);
+    return MOE_OK;
+}
+
+static int32_t moe__cache_mode(int32_t wanted, int32_t *mode, moe_error *err)
+{
+    const char *value = moe__env("MOE_CACHE");
+    *mode = wanted;
+    if (wanted < MOE_CACHE_DEFAULT || wanted > MOE_CACHE_OFF)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.jit.cache_mode", "is %d: it must be a moe_cache_mode", wanted);
+    if (wanted != MOE_CACHE_DEFAULT) return MOE_OK;
+    if (value == NULL || strcmp(value, "rw") == 0) *mode = MOE_CACHE_READ_WRITE;
+    else if (strcmp(value, "ro") == 0) *mode = MOE_CACHE_READ_ONLY;
+    else if (strcmp(value, "off") == 0) *mode = MOE_CACHE_OFF;
+    else return moe__fail(err, MOE_ERROR_ARGUMENT, "MOE_CACHE", "is %q: it must be rw, ro or off", value);
+    return MOE_OK;
+}
+
+static int32_t moe__jit_resolve(moe_context *ctx, const moe_jit_desc *desc, moe_error *err)
+{
+    moe__jit *jit = ctx->jit;
+    int32_t result;
+    if (desc->num_images < 0 || (desc->num_images > 0 && desc->images == NULL))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.jit.num_images", "is %d with images %s", desc->num_images,
+                         desc->images == NULL ? "NULL" : "set");
+    jit->images = desc->images;
+    jit->num_images = desc->num_images;
+    if ((result = moe__jit_path(jit->nvrtc_library, desc->nvrtc_library, "desc.jit.nvrtc_library", err)) != MOE_OK ||
+        (result = moe__jit_path(jit->cache_dir, desc->cache_dir, "desc.jit.cache_dir", err)) != MOE_OK ||
+        (result = moe__jit_path(jit->seed_dir, desc->seed_dir, "desc.jit.seed_dir", err)) != MOE_OK ||
+        (result = moe__cache_mode(desc->cache_mode, &jit->cache_mode, err)) != MOE_OK)
+        return result;
+#if !defined(MOE_NO_FILES)
+    if (jit->cache_dir[0] == 0) moe__cache_default(jit->cache_dir);
+#endif
+    if (jit->cache_mode == MOE_CACHE_OFF) jit->cache_dir[0] = 0;
+    return MOE_OK;
+}
+
+// Where it should lie, once it is compiled.
+static void moe__jit_write(const moe_context *ctx, const moe__build *build)
+{
+#if !defined(MOE_NO_FILES)
+    moe__cache_write(ctx, build);
+#else
+    (void)ctx;
+    (void)build;
+#endif
+}
+
+// ---- loading ----
+
+enum { MOE__BUILDS_MAX = 32 }; // kernels of one plan
+
+// Looks through everything but the compiler. What the driver refuses is passed over. *out NULL: nowhere.
+static int32_t moe__jit_find(moe_context *ctx, moe__build *build, moe__kernel **out, moe_error *err)
+{
+    *out = moe__kernel_find(ctx->jit, build->key);
+    for (int32_t place = 0; *out == NULL && place < MOE__PLACES; place++) {
+        moe_error refused;
+        int32_t result = moe__jit_read(ctx, build, place, err);
+        if (result != MOE_OK) return result;
+        if (build->image == NULL) continue;
+        result = moe__kernel_load(ctx, build, out, &refused);
+        moe__build_drop(ctx, build);
+        if (result == MOE_OK) {
+            moe__log(ctx, MOE_LOG_INFO, "kernel %s for %s: from %s", build->instance->name, build->chip,
+                     moe__place_names[place]);
+        } else if (result == MOE_ERROR_LOAD) {
+            moe__log(ctx, MOE_LOG_WARNING, "kernel %s for %s from %s is passed over: %s", build->instance->name,
+                     build->chip, moe__place_names[place], refused.text);
+        } else {
+            if (err != NULL) *err = refused;
+            return result;
+        }
+    }
+    return MOE_OK;
+}
+
+static int32_t moe__jit_load_builds(moe_context *ctx, moe__build *builds, int32_t count, moe__kernel **kernels,
+                                    moe_error *err)
+{
+    moe__build *missing[MOE__BUILDS_MAX];
+    int32_t place[MOE__BUILDS_MAX], misses = 0, result = MOE_OK;
+    for (int32_t i = 0; i < count; i++) {
+        if ((result = moe__jit_find(ctx, &builds[i], &kernels[i], err)) != MOE_OK) return result;
+        if (kernels[i] != NULL) continue;
+        place[misses] = i;
+        missing[misses++] = &builds[i];
+    }
+    if (misses > 0) result = moe__jit_compile(ctx, missing, misses, err);
+    for (int32_t i = 0; i < misses; i++) {
+        if (result == MOE_OK) result = moe__kernel_load(ctx, missing[i], &kernels[place[i]], err);
+        if (result == MOE_OK) moe__jit_write(ctx, missing[i]);
+        moe__build_drop(ctx, missing[i]);
+    }
+    return result;
+}
+
+// Kernels for the context's device, ready to launch. Calls of one context take turns.
+static int32_t moe__jit_load(moe_context *ctx, const moe__instance *instances, int32_t count,
+                             moe__cu_function *functions, moe_error *err)
+{
+    moe__build builds[MOE__BUILDS_MAX];
+    moe__kernel *kernels[MOE__BUILDS_MAX];
+    moe__cuda_scope scope;
+    int32_t result;
+    MOE_ASSERT(count <= MOE__BUILDS_MAX);
+    for (int32_t i = 0; i < count; i++) moe__build_init(&builds[i], &instances[i], ctx->cuda->chip);
+    moe__lock_enter(&ctx->jit->lock);
+    if ((result = moe__cuda_begin(ctx, &scope, err)) == MOE_OK) {
+        result = moe__jit_load_builds(ctx, builds, count, kernels, err);
+        for (int32_t i = 0; i < count && result == MOE_OK; i++) {
+            result = moe__kernel_smem(ctx, kernels[i], &instances[i], err);
+            functions[i] = kernels[i]->function;
+        }
+        moe__cuda_end(ctx, &scope);
+    }
+    moe__lock_leave(&ctx->jit->lock);
+    return result;
+}
+
+// ---- life ----
+
+static void moe__jit_close(moe_context *ctx)
+{
+    moe__jit *jit = ctx->jit;
+    moe__cuda_scope scope;
+    int32_t entered;
+    if (jit == NULL) return;
+    entered = jit->kernels != NULL && moe__cuda_begin(ctx, &scope, NULL) == MOE_OK;
+    while (jit->kernels != NULL) {
+        moe__kernel *kernel = jit->kernels;
+        jit->kernels = kernel->next;
+        if (entered) ctx->cuda->cuModuleUnload(kernel->module);
+        moe__free(&ctx->desc.allocator, kernel, sizeof *kernel);
+    }
+    if (entered) moe__cuda_end(ctx, &scope);
+    moe__free(&ctx->desc.allocator, jit->source, jit->source_bytes);
+    moe__lock_destroy(&jit->lock);
+    moe__free(&ctx->desc.allocator, jit, sizeof *jit);
+    ctx->jit = NULL;
+}
+
+static int32_t moe__jit_open(moe_context *ctx, const moe_jit_desc *desc, moe_error *err)
+{
+    moe__jit *jit = (moe__jit *)moe__alloc(&ctx->desc.allocator, sizeof *jit);
+    int32_t result;
+    if (jit == NULL) return moe__fail_memory(err, sizeof *jit);
+    memset(jit, 0, sizeof *jit);
+    if (!moe__lock_init(&jit->lock)) {
+        moe__free(&ctx->desc.allocator, jit, sizeof *jit);
+        return moe__fail(err, MOE_ERROR_MEMORY, "", "the system gave no lock");
+    }
+    ctx->jit = jit;
+    if ((result = moe__jit_resolve(ctx, desc, err)) != MOE_OK) moe__jit_close(ctx);
+    return result;
+}
+
+static void moe__cuda_info(const moe_context *ctx, moe_context_info *info)
+{
+    moe__text text = moe__text_make(info->cache_dir, sizeof info->cache_dir);
+    strcpy(info->name, ctx->cuda->name);
+    strcpy(info->chip, ctx->cuda->chip);
+    info->isa[0] = 0;
+    info->driver_version = ctx->cuda->driver_version;
+    moe__lock_enter(&ctx->jit->lock);
+    info->nvrtc_version = ctx->jit->nvrtc.version;
+    moe__lock_leave(&ctx->jit->lock);
+    moe__text_string(&text, ctx->jit->cache_dir);
+}
+
+static void moe__cuda_report(const moe_context *ctx)
+{
+    const char *dir = ctx->jit->cache_dir;
+    moe__log(ctx, MOE_LOG_INFO, "CUDA back end on %s: %d SMs, kernels for %s, %s %s", ctx->cuda->name, ctx->cuda->sms,
+             ctx->cuda->chip, dir[0] != 0 ? "cached in" : "not cached", dir);
+}
+#endif // MOE_NO_CUDA
 
 // >>layout  how weights lie in memory  One block per expert with matrices here, then the shared experts as one more
 // block, then fp32 tables. The CPU's matrices keep the checkpoint's type and are output-major rows, padded with zeros
