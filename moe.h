@@ -7063,6 +7063,78 @@ MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *i
     return moe__ok(err);
 }
 
+// ---- the device ----
+
+#if !defined(MOE_NO_CUDA)
+static int32_t moe__cuda_result(int32_t status) { return status == 0 ? MOE_OK : MOE_ERROR_LAUNCH; }
+
+// Makes the context's CUcontext current where it is not. Every call is paired with moe__cuda_leave(), if it succeeded.
+static int32_t moe__cuda_enter(const moe_context *ctx, int32_t *entered)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__cu_context current = NULL;
+    int32_t status = cuda->cuCtxGetCurrent(&current);
+    *entered = status == 0 && current != cuda->context;
+    if (*entered) status = cuda->cuCtxPushCurrent(cuda->context);
+    return moe__cuda_result(status);
+}
+
+static void moe__cuda_leave(const moe_context *ctx, int32_t entered)
+{
+    moe__cu_context top;
+    if (entered) ctx->cuda->cuCtxPopCurrent(&top);
+}
+
+// Gives device memory back; a capture of another thread does not mind.
+static void moe__device_free(moe_context *ctx, moe__cu_ptr at, uint64_t bytes)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    int32_t entered, mode = MOE__CU_CAPTURE_RELAXED;
+    if (moe__cuda_enter(ctx, &entered) != MOE_OK) return;
+    cuda->cuThreadExchangeStreamCaptureMode(&mode);
+    cuda->cuMemFree(at);
+    cuda->cuThreadExchangeStreamCaptureMode(&mode);
+    moe__cuda_leave(ctx, entered);
+    (void)bytes;
+}
+
+// Through a stream of its own: the legacy one would wait for, and break, captures of the caller's.
+static int32_t moe__device_upload(const moe__cuda *cuda, moe__cu_ptr at, const void *data, uint64_t bytes)
+{
+    moe__cu_stream stream = NULL;
+    int32_t status = cuda->cuStreamCreate(&stream, MOE__CU_STREAM_NON_BLOCKING), destroyed;
+    if (status != 0) return status;
+    status = cuda->cuMemcpyHtoDAsync(at, data, (size_t)bytes, stream);
+    if (status == 0) status = cuda->cuStreamSynchronize(stream);
+    destroyed = cuda->cuStreamDestroy(stream);
+    return status != 0 ? status : destroyed;
+}
+
+// Device memory with a copy of `data`.
+static int32_t moe__device_make(moe_context *ctx, const void *data, uint64_t bytes, moe__cu_ptr *at, moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    int32_t entered, mode = MOE__CU_CAPTURE_RELAXED, result = moe__cuda_enter(ctx, &entered), status;
+    *at = 0;
+    if (result != MOE_OK) return moe__fail(err, result, "ctx", "its CUcontext cannot be made current");
+    cuda->cuThreadExchangeStreamCaptureMode(&mode);
+    status = cuda->cuMemAlloc(at, (size_t)bytes);
+    if (status != 0) *at = 0;
+    else status = moe__device_upload(cuda, *at, data, bytes);
+    if (status != 0 && *at != 0) {
+        cuda->cuMemFree(*at);
+        *at = 0;
+        result = moe__fail(err, MOE_ERROR_LAUNCH, "ctx", "copying %U bytes to the device failed with CUresult %d", bytes,
+                           status);
+    } else if (status != 0) {
+        result = moe__fail(err, MOE_ERROR_MEMORY, "", "%U bytes of device memory: CUresult %d", bytes, status);
+    }
+    cuda->cuThreadExchangeStreamCaptureMode(&mode);
+    moe__cuda_leave(ctx, entered);
+    return result;
+}
+#endif
+
 // >>layout  how weights lie in memory  One block per expert with matrices here, then the shared experts as one more
 // block, then fp32 tables. The CPU's matrices keep the checkpoint's type and are output-major rows, padded with zeros
 // to 32 elements, so that a dot product has no tail; gate and up of a feature are neighbours, so that one tile holds
