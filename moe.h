@@ -10247,7 +10247,7 @@ enum {
     MOE__ONE_TOKENS_ALONE = 64,
     MOE__ONE_WIDTH = 512,       // of the router
     MOE__CLUSTER_MAX = 8,       // what every chip with clusters takes
-    MOE__CHUNK_MIN = 32,        // tokens of a CTA in two launches
+    MOE__CHUNK_MIN = 16,        // tokens of a CTA in two launches: one for each warp of the first
     MOE__CHUNK_MAX = 1024
 };
 
@@ -10277,22 +10277,31 @@ static int32_t moe__experts_per_lane(int32_t width)
     return tiers[i];
 }
 
-static int32_t moe__route_threads(int32_t width) { return moe__experts_per_lane(width) > 16 ? 128 : 256; }
+// Threads and shared memory as moe_kernels.cu.inc's >>args says.
+static int32_t moe__route_threads(int32_t width, int32_t one)
+{
+    return moe__experts_per_lane(width) > 16 ? 128 : one ? 256 : 512;
+}
 
-// Shared memory as moe_kernels.cu.inc's >>args says.
+static int32_t moe__counter_stride(int32_t ids_end) { return (int32_t)moe__align_up((uint64_t)ids_end, 8); }
+
 static int32_t moe__route_smem(int32_t width, int32_t ids_end)
 {
-    int32_t row = 8 * 32 * moe__experts_per_lane(width) + 2 * (int32_t)moe__align_up((uint64_t)ids_end, 8);
-    return moe__route_threads(width) / 32 * row + 256;
+    int32_t warps = moe__route_threads(width, 0) / 32;
+    return warps * 8 * 32 * moe__experts_per_lane(width) + 4 * moe__counter_stride(ids_end) + 256;
+}
+
+static int32_t moe__sort_smem(int32_t warps, int32_t ids_end)
+{
+    return (2 * warps + 16) * moe__counter_stride(ids_end) + 256;
 }
 
 static int32_t moe__route_one_smem(int32_t width, int32_t ids_end, int32_t slots, int32_t tokens, int32_t ctas)
 {
-    int32_t each = (tokens + ctas - 1) / ctas * slots;
-    return 16 * ((each + 7) / 8) + moe__route_smem(width, ids_end) + 8 * (int32_t)moe__align_up((uint64_t)ids_end, 8);
+    int32_t each = (tokens + ctas - 1) / ctas * slots, warps = moe__route_threads(width, 1) / 32;
+    return (int32_t)moe__align_up((uint64_t)each * 2, 16) + warps * 8 * 32 * moe__experts_per_lane(width) +
+           moe__sort_smem(warps, ids_end);
 }
-
-static int32_t moe__sort_smem(int32_t ids_end) { return 24 * (int32_t)moe__align_up((uint64_t)ids_end, 8) + 256; }
 
 static void moe__instance_make(moe__instance *out, const char *entry, const char *name, const char *parameter,
                                int32_t value, int32_t arch, size_t args_bytes, int32_t threads, int32_t smem_bytes)
@@ -10318,13 +10327,13 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     memset(out, 0, MOE__KERNELS * sizeof out[0]);
     if (one > 0) // fewer tokens are fewer a CTA
         moe__instance_make(&out[MOE__KERNEL_ROUTE_ONE], "moe_k_route_one", "route_one_e", "EXPERTS_PER_LANE", lanes,
-                           arch, sizeof(moe__route_one_args), moe__route_threads(width),
+                           arch, sizeof(moe__route_one_args), moe__route_threads(width, 1),
                            moe__route_one_smem(width, ids_end, slots, one, moe__one_ctas(one, arch)));
     if (desc->max_tokens > one) {
         moe__instance_make(&out[MOE__KERNEL_ROUTE], "moe_k_route", "route_e", "EXPERTS_PER_LANE", lanes, arch,
-                           sizeof(moe__route_args), moe__route_threads(width), moe__route_smem(width, ids_end));
+                           sizeof(moe__route_args), moe__route_threads(width, 0), moe__route_smem(width, ids_end));
         moe__instance_make(&out[MOE__KERNEL_SORT], "moe_k_sort", "sort", NULL, 0, arch, sizeof(moe__sort_args), 256,
-                           moe__sort_smem(ids_end));
+                           moe__sort_smem(256 / 32, ids_end));
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
         moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
@@ -10474,7 +10483,7 @@ static int32_t moe__workspace_make(moe_plan *plan, moe_error *err)
 // Tokens of one CTA, so that a wave of CTAs takes them all.
 static int32_t moe__chunk_tokens(int32_t tokens, int32_t sms)
 {
-    int32_t each = (int32_t)moe__align_up(((uint64_t)tokens + (uint64_t)sms - 1) / (uint64_t)sms, 8);
+    int32_t each = (int32_t)moe__align_up(((uint64_t)tokens + (uint64_t)sms - 1) / (uint64_t)sms, MOE__CHUNK_MIN);
     return moe__min32(moe__max32(each, MOE__CHUNK_MIN), MOE__CHUNK_MAX);
 }
 
@@ -10493,7 +10502,7 @@ static int32_t moe__workspace_make_cuda(moe_plan *plan, moe_error *err)
     uint64_t chunks = (uint64_t)moe__chunks_max(plan->desc.max_tokens, plan->ctx->cuda->sms);
     if (plan->desc.max_tokens <= moe__one_tokens(plan->width, plan->ctx->cuda->arch)) slots = chunks = 0;
     if (slots > INT32_MAX / 2 || !moe__workspace_area(end, &ws->ids, slots, 4, 1) ||
-        !moe__workspace_area(end, &ws->chunk_counts, chunks, moe__align_up((uint64_t)plan->ids_end, 8), 2) ||
+        !moe__workspace_area(end, &ws->chunk_counts, chunks, (uint64_t)moe__counter_stride(plan->ids_end), 2) ||
         !moe__workspace_area(end, &ws->chunk_faults, chunks, MOE_FAULTS, 4) ||
         !moe__workspace_area(end, &ws->faults, 1, 1, 1)) // so that there always is one
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.max_tokens", "is %d: %D slots are more than the kernels count",
@@ -11505,7 +11514,7 @@ static int32_t moe__stage_route_two(const moe__run *run, const moe__route_one_ar
     route.chunk_counts = (uint16_t *)(void *)(run->memory + ws->chunk_counts);
     route.chunk_faults = (uint32_t *)(void *)(run->memory + ws->chunk_faults);
     route.chunk_tokens = chunk;
-    route.counts_stride = (int32_t)moe__align_up((uint64_t)plan->ids_end, 8);
+    route.counts_stride = moe__counter_stride(plan->ids_end);
     result = moe__stage_launch(plan, MOE__KERNEL_ROUTE, chunks, 1, pdl_in && plan->stages.pdl,
                                moe__route_smem(plan->width, plan->ids_end), &route, stream);
     if (result != 0 || !moe__stage_sorts(&one->permute)) return result;
@@ -11522,8 +11531,8 @@ static int32_t moe__stage_route_two(const moe__run *run, const moe__route_one_ar
     sort.slots = plan->slots;
     sort.ids_end = plan->ids_end;
     sort.special_experts = plan->layer.routing.special_experts;
-    return moe__stage_launch(plan, MOE__KERNEL_SORT, chunks, 1, plan->stages.pdl, moe__sort_smem(plan->ids_end), &sort,
-                             stream);
+    return moe__stage_launch(plan, MOE__KERNEL_SORT, chunks, 1, plan->stages.pdl,
+                             moe__sort_smem(plan->stages.threads[MOE__KERNEL_SORT] / 32, plan->ids_end), &sort, stream);
 }
 
 // K0: ids and weights, and every table that somebody wants.

@@ -346,8 +346,8 @@ TEST(nan_and_infinite_logits_sort_last_and_are_counted)
         logits = (float *)in.logits;
         logits[3 * 64 + 5] = logits[3 * 64 + 60] = logits[19 * 64] = logits[7 * 64 + 63] = -MOE__INFINITY;
         call_cpu(&p, &in.c, &want);
-        logits[3 * 64 + 5] = logits[3 * 64 + 60] = moe__f32_from_bits(0x7fc00000u);
-        logits[19 * 64] = moe__f32_from_bits(0xffc12345u);
+        logits[3 * 64 + 5] = logits[3 * 64 + 60] = moe__bits_f32(0x7fc00000u);
+        logits[19 * 64] = moe__bits_f32(0xffc12345u);
         logits[7 * 64 + 63] = MOE__INFINITY;
         check_faults(&p, &in.c, &want, 3, 0, 0, 0);
         answer_free(&want);
