@@ -106,6 +106,19 @@
 //     slice of the shared experts; what cannot be sliced (GEMM 2's bias, special and constant experts) is added by
 //     tp_rank 0.
 //
+// STAGES ON CUDA
+//     A CUDA context runs moe_route(), moe_permute() and moe_router_logits(); this version has no GEMM kernels, so
+//     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there, as moe_execute_check() and the plan's candidates
+//     say. Weights are packed in host memory; what the stages read is copied to the device when they are sealed.
+//     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements' size;
+//     calls only enqueue, and may be captured. Results are the CPU's, to the bit. Routing takes one launch up to 1,024
+//     tokens (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else two.
+//     sm_limit is for GEMMs: the stages do not look at it.
+//     Contents cannot be refused there; what the CPU refuses is counted in out_faults, and routing goes on: a NaN or
+//     +inf logit (or key) counts as -inf and sorts last; an id out of range becomes -1 with weight 0; a token whose
+//     token id or bias row is out of range gets ids -1. A number of tokens in num_tokens_dev that is out of range
+//     routes nothing. Rows and slots past that number are left as they were; counts and tables are of what is routed.
+//
 // THREADS
 //     Pure functions and functions of const objects: any thread, at any time. moe_weights_set_tensor(): several
 //     threads, if for different experts. moe_execute(): several threads with one plan and one set of weights, each with
@@ -958,22 +971,24 @@ typedef struct moe_execute_args {
     uint32_t *out_faults;      // [MOE_FAULTS] nullable: how many of each were found
     void *workspace;           // 256-aligned, any contents
     uint64_t workspace_bytes;
-    int32_t sm_limit;          // CUDA
+    int32_t sm_limit;          // CUDA: GEMMs
     int32_t reserved0;
     uint32_t *done_signal;     // CUDA
     void *gemm2_start_event;   // CUDA
     const void *reserved[4];
 } moe_execute_args;
 
-// Runs one layer. CUDA: enqueues on `stream`, allocates nothing, takes no lock, never waits. CPU: `stream` is ignored,
-// the result is complete on return; allocates nothing. Several threads may call it with one plan and one set of
-// weights, each with its own workspace (on the CPU they take turns on the context's thread pool). All pointers stay the
-// caller's. Returns MOE_OK, or a code; moe_execute_check() says why. After MOE_ERROR_DATA on the CPU only out_faults
-// has been written. MASKED and SORTED: each row is weighted and scaled on its own, shared and special experts are left
-// out, num_tokens is not used, and more rows than max_tokens are done in turns.
+// Runs one layer; not on CUDA in this version. CUDA: stages enqueue on `stream` (a CUstream; NULL is the legacy one),
+// allocate nothing, take no lock, never wait. CPU: `stream` is ignored, the result is complete on return; allocates
+// nothing. Several threads may call it with one plan and one set of weights, each with its own workspace (on the CPU
+// they take turns on the context's thread pool). All pointers stay the caller's. Returns MOE_OK, or a code;
+// moe_execute_check() says why. After MOE_ERROR_DATA on the CPU only out_faults has been written. MASKED and SORTED:
+// each row is weighted and scaled on its own, shared and special experts are left out, num_tokens is not used, and more
+// rows than max_tokens are done in turns.
 MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                             void *stream);
-// The checks of moe_execute() with words, and on the CPU also of the tensors' contents; computes nothing.
+// The checks of moe_execute() with words, and on the CPU also of the tensors' contents; computes nothing. On CUDA what
+// a stage would refuse comes first, then that moe_execute() is not in this version.
 MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                                   moe_error *err);
 
@@ -7124,8 +7139,8 @@ static int32_t moe__device_make(moe_context *ctx, const void *data, uint64_t byt
     if (status != 0 && *at != 0) {
         cuda->cuMemFree(*at);
         *at = 0;
-        result = moe__fail(err, MOE_ERROR_LAUNCH, "ctx", "copying %U bytes to the device failed with CUresult %d", bytes,
-                           status);
+        result = moe__fail(err, MOE_ERROR_LAUNCH, "ctx", "copying %U bytes to the device failed with CUresult %d",
+                           bytes, status);
     } else if (status != 0) {
         result = moe__fail(err, MOE_ERROR_MEMORY, "", "%U bytes of device memory: CUresult %d", bytes, status);
     }
