@@ -10263,7 +10263,8 @@ enum {
     MOE__ONE_WIDTH = 512,       // of the router
     MOE__CLUSTER_MAX = 8,       // what every chip with clusters takes
     MOE__CHUNK_MIN = 16,        // tokens of a CTA in two launches: one for each warp of the first
-    MOE__CHUNK_MAX = 1024
+    MOE__CHUNK_MAX = 1024,
+    MOE__ROUTER_SMEM = 41472
 };
 
 static int32_t moe__chip_has_clusters(int32_t arch) { return arch >= 90; }
@@ -10318,6 +10319,17 @@ static int32_t moe__route_one_smem(int32_t width, int32_t ids_end, int32_t slots
            moe__sort_smem(warps, ids_end);
 }
 
+// Tiles of the router's product, at most two CTAs an SM.
+static int32_t moe__router_ctas(int32_t tokens, int32_t width, int32_t sms)
+{
+    int32_t side = tokens <= 256 ? 16 : 32, tiles = (width + 1) / 2;
+    if (tokens > 8) {
+        int32_t across = (width + side - 1) / side, down = (tokens + side - 1) / side;
+        tiles = down > 2 * sms / across ? 2 * sms : down * across;
+    }
+    return moe__min32(tiles, 2 * sms);
+}
+
 static void moe__instance_make(moe__instance *out, const char *entry, const char *name, const char *parameter,
                                int32_t value, int32_t arch, size_t args_bytes, int32_t threads, int32_t smem_bytes)
 {
@@ -10352,7 +10364,7 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
         moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
-                           bf16, arch, sizeof(moe__router_args), 256, moe__router_smem());
+                           bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
 }
 #endif
 
@@ -11608,8 +11620,8 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
     a.input_multiplier = router->input_multiplier;
     if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
     result = moe__stage_launch(plan, bf16 ? MOE__KERNEL_ROUTER_BF16 : MOE__KERNEL_ROUTER_F32,
-                               moe__router_ctas(&a, plan->ctx->cuda->sms), 1,
-                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl, moe__router_smem(), &a,
+                               moe__router_ctas(a.num_tokens, a.width, plan->ctx->cuda->sms), 1,
+                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl, MOE__ROUTER_SMEM, &a,
                                stream);
     moe__cuda_leave(plan->ctx, entered);
     return moe__cuda_result(result);

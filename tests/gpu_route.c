@@ -166,7 +166,7 @@ TEST(random_descriptors)
     uint64_t seed = 2026;
     if (!gpu_open()) return;
     for (int i = 0; made < rounds && i < 40 * rounds; i++) {
-        moe_routing_desc r, resolved;
+        moe_routing_desc r;
         moe_layer_desc layer;
         pair p = { 0 };
         char text[40];
@@ -198,7 +198,7 @@ TEST(random_descriptors)
         layer.num_experts = experts;
         layer.format = MOE_FORMAT_BF16;
         layer.activation.kind = MOE_ACTIVATION_SILU;
-        layer.routing = resolved = r;
+        layer.routing = r;
         if (moe_layer_resolve(&layer, NULL) != MOE_OK) continue;
         made++;
         p.seed = (uint64_t)i + 1;
