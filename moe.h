@@ -108,8 +108,8 @@
 //
 // STAGES ON CUDA
 //     A CUDA context runs moe_route(), moe_permute() and moe_router_logits(); this version has no GEMM kernels, so
-//     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there, as moe_execute_check() and the plan's candidates
-//     say. Weights are packed in host memory; what the stages read is copied to the device when they are sealed.
+//     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there; moe_execute_check() and the plan's candidates
+//     say so. Weights are packed in host memory; what the stages read is copied to the device when they are sealed.
 //     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements' size;
 //     calls only enqueue, and may be captured. Results are the CPU's, to the bit. Routing takes one launch up to 1,024
 //     tokens (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else two.

@@ -408,6 +408,82 @@ TEST(any_order_of_destruction)
     }
 }
 
+// Sealing and plan making with the n-th call of a driver function failing: refused, nothing is left, and then it works.
+TEST(failures_of_the_driver_leave_nothing_behind)
+{
+    static const char *const functions[] = { "cuMemAlloc", "cuStreamCreate", "cuMemcpyHtoDAsync", "cuStreamSynchronize" };
+    moe_routing_desc r = preset(MOE_ROUTING_MINIMAX2, 2);
+    int32_t map[16];
+    if (!gpu_open_driver()) return;
+    if (gpu_calls.leaks == NULL) {
+        test_skip("the driver lets nothing fail on demand");
+        return;
+    }
+    for (int e = 0; e < 16; e++) map[e] = e % 2 == 0 ? e / 2 : -1; // so that the plan has a table, too
+    for (int f = 0; f < 4; f++)
+        for (int nth = 1; nth <= 3; nth++) { // weights, plan, nobody
+            pair p = { 0 };
+            char value[64];
+            int before = gpu_calls.leaks(NULL, 0), result;
+            moe_error err;
+            memset(&err, 0, sizeof err);
+            p.layer.num_experts = 16;
+            p.layer.routing = r;
+            p.layer.parallel.local_experts = 8;
+            p.layer.parallel.expert_map = map;
+            p.desc.max_tokens = 4;
+            snprintf(value, sizeof value, "%s:%d=2", functions[f], nth);
+            setenv("MOE_EMU_FAIL", value, 1);
+            GPU_CALL(gpu_calls.init(0));
+            result = pair_open(&p, &err);
+            unsetenv("MOE_EMU_FAIL");
+            GPU_CALL(gpu_calls.init(0));
+            CHECK_EQ(result != MOE_OK, nth < 3);
+            CHECK_EQ(err.code, result);
+            CHECK_EQ(p.plan[1] == NULL, nth < 3);
+            if (nth == 1 && p.weights[1] != NULL) CHECK_OK(moe_weights_seal(p.weights[1], &err)); // once more
+            pair_close(&p);
+            if (nth < 3) CHECK_EQ(gpu_calls.leaks(NULL, 0), before); // a plan that was made leaves its modules
+        }
+}
+
+// A launch that the driver refuses is a result, and leaves the thread's context as it was.
+TEST(a_launch_that_fails_is_reported)
+{
+    moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+    pair p = { 0 };
+    inputs in = { 0 };
+    resident res;
+    moe__cu_context current = NULL;
+    if (!gpu_open_driver()) return;
+    if (gpu_calls.leaks == NULL) {
+        test_skip("the driver lets nothing fail on demand");
+        return;
+    }
+    p.desc.max_tokens = 1100;
+    if (!pair_make(&p, &r, 8)) return;
+    for (int nth = 1; nth <= 2; nth++) { // the second one of two launches, too
+        char value[64];
+        inputs_logits(&in, &p, 1100, 64, 1);
+        in.c.tile = 8;
+        resident_begin(&res, &p, &in.c);
+        snprintf(value, sizeof value, "cuLaunchKernelEx:%d=701", nth);
+        setenv("MOE_EMU_FAIL", value, 1);
+        GPU_CALL(gpu_calls.init(0));
+        CHECK_EQ(call_run(&p, 1, &res.args, &res.out, NULL), MOE_ERROR_LAUNCH);
+        unsetenv("MOE_EMU_FAIL");
+        GPU_CALL(gpu_calls.init(0));
+        GPU_CALL(gpu.cuda->cuCtxGetCurrent(&current));
+        CHECK(current == NULL);
+        CHECK_EQ(call_run(&p, 1, &res.args, &res.out, NULL), MOE_OK);
+        resident_check(&res, &in.c, "after a failure");
+        gpu_release();
+        answer_free(&res.a);
+        inputs_free(&in);
+    }
+    pair_close(&p);
+}
+
 // What this version does not run on the device says so, before and at the call.
 TEST(layers_are_refused_with_a_reason)
 {
@@ -454,5 +530,7 @@ TEST_MAIN(
     T(a_stage_takes_less_than_a_microsecond_of_the_host)
     T(the_current_context_stays)
     T(any_order_of_destruction)
+    T(failures_of_the_driver_leave_nothing_behind)
+    T(a_launch_that_fails_is_reported)
     T(layers_are_refused_with_a_reason)
 )
