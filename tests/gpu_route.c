@@ -230,7 +230,8 @@ TEST(ties_infinities_and_extremes)
 {
     static const int chosen[] = { MOE_ROUTING_DEFAULT, MOE_ROUTING_RENORMALIZE, MOE_ROUTING_DEEPSEEK_V3,
                                   MOE_ROUTING_TOPK, MOE_ROUTING_SIGMOID_RENORM, MOE_ROUTING_DEEPSEEK_V4,
-                                  MOE_ROUTING_DEEPSEEK_V2, MOE_ROUTING_PHIMOE, MOE_ROUTING_MISTRAL4, MOE_ROUTING_INKLING };
+                                  MOE_ROUTING_DEEPSEEK_V2, MOE_ROUTING_PHIMOE, MOE_ROUTING_MISTRAL4,
+                                  MOE_ROUTING_INKLING };
     if (!gpu_open()) return;
     for (int m = 0; m < (int)(sizeof chosen / sizeof chosen[0]); m++) {
         moe_routing_desc r = preset(chosen[m], 6);

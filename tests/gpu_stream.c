@@ -411,7 +411,8 @@ TEST(any_order_of_destruction)
 // Sealing and plan making with the n-th call of a driver function failing: refused, nothing is left, and then it works.
 TEST(failures_of_the_driver_leave_nothing_behind)
 {
-    static const char *const functions[] = { "cuMemAlloc", "cuStreamCreate", "cuMemcpyHtoDAsync", "cuStreamSynchronize" };
+    static const char *const functions[] = { "cuMemAlloc", "cuStreamCreate", "cuMemcpyHtoDAsync",
+                                             "cuStreamSynchronize" };
     moe_routing_desc r = preset(MOE_ROUTING_MINIMAX2, 2);
     int32_t map[16];
     if (!gpu_open_driver()) return;
