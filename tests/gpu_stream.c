@@ -152,6 +152,64 @@ TEST(two_streams_share_a_plan)
     pair_close(&p);
 }
 
+// The router's product, routing and sorting from its logits, each launched while the one before may still run, and the
+// same again behind it: the second round writes what the first one's last kernel reads.
+TEST(stages_follow_each_other_by_programmatic_launch)
+{
+    static const int sizes[] = { 20, 1030 };
+    if (!gpu_open_driver()) return;
+    for (int i = 0; i < 2; i++) {
+        moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+        pair p = { 0 };
+        call c;
+        resident res;
+        int tokens = sizes[i];
+        uint64_t seed = 4;
+        uint16_t *x = (uint16_t *)malloc((size_t)tokens * 16 * 2);
+        float *logits = (float *)malloc((size_t)tokens * 12 * 4), *out;
+        void *stream, *workspace = malloc(1 << 22);
+        p.router = 1;
+        p.layer.router.input_size = 16;
+        p.desc.max_tokens = tokens;
+        if (!pair_make(&p, &r, 12)) return;
+        for (int j = 0; j < tokens * 16; j++) x[j] = moe__f32_to_bf16(test_random_float(&seed));
+        memset(&c, 0, sizeof c);
+        c.mode = MOE_INPUT_LOGITS;
+        c.tokens = tokens;
+        c.held = -1;
+        c.tile = 8;
+        c.logits = logits;
+        memset(logits, 0, (size_t)tokens * 12 * 4);
+        resident_begin(&res, &p, &c);
+        out = (float *)(uintptr_t)res.args.logits;
+        res.args.x = gpu_copy(x, (size_t)tokens * 16 * 2);
+        res.args.flags = MOE_EXECUTE_PDL_IN;
+        stream = gpu_stream();
+        for (int round = 0; round < 2; round++) {
+            CHECK_EQ(moe_router_logits(p.plan[1], p.weights[1], &res.args, out, stream), MOE_OK);
+            CHECK_EQ(call_run(&p, 1, &res.args, &res.out, stream), MOE_OK);
+        }
+        gpu_stream_end(stream);
+        {
+            moe_execute_args args;
+            memset(&args, 0, sizeof args);
+            args.num_tokens = tokens;
+            args.x = x;
+            args.workspace = (char *)workspace + (256 - (uintptr_t)workspace % 256) % 256;
+            args.workspace_bytes = p.info[0].workspace_bytes;
+            REQUIRE(args.workspace_bytes + 256 <= 1 << 22);
+            CHECK_EQ(moe_router_logits(p.plan[0], p.weights[0], &args, logits, NULL), MOE_OK);
+        }
+        resident_check(&res, &c, "chain");
+        gpu_release();
+        answer_free(&res.a);
+        pair_close(&p);
+        free(workspace);
+        free(logits);
+        free(x);
+    }
+}
+
 // ---- another thread's capture ---------------------------------------------------------------------------------------
 
 typedef struct capturer {
@@ -526,6 +584,7 @@ TEST(layers_are_refused_with_a_reason)
 TEST_MAIN(
     T(a_graph_is_replayed_with_other_inputs_and_numbers_of_tokens)
     T(two_streams_share_a_plan)
+    T(stages_follow_each_other_by_programmatic_launch)
     T(a_plan_is_made_while_another_thread_captures)
     T(the_stages_only_enqueue)
     T(a_stage_takes_less_than_a_microsecond_of_the_host)
