@@ -167,7 +167,7 @@ TEST(stages_follow_each_other_by_programmatic_launch)
         uint64_t seed = 4;
         uint16_t *x = (uint16_t *)malloc((size_t)tokens * 16 * 2);
         float *logits = (float *)malloc((size_t)tokens * 12 * 4), *out;
-        void *stream, *workspace = malloc(1 << 22);
+        void *stream, *workspace;
         p.router = 1;
         p.layer.router.input_size = 16;
         p.desc.max_tokens = tokens;
@@ -184,6 +184,7 @@ TEST(stages_follow_each_other_by_programmatic_launch)
         out = (float *)(uintptr_t)res.args.logits;
         res.args.x = gpu_copy(x, (size_t)tokens * 16 * 2);
         res.args.flags = MOE_EXECUTE_PDL_IN;
+        workspace = malloc((size_t)p.info[0].workspace_bytes + 256);
         stream = gpu_stream();
         for (int round = 0; round < 2; round++) {
             CHECK_EQ(moe_router_logits(p.plan[1], p.weights[1], &res.args, out, stream), MOE_OK);
@@ -197,7 +198,6 @@ TEST(stages_follow_each_other_by_programmatic_launch)
             args.x = x;
             args.workspace = (char *)workspace + (256 - (uintptr_t)workspace % 256) % 256;
             args.workspace_bytes = p.info[0].workspace_bytes;
-            REQUIRE(args.workspace_bytes + 256 <= 1 << 22);
             CHECK_EQ(moe_router_logits(p.plan[0], p.weights[0], &args, logits, NULL), MOE_OK);
         }
         resident_check(&res, &c, "chain");
