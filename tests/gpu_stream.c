@@ -543,6 +543,34 @@ TEST(a_launch_that_fails_is_reported)
     pair_close(&p);
 }
 
+// The same candidates, sizes and layout before a plan is made as of the plan, and the launches that a shape takes.
+TEST(query_says_what_create_chooses)
+{
+    static const struct { int experts, tokens, one, two; } shapes[] = { { 64, 20, 1, 0 }, { 64, 5000, 1, 1 },
+                                                                        { 600, 20, 0, 1 }, { 512, 1024, 1, 0 } };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 4; i++) {
+        moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+        pair p = { 0 };
+        moe_plan_info info;
+        moe_error err;
+        int arch = gpu.cuda->arch;
+        memset(&info, 0, sizeof info);
+        memset(&err, 0, sizeof err);
+        p.desc.max_tokens = shapes[i].tokens;
+        if (!pair_make(&p, &r, shapes[i].experts)) continue;
+        CHECK_OK(moe_plan_query(gpu.ctx, &p.layer, &p.desc, &info, &err));
+        CHECK(memcmp(&info, &p.info[1], sizeof info) == 0);
+        CHECK_EQ(info.candidates[0].chosen, shapes[i].one);
+        CHECK_EQ(info.candidates[1].chosen, arch < 90 && shapes[i].tokens > 64 ? 1 : shapes[i].two);
+        CHECK_EQ(info.candidates[2].chosen, info.candidates[1].chosen);
+        for (int j = 0; j < info.num_candidates; j++)
+            CHECK_EQ(info.candidates[j].reason[0] == 0, info.candidates[j].chosen);
+        CHECK_EQ(info.layout_id, p.info[0].layout_id);
+        pair_close(&p);
+    }
+}
+
 // What this version does not run on the device says so, before and at the call.
 TEST(layers_are_refused_with_a_reason)
 {
@@ -592,5 +620,6 @@ TEST_MAIN(
     T(any_order_of_destruction)
     T(failures_of_the_driver_leave_nothing_behind)
     T(a_launch_that_fails_is_reported)
+    T(query_says_what_create_chooses)
     T(layers_are_refused_with_a_reason)
 )
