@@ -96,6 +96,7 @@ static void *gpu_allocate(size_t bytes, int poison)
     GPU_CALL(gpu.cuda->cuMemAlloc(&at, bytes + 2 * guard));
     if (guard > 0) GPU_CALL(gpu.cuda->cuMemsetD8(at, GPU_GUARD_BYTE, bytes + 2 * guard));
     if (poison) GPU_CALL(gpu.cuda->cuMemsetD8(at + guard, GPU_POISON, bytes));
+    GPU_CALL(gpu.cuda->cuCtxSynchronize());
     gpu_leave();
     gpu.blocks[gpu.count].at = at;
     gpu.blocks[gpu.count++].bytes = bytes;
@@ -108,10 +109,12 @@ TEST_UNUSED static void *gpu_make(size_t bytes) { return gpu_allocate(bytes, 1);
 // The same, never written: on the emulated device reading it is reported.
 TEST_UNUSED static void *gpu_make_raw(size_t bytes) { return gpu_allocate(bytes, gpu_large()); }
 
+// Complete on return, for every stream.
 TEST_UNUSED static void gpu_put(void *to, const void *from, size_t bytes)
 {
     gpu_enter();
     if (bytes > 0) GPU_CALL(gpu.cuda->cuMemcpyHtoD((moe__cu_ptr)(uintptr_t)to, from, bytes));
+    GPU_CALL(gpu.cuda->cuCtxSynchronize());
     gpu_leave();
 }
 
@@ -172,6 +175,8 @@ typedef struct gpu_driver {
     int (*copy_async)(moe__cu_ptr to, const void *from, size_t bytes, void *stream);
     void (*log_begin)(void);                // of the emulated driver alone: NULL elsewhere
     size_t (*log_end)(char *text, size_t bytes); // the calls since, a line each
+    int (*leaks)(char *text, size_t bytes); // of the emulated driver alone: how many things live
+    int (*init)(unsigned flags);
 } gpu_driver;
 
 static gpu_driver gpu_calls;
@@ -206,6 +211,8 @@ TEST_UNUSED static int gpu_open_driver(void)
     gpu_symbol(library, "cuMemcpyHtoDAsync_v2", &gpu_calls.copy_async);
     gpu_symbol(library, "emu_log_begin", &gpu_calls.log_begin);
     gpu_symbol(library, "emu_log_end", &gpu_calls.log_end);
+    gpu_symbol(library, "emu_leaks", &gpu_calls.leaks);
+    gpu_symbol(library, "cuInit", &gpu_calls.init);
     return gpu_calls.stream_create != NULL;
 }
 

@@ -166,7 +166,7 @@ TEST(random_descriptors)
     uint64_t seed = 2026;
     if (!gpu_open()) return;
     for (int i = 0; made < rounds && i < 40 * rounds; i++) {
-        moe_routing_desc r, resolved;
+        moe_routing_desc r;
         moe_layer_desc layer;
         pair p = { 0 };
         char text[40];
@@ -198,7 +198,7 @@ TEST(random_descriptors)
         layer.num_experts = experts;
         layer.format = MOE_FORMAT_BF16;
         layer.activation.kind = MOE_ACTIVATION_SILU;
-        layer.routing = resolved = r;
+        layer.routing = r;
         if (moe_layer_resolve(&layer, NULL) != MOE_OK) continue;
         made++;
         p.seed = (uint64_t)i + 1;
@@ -230,7 +230,8 @@ TEST(ties_infinities_and_extremes)
 {
     static const int chosen[] = { MOE_ROUTING_DEFAULT, MOE_ROUTING_RENORMALIZE, MOE_ROUTING_DEEPSEEK_V3,
                                   MOE_ROUTING_TOPK, MOE_ROUTING_SIGMOID_RENORM, MOE_ROUTING_DEEPSEEK_V4,
-                                  MOE_ROUTING_DEEPSEEK_V2, MOE_ROUTING_PHIMOE, MOE_ROUTING_MISTRAL4, MOE_ROUTING_INKLING };
+                                  MOE_ROUTING_DEEPSEEK_V2, MOE_ROUTING_PHIMOE, MOE_ROUTING_MISTRAL4,
+                                  MOE_ROUTING_INKLING };
     if (!gpu_open()) return;
     for (int m = 0; m < (int)(sizeof chosen / sizeof chosen[0]); m++) {
         moe_routing_desc r = preset(chosen[m], 6);
@@ -346,8 +347,8 @@ TEST(nan_and_infinite_logits_sort_last_and_are_counted)
         logits = (float *)in.logits;
         logits[3 * 64 + 5] = logits[3 * 64 + 60] = logits[19 * 64] = logits[7 * 64 + 63] = -MOE__INFINITY;
         call_cpu(&p, &in.c, &want);
-        logits[3 * 64 + 5] = logits[3 * 64 + 60] = moe__f32_from_bits(0x7fc00000u);
-        logits[19 * 64] = moe__f32_from_bits(0xffc12345u);
+        logits[3 * 64 + 5] = logits[3 * 64 + 60] = moe__bits_f32(0x7fc00000u);
+        logits[19 * 64] = moe__bits_f32(0xffc12345u);
         logits[7 * 64 + 63] = MOE__INFINITY;
         check_faults(&p, &in.c, &want, 3, 0, 0, 0);
         answer_free(&want);

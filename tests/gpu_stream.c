@@ -152,6 +152,64 @@ TEST(two_streams_share_a_plan)
     pair_close(&p);
 }
 
+// The router's product, routing and sorting from its logits, each launched while the one before may still run, and the
+// same again behind it: the second round writes what the first one's last kernel reads.
+TEST(stages_follow_each_other_by_programmatic_launch)
+{
+    static const int sizes[] = { 20, 1030 };
+    if (!gpu_open_driver()) return;
+    for (int i = 0; i < 2; i++) {
+        moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+        pair p = { 0 };
+        call c;
+        resident res;
+        int tokens = sizes[i];
+        uint64_t seed = 4;
+        uint16_t *x = (uint16_t *)malloc((size_t)tokens * 16 * 2);
+        float *logits = (float *)malloc((size_t)tokens * 12 * 4), *out;
+        void *stream, *workspace;
+        p.router = 1;
+        p.layer.router.input_size = 16;
+        p.desc.max_tokens = tokens;
+        if (!pair_make(&p, &r, 12)) return;
+        for (int j = 0; j < tokens * 16; j++) x[j] = moe__f32_to_bf16(test_random_float(&seed));
+        memset(&c, 0, sizeof c);
+        c.mode = MOE_INPUT_LOGITS;
+        c.tokens = tokens;
+        c.held = -1;
+        c.tile = 8;
+        c.logits = logits;
+        memset(logits, 0, (size_t)tokens * 12 * 4);
+        resident_begin(&res, &p, &c);
+        out = (float *)(uintptr_t)res.args.logits;
+        res.args.x = gpu_copy(x, (size_t)tokens * 16 * 2);
+        res.args.flags = MOE_EXECUTE_PDL_IN;
+        workspace = malloc((size_t)p.info[0].workspace_bytes + 256);
+        stream = gpu_stream();
+        for (int round = 0; round < 2; round++) {
+            CHECK_EQ(moe_router_logits(p.plan[1], p.weights[1], &res.args, out, stream), MOE_OK);
+            CHECK_EQ(call_run(&p, 1, &res.args, &res.out, stream), MOE_OK);
+        }
+        gpu_stream_end(stream);
+        {
+            moe_execute_args args;
+            memset(&args, 0, sizeof args);
+            args.num_tokens = tokens;
+            args.x = x;
+            args.workspace = (char *)workspace + (256 - (uintptr_t)workspace % 256) % 256;
+            args.workspace_bytes = p.info[0].workspace_bytes;
+            CHECK_EQ(moe_router_logits(p.plan[0], p.weights[0], &args, logits, NULL), MOE_OK);
+        }
+        resident_check(&res, &c, "chain");
+        gpu_release();
+        answer_free(&res.a);
+        pair_close(&p);
+        free(workspace);
+        free(logits);
+        free(x);
+    }
+}
+
 // ---- another thread's capture ---------------------------------------------------------------------------------------
 
 typedef struct capturer {
@@ -408,6 +466,111 @@ TEST(any_order_of_destruction)
     }
 }
 
+// Sealing and plan making with the n-th call of a driver function failing: refused, nothing is left, and then it works.
+TEST(failures_of_the_driver_leave_nothing_behind)
+{
+    static const char *const functions[] = { "cuMemAlloc", "cuStreamCreate", "cuMemcpyHtoDAsync",
+                                             "cuStreamSynchronize" };
+    moe_routing_desc r = preset(MOE_ROUTING_MINIMAX2, 2);
+    int32_t map[16];
+    if (!gpu_open_driver()) return;
+    if (gpu_calls.leaks == NULL) {
+        test_skip("the driver lets nothing fail on demand");
+        return;
+    }
+    for (int e = 0; e < 16; e++) map[e] = e % 2 == 0 ? e / 2 : -1; // so that the plan has a table, too
+    for (int f = 0; f < 4; f++)
+        for (int nth = 1; nth <= 3; nth++) { // weights, plan, nobody
+            pair p = { 0 };
+            char value[64];
+            int before = gpu_calls.leaks(NULL, 0), result;
+            moe_error err;
+            memset(&err, 0, sizeof err);
+            p.layer.num_experts = 16;
+            p.layer.routing = r;
+            p.layer.parallel.local_experts = 8;
+            p.layer.parallel.expert_map = map;
+            p.desc.max_tokens = 4;
+            snprintf(value, sizeof value, "%s:%d=2", functions[f], nth);
+            setenv("MOE_EMU_FAIL", value, 1);
+            GPU_CALL(gpu_calls.init(0));
+            result = pair_open(&p, &err);
+            unsetenv("MOE_EMU_FAIL");
+            GPU_CALL(gpu_calls.init(0));
+            CHECK_EQ(result != MOE_OK, nth < 3);
+            CHECK_EQ(err.code, result);
+            CHECK_EQ(p.plan[1] == NULL, nth < 3);
+            if (nth == 1 && p.weights[1] != NULL) CHECK_OK(moe_weights_seal(p.weights[1], &err)); // once more
+            pair_close(&p);
+            if (nth < 3) CHECK_EQ(gpu_calls.leaks(NULL, 0), before); // a plan that was made leaves its modules
+        }
+}
+
+// A launch that the driver refuses is a result, and leaves the thread's context as it was.
+TEST(a_launch_that_fails_is_reported)
+{
+    moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+    pair p = { 0 };
+    inputs in = { 0 };
+    resident res;
+    moe__cu_context current = NULL;
+    if (!gpu_open_driver()) return;
+    if (gpu_calls.leaks == NULL) {
+        test_skip("the driver lets nothing fail on demand");
+        return;
+    }
+    p.desc.max_tokens = 1100;
+    if (!pair_make(&p, &r, 8)) return;
+    for (int nth = 1; nth <= 2; nth++) { // the second one of two launches, too
+        char value[64];
+        inputs_logits(&in, &p, 1100, 64, 1);
+        in.c.tile = 8;
+        resident_begin(&res, &p, &in.c);
+        snprintf(value, sizeof value, "cuLaunchKernelEx:%d=701", nth);
+        setenv("MOE_EMU_FAIL", value, 1);
+        GPU_CALL(gpu_calls.init(0));
+        CHECK_EQ(call_run(&p, 1, &res.args, &res.out, NULL), MOE_ERROR_LAUNCH);
+        unsetenv("MOE_EMU_FAIL");
+        GPU_CALL(gpu_calls.init(0));
+        GPU_CALL(gpu.cuda->cuCtxGetCurrent(&current));
+        CHECK(current == NULL);
+        CHECK_EQ(call_run(&p, 1, &res.args, &res.out, NULL), MOE_OK);
+        resident_check(&res, &in.c, "after a failure");
+        gpu_release();
+        answer_free(&res.a);
+        inputs_free(&in);
+    }
+    pair_close(&p);
+}
+
+// The same candidates, sizes and layout before a plan is made as of the plan, and the launches that a shape takes.
+TEST(query_says_what_create_chooses)
+{
+    static const struct { int experts, tokens, one, two; } shapes[] = { { 64, 20, 1, 0 }, { 64, 5000, 1, 1 },
+                                                                        { 600, 20, 0, 1 }, { 512, 1024, 1, 0 } };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 4; i++) {
+        moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+        pair p = { 0 };
+        moe_plan_info info;
+        moe_error err;
+        int arch = gpu.cuda->arch;
+        memset(&info, 0, sizeof info);
+        memset(&err, 0, sizeof err);
+        p.desc.max_tokens = shapes[i].tokens;
+        if (!pair_make(&p, &r, shapes[i].experts)) continue;
+        CHECK_OK(moe_plan_query(gpu.ctx, &p.layer, &p.desc, &info, &err));
+        CHECK(memcmp(&info, &p.info[1], sizeof info) == 0);
+        CHECK_EQ(info.candidates[0].chosen, shapes[i].one);
+        CHECK_EQ(info.candidates[1].chosen, arch < 90 && shapes[i].tokens > 64 ? 1 : shapes[i].two);
+        CHECK_EQ(info.candidates[2].chosen, info.candidates[1].chosen);
+        for (int j = 0; j < info.num_candidates; j++)
+            CHECK_EQ(info.candidates[j].reason[0] == 0, info.candidates[j].chosen);
+        CHECK_EQ(info.layout_id, p.info[0].layout_id);
+        pair_close(&p);
+    }
+}
+
 // What this version does not run on the device says so, before and at the call.
 TEST(layers_are_refused_with_a_reason)
 {
@@ -449,10 +612,14 @@ TEST(layers_are_refused_with_a_reason)
 TEST_MAIN(
     T(a_graph_is_replayed_with_other_inputs_and_numbers_of_tokens)
     T(two_streams_share_a_plan)
+    T(stages_follow_each_other_by_programmatic_launch)
     T(a_plan_is_made_while_another_thread_captures)
     T(the_stages_only_enqueue)
     T(a_stage_takes_less_than_a_microsecond_of_the_host)
     T(the_current_context_stays)
     T(any_order_of_destruction)
+    T(failures_of_the_driver_leave_nothing_behind)
+    T(a_launch_that_fails_is_reported)
+    T(query_says_what_create_chooses)
     T(layers_are_refused_with_a_reason)
 )
