@@ -29,6 +29,7 @@ enum {
     STACK_BYTES = 128 << 10,
     AGENTS = 64,                // per CTA: copies and products in flight that have an identity of their own
     SMEM_WINDOW = 1024,         // shared addresses begin here, behind what the system keeps
+    SMEM_MAX = 228 << 10,
     CLUSTER_SHIFT = 24,         // of a remote shared address: rank + 1
     GROUP_MAX = 16              // CTAs of a cluster
 };
