@@ -1,5 +1,5 @@
 // The emulated device itself: each kind of defect is reported, and its correct twin is not. By default for three seeds.
-//   g++ -std=c++17 -O1 -g test_engine.cc test_kernels.o engine.cc check.cc sync.cc async.cc
+//   g++ -std=c++17 -O1 -g test_engine.cc test_kernels.o engine.cc check.cc sync.cc async.cc matrix.cc
 #include "emu.h"
 
 #include <stdio.h>
@@ -86,7 +86,7 @@ struct bench {
         d.block[0] = k->threads;
         d.grid[1] = d.grid[2] = d.block[1] = d.block[2] = 1;
         d.cluster[0] = cluster;
-        d.smem_bytes = 4096;
+        d.smem_bytes = 12288;
         submit(d, behind, programmatic);
     }
     std::vector<uint32_t> result()
@@ -103,7 +103,8 @@ struct bench {
 #define KERNELS(X)                                                                                                     \
     X(k_smem) X(k_warp) X(k_halves) X(k_access) X(k_collectives) X(k_named) X(k_divergent) X(k_last) X(k_flag)        \
     X(k_atomics) X(k_ctas) X(k_constant) X(k_mbar) X(k_cp_async) X(k_bulk) X(k_bulk_wait) X(k_cluster) X(k_push)      \
-    X(k_multicast) X(k_primary) X(k_dependent) X(k_copy) X(k_registers) X(k_trap)
+    X(k_multicast) X(k_primary) X(k_dependent) X(k_copy) X(k_registers) X(k_trap)      \
+    X(k_wgmma) X(k_mma) X(k_convert)
 #define DECLARE(name) extern "C" const emu_kernel name##__emu;
 KERNELS(DECLARE)
 
@@ -203,6 +204,19 @@ static const one_case cases[] = {
     { &k_registers__emu, 1, 1, 1, "reg_inc" },
     { &k_trap__emu, 1, 1, 0, nullptr },
     { &k_trap__emu, 1, 1, 1, "thread 3: trap()" },
+    { &k_wgmma__emu, 1, 1, 0, nullptr },
+    { &k_wgmma__emu, 1, 1, 1, "trap()" },
+    { &k_wgmma__emu, 1, 1, 2, "was not followed by fence_proxy_async()" },
+    { &k_wgmma__emu, 1, 1, 3, "race: write of smem+" },
+    { &k_wgmma__emu, 1, 1, 4, "no wgmma_fence()" },
+    { &k_wgmma__emu, 1, 1, 5, "wgmma: " },
+    { &k_wgmma__emu, 1, 1, 6, "row 0: smem+" },
+    { &k_wgmma__emu, 1, 1, 7, "asynchronous operations still used" },
+    { &k_wgmma__emu, 1, 1, 8, "different descriptors" },
+    { &k_mma__emu, 1, 1, 0, nullptr },
+    { &k_mma__emu, 1, 1, 1, "ldmatrix: read needs 16-byte alignment" },
+    { &k_mma__emu, 1, 1, 2, "ldmatrix: " },
+    { &k_convert__emu, 1, 1, 0, nullptr },
 };
 
 // What the correct variants write, where it is not their thread's own number.
@@ -217,7 +231,7 @@ static bool right(const one_case &c, const std::vector<uint32_t> &r)
             want = i / t * t + (i + 1) % t;
         }
         if (name == "k_warp") want = i ^ 1;
-        if (name == "k_collectives") want = 1, i = i < 32 ? i : n;
+        if (name == "k_collectives" || name == "k_wgmma" || name == "k_mma" || name == "k_convert") want = 1;
         if (name == "k_last" || name == "k_halves" || name == "k_access" || name == "k_registers") want = i % t;
         if (name == "k_last") want = i;
         if (name == "k_named") want = i < 64 ? r[i] : i - 64;

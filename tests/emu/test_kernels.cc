@@ -286,7 +286,7 @@ MOE_ENTRY(k_cluster, test_args, 64, 1)
     if (m == 1) cta_sync();
     else cluster_sync();
     u32 next = (cluster_rank() + 1) % cluster_size();
-    a.out[cta() * 64 + tid()] = ld_cluster(mapa(s + tid() + (m == 4 ? 1100 : 0), m == 3 ? cluster_size() : next));
+    a.out[cta() * 64 + tid()] = ld_cluster(mapa(s + tid() + (m == 4 ? 3100 : 0), m == 3 ? cluster_size() : next));
     if (m != 2) cluster_sync();
 }
 
@@ -365,4 +365,104 @@ MOE_ENTRY(k_trap, test_args, 32, 1)
 {
     if (a.broken && lane() == 3) trap();
     a.out[lane()] = lane();
+}
+
+// ---- matrices -------------------------------------------------------------------------------------------------------
+
+DI f32 small(u32 row, u32 k) { return (f32)((row * 7 + k * 3) % 11) - 5; }
+DI u16 bf16_of(f32 v) { return (u16)cvt_bf16x2(v, 0); }
+
+// Element (row, k) of a K-major operand of 64 bf16 a row, 128-byte swizzle.
+DI void put(u8 *operand, u32 row, u32 k, f32 v)
+{
+    u32 at = row * 128 + k * 2;
+    *(u16 *)(operand + (at ^ (row & 7) << 4)) = bf16_of(v);
+}
+
+DI u64 describe(const void *p, u32 stride) { return (u64)(saddr(p) >> 4) | 1ull << 16 | (u64)(stride >> 4) << 32 | 1ull << 62; }
+
+// D (64 x 16) = A (64 x 64) B^T, the first step of K from registers, against a loop. 1: no wgmma_wait; 2: no proxy
+// fence; 3: an operand changes in flight; 4: no wgmma_fence; 5: no barrier; 6: a descriptor behind shared memory;
+// 7: the block ends without a wait; 8: lanes disagree
+MOE_ENTRY(k_wgmma, test_args, 128, 1)
+{
+    u8 *left = smem(), *right = smem() + 8192;
+    u32 m = (u32)a.broken, row = warp() * 16 + lane() / 4, ok = 1;
+    for (u32 i = tid(); i < 64 * 64; i += 128) put(left, i / 64, i % 64, small(i / 64, i % 64));
+    for (u32 i = tid(); i < 16 * 64; i += 128) put(right, i / 64, i % 64, small(i / 64 + 3, i % 64));
+    if (m != 2) fence_proxy_async();
+    if (m != 5) cta_sync();
+    u64 x = describe(left, 1024), y = describe(right, 1024);
+    if (m == 6) y += 1024;
+    if (m == 8 && lane() == 4) y += 2;
+    u32 regs[4];
+    for (u32 i = 0; i < 4; i++) {
+        u32 r = row + (i & 1) * 8, k = (i >> 1) * 8 + lane() % 4 * 2;
+        regs[i] = cvt_bf16x2(small(r, k), small(r, k + 1));
+    }
+    f32 d[8];
+    for (u32 i = 0; i < 8; i++) d[i] = 1;
+    if (m != 4) wgmma_fence();
+    wgmma_bf16<16>::rs(d, regs, y, 1);
+    for (u32 step = 1; step < 4; step++) wgmma_bf16<16>::ss(d, x + step * 2, y + step * 2, 1);
+    wgmma_commit();
+    if (m == 3) put(right, tid() % 16, 20, 0);
+    if (m != 1 && m != 7) wgmma_wait<0>();
+    for (u32 i = 0; i < 8; i++) {
+        u32 r = row + (i >> 1 & 1) * 8, n = i / 4 * 8 + lane() % 4 * 2 + (i & 1);
+        f32 want = 1;
+        for (u32 k = 0; k < 64; k++) want += small(r, k) * small(n + 3, k);
+        ok &= d[i] == want;
+    }
+    if (m == 1) {
+        wgmma_wait<0>();
+        if (ok == 0) trap();
+    }
+    a.out[tid()] = ok;
+}
+
+// ldmatrix, mma, stmatrix. 1: a row is misaligned; 2: rows that another warp has not finished.
+MOE_ENTRY(k_mma, test_args, 64, 1)
+{
+    u16 *left = (u16 *)smem(), *right = left + 256, *back = right + 128 + warp() * 256;
+    u32 ok = 1, l = lane();
+    for (u32 i = tid(); i < 256; i += 64) left[i] = bf16_of(small(i / 16, i % 16));
+    for (u32 i = tid(); i < 128; i += 64) right[i] = bf16_of(small(i / 16 + 2, i % 16));
+    if (a.broken != 2) cta_sync();
+    u32 x[4], y[2], t[2];
+    ldmatrix_x4(x, left + (l % 16) * 16 + l / 16 * 8 + (a.broken == 1));
+    ldmatrix_x2(y, right + (l % 8) * 16 + l / 8 % 2 * 8);
+    ldmatrix_x2_trans(t, right + (l % 8) * 16 + l / 8 % 2 * 8);
+    f32 d[4] = { 1, 1, 1, 1 };
+    mma_bf16(d, x, y);
+    for (u32 i = 0; i < 4; i++) {
+        f32 want = 1;
+        for (u32 k = 0; k < 16; k++) want += small(l / 4 + (i >> 1) * 8, k) * small(l % 4 * 2 + (i & 1) + 2, k);
+        ok &= d[i] == want;
+    }
+    for (u32 i = 0; i < 2; i++)
+        ok &= t[i] == cvt_bf16x2(small(l % 4 * 2 + 2, l / 4 + i * 8), small(l % 4 * 2 + 3, l / 4 + i * 8));
+    if (MOE_ARCH >= 90) {
+        stmatrix_x4(back + (l % 16) * 16 + l / 16 * 8, x);
+        warp_sync();
+        for (u32 i = l; i < 256; i += 32) ok &= back[i] == left[i];
+    }
+    a.out[tid()] = ok;
+}
+
+// Formats: what conversions give for every value of 16 and 8 bits, there and back.
+MOE_ENTRY(k_convert, test_args, 32, 1)
+{
+    u32 ok = 1;
+    for (u32 i = lane(); i < 65536; i += 32) {
+        f32 h = cvt_f16((u16)i);
+        bool nan = h != h;
+        ok &= nan || (cvt_f16x2(h, 1) & 0xffff) == i;
+        f32 b = from_bits(i << 16);
+        ok &= b != b || (cvt_bf16x2(0, b) >> 16) == i;
+    }
+    ok &= cvt_e4m3x2(448, -1000) == 0xfe7e && cvt_e4m3x2(0.0009765625f, 0.015625f) == 0x0800;
+    ok &= cvt_e5m2x2(57344, 1e9f) == 0x7b7b && cvt_e4m3x2_f16x2(0x3878) == 0x3c005c00;
+    ok &= cvt_bf16x2(1.00390625f, 1.01171875f) == 0x3f823f80;
+    a.out[lane()] = ok;
 }
