@@ -12188,7 +12188,7 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     out->threads = threads;
     out->smem_bytes = smem_bytes;
     moe__text_format(&label, "%s%d_sm%d", name, value, arch);
-    moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
+    if (parameter != NULL) moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
 }
 
 // The instances that a plan runs, each at its place in out [MOE__KERNELS]; entry NULL where it runs none.
