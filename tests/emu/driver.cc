@@ -737,7 +737,8 @@ void *open_object(const std::string &object)
     int fd = memfd_create("module", MFD_CLOEXEC);
     if (fd < 0) return nullptr;
     void *handle = nullptr;
-    std::string path = "/proc/self/fd/" + std::to_string(fd);
+    static unsigned number; // dlopen takes a name that it knows for the library that it was, and descriptors come again
+    std::string path = "/proc/self" + std::string(1 + number++ % 2048, '/') + "fd/" + std::to_string(fd);
     if (write(fd, object.data(), object.size()) == (ssize_t)object.size())
         handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!handle) host_report(std::string("emu: module: ") + dlerror() + "\n");
