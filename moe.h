@@ -106,6 +106,19 @@
 //     slice of the shared experts; what cannot be sliced (GEMM 2's bias, special and constant experts) is added by
 //     tp_rank 0.
 //
+// STAGES ON CUDA
+//     A CUDA context runs moe_route(), moe_permute() and moe_router_logits(); this version has no GEMM kernels, so
+//     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there; moe_execute_check() and the plan's candidates
+//     say so. Weights are packed in host memory; what the stages read is copied to the device when they are sealed.
+//     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements' size;
+//     calls only enqueue, and may be captured. Results are the CPU's, to the bit. Routing takes one launch up to 1,024
+//     tokens (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else two.
+//     sm_limit is for GEMMs: the stages do not look at it.
+//     Contents cannot be refused there; what the CPU refuses is counted in out_faults, and routing goes on: a NaN or
+//     +inf logit (or key) counts as -inf and sorts last; an id out of range becomes -1 with weight 0; a token whose
+//     token id or bias row is out of range gets ids -1. A number of tokens in num_tokens_dev that is out of range
+//     routes nothing. Rows and slots past that number are left as they were; counts and tables are of what is routed.
+//
 // THREADS
 //     Pure functions and functions of const objects: any thread, at any time. moe_weights_set_tensor(): several
 //     threads, if for different experts. moe_execute(): several threads with one plan and one set of weights, each with
@@ -183,7 +196,12 @@ typedef enum moe_result {
     MOE_ERROR_FILE = -21,        // a file could not be opened, read or written
     MOE_ERROR_FORMAT = -22,      // a file or text is damaged or is not what it says
     MOE_ERROR_MISSING = -23,     // a key, tensor or file that is needed is not there
+    MOE_ERROR_DRIVER = -40,      // no CUDA driver or device that can be used, or a call of it failed
+    MOE_ERROR_NVRTC = -41,       // no NVRTC that can compile for the chip, and the kernel is nowhere else
+    MOE_ERROR_COMPILE = -60,     // NVRTC refused a kernel
+    MOE_ERROR_LOAD = -61,        // the driver refused a compiled kernel
     MOE_ERROR_UNSUPPORTED = -80, // legal, but this build, machine or version of the library does not do it
+    MOE_ERROR_LAUNCH = -100,     // the driver refused a launch
     MOE_RESULT__FORCE32 = 0x7fffffff
 } moe_result;
 
@@ -621,13 +639,44 @@ typedef enum moe_log_level {
 // Runs task(arg, i) once for every i in 0..tasks-1, on any threads, and returns when all are done.
 typedef void (*moe_parallel_for_fn)(void *user, int32_t tasks, void (*task)(void *arg, int32_t index), void *arg);
 
+typedef enum moe_cache_mode {
+    MOE_CACHE_DEFAULT = 0,    // MOE_CACHE of the environment (rw, ro, off), else READ_WRITE
+    MOE_CACHE_READ_WRITE = 1,
+    MOE_CACHE_READ_ONLY = 2,
+    MOE_CACHE_OFF = 3,        // kernels live as long as their context
+    MOE_CACHE_MODE__FORCE32 = 0x7fffffff
+} moe_cache_mode;
+
+// A compiled kernel, as moe_jit_export() writes them.
+typedef struct moe_jit_image {
+    const char *key; // 64 hex digits: of the kernels' text, the options and the chip
+    const void *data;
+    uint64_t bytes;
+} moe_jit_image;
+
+// Where kernels come from; manual, CUDA and CACHE. Paths of libraries are absolute.
+typedef struct moe_jit_desc {
+    const char *cache_dir;       // NULL: MOE_CACHE_DIR, else the user's cache folder
+    const char *seed_dir;        // a second folder of the same kind, never written; nullable
+    const char *cuda_library;    // NULL: MOE_CUDA_LIB, else where the system looks; given: no other is tried
+    const char *nvrtc_library;   // NULL: MOE_NVRTC_LIB, else the usual places; given: no other is tried
+    const moe_jit_image *images; // looked at before the cache; kept: must outlive the context
+    int32_t num_images;
+    int32_t cache_mode;          // moe_cache_mode
+    uint32_t reserved[4];
+} moe_jit_desc;
+
 typedef struct moe_context_desc {
     uint32_t struct_size;
     int32_t backend;              // moe_backend
     int32_t device;               // ordinal; the CPU has device 0
-    int32_t threads;              // CPU: threads that one call may use, the caller's among them; 0: one per core
+    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for packing weights and
+    // compiling kernels. 0: one per core, with CUDA 8 at most.
+    int32_t threads;
     void *cuda_context;           // CUcontext of the caller's; NULL: the device's primary one
     moe_allocator allocator;      // both functions or none; none: malloc and free
+    moe_allocator device_allocator; // CUDA: memory of the device; both functions or none; none: cuMemAlloc, cuMemFree
+    moe_jit_desc jit;             // CUDA
     // Nullable: told, one line at a time, what creating and sealing decided; from any thread that calls the library,
     // never from moe_execute(). `text` is valid during the call.
     void (*log)(void *user, int32_t level, const char *text);
@@ -645,6 +694,10 @@ typedef struct moe_context_info {
     int32_t threads;
     char name[64];     // of the processor or GPU
     char isa[16];      // kernel set in use
+    char chip[16];     // CUDA: what kernels are compiled for, "sm_90a"
+    int32_t driver_version; // CUDA: 12040 for 12.4
+    int32_t nvrtc_version;  // CUDA: of the NVRTC that was opened; 0: none was needed so far
+    char cache_dir[512];    // CUDA: "": kernels stay in memory
     uint32_t reserved[8];
 } moe_context_info;
 
@@ -958,22 +1011,24 @@ typedef struct moe_execute_args {
     uint32_t *out_faults;      // [MOE_FAULTS] nullable: how many of each were found
     void *workspace;           // 256-aligned, any contents
     uint64_t workspace_bytes;
-    int32_t sm_limit;          // CUDA
+    int32_t sm_limit;          // CUDA: GEMMs
     int32_t reserved0;
     uint32_t *done_signal;     // CUDA
     void *gemm2_start_event;   // CUDA
     const void *reserved[4];
 } moe_execute_args;
 
-// Runs one layer. CUDA: enqueues on `stream`, allocates nothing, takes no lock, never waits. CPU: `stream` is ignored,
-// the result is complete on return; allocates nothing. Several threads may call it with one plan and one set of
-// weights, each with its own workspace (on the CPU they take turns on the context's thread pool). All pointers stay the
-// caller's. Returns MOE_OK, or a code; moe_execute_check() says why. After MOE_ERROR_DATA on the CPU only out_faults
-// has been written. MASKED and SORTED: each row is weighted and scaled on its own, shared and special experts are left
-// out, num_tokens is not used, and more rows than max_tokens are done in turns.
+// Runs one layer; not on CUDA in this version. CUDA: stages enqueue on `stream` (a CUstream; NULL is the legacy one),
+// allocate nothing, take no lock, never wait. CPU: `stream` is ignored, the result is complete on return; allocates
+// nothing. Several threads may call it with one plan and one set of weights, each with its own workspace (on the CPU
+// they take turns on the context's thread pool). All pointers stay the caller's. Returns MOE_OK, or a code;
+// moe_execute_check() says why. After MOE_ERROR_DATA on the CPU only out_faults has been written. MASKED and SORTED:
+// each row is weighted and scaled on its own, shared and special experts are left out, num_tokens is not used, and more
+// rows than max_tokens are done in turns.
 MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                             void *stream);
-// The checks of moe_execute() with words, and on the CPU also of the tensors' contents; computes nothing.
+// The checks of moe_execute() with words, and on the CPU also of the tensors' contents; computes nothing. On CUDA what
+// a stage would refuse comes first, then that moe_execute() is not in this version.
 MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                                   moe_error *err);
 
@@ -999,10 +1054,12 @@ typedef struct moe_permutation {
     uint32_t reserved[4];
 } moe_permutation;
 MOE_API int64_t moe_permutation_rows(int64_t slots, int32_t local_experts, int32_t tile); // -1: an argument is illegal
-// Sorts args->ids [T, K] (IDS or PACKED) by expert, tokens in order inside an expert; every non-NULL table of `out` is
-// filled. Needs no workspace.
-MOE_API int32_t moe_permute(const moe_plan *plan, const moe_execute_args *args, const moe_permutation *out,
-                            void *stream);
+// Sorts slots by expert, tokens in order inside an expert; every non-NULL table of `out` is filled, and the members
+// that moe_route() writes. LOGITS routes first, in the same call; IDS and PACKED take args->ids [T, K] and need no
+// `weights`, no workspace on the CPU, and no args->weights (out_weights is then left alone). rows_max is that of
+// args->num_tokens also where num_tokens_dev holds less.
+MOE_API int32_t moe_permute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
+                            const moe_permutation *out, void *stream);
 // out[t] = sum over slots of weight * row, in slot order, fp32, one rounding; rows [rows, H] in out_dtype or F32
 // (rows_dtype); with special experts and scales, as moe_execute() would after GEMM2; shared experts are not added. ids
 // and weights come from args (IDS or PACKED); x is read only for identity experts.
@@ -1087,15 +1144,25 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 #  include <stdio.h>
 #endif
 #if defined(_WIN32)
-#  if !defined(MOE_NO_FILES) || !defined(MOE_NO_THREADS)
+#  if !defined(MOE_NO_FILES) || !defined(MOE_NO_THREADS) || !defined(MOE_NO_CUDA)
 #    define MOE__WINDOWS 1
 #  endif
 #else
 #  if !defined(MOE_NO_FILES)
+#    include <dirent.h>
 #    include <fcntl.h>
 #    include <sys/mman.h>
+#    include <sys/resource.h>
 #    include <sys/stat.h>
 #    include <unistd.h>
+#  endif
+#  if !defined(MOE_NO_CUDA)
+#    include <dlfcn.h>
+#    include <sys/stat.h>
+#    include <unistd.h>
+#    if defined(__linux__)
+#      include <sys/auxv.h>
+#    endif
 #  endif
 #  if !defined(MOE_NO_THREADS)
 #    include <pthread.h>
@@ -1126,6 +1193,7 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 #  define MOE__UNUSED
 #endif
 #define MOE__ARRAY_COUNT(a) ((int32_t)(sizeof(a) / sizeof((a)[0])))
+enum { MOE__PATH_MAX = 4096 }; // bytes, with the terminator
 
 // >>base  memory, checked arithmetic, text, errors
 
@@ -1373,7 +1441,12 @@ MOE_API const char *moe_result_string(int32_t result)
         { MOE_ERROR_FILE, "MOE_ERROR_FILE" },
         { MOE_ERROR_FORMAT, "MOE_ERROR_FORMAT" },
         { MOE_ERROR_MISSING, "MOE_ERROR_MISSING" },
+        { MOE_ERROR_DRIVER, "MOE_ERROR_DRIVER" },
+        { MOE_ERROR_NVRTC, "MOE_ERROR_NVRTC" },
+        { MOE_ERROR_COMPILE, "MOE_ERROR_COMPILE" },
+        { MOE_ERROR_LOAD, "MOE_ERROR_LOAD" },
         { MOE_ERROR_UNSUPPORTED, "MOE_ERROR_UNSUPPORTED" },
+        { MOE_ERROR_LAUNCH, "MOE_ERROR_LAUNCH" },
     };
     return moe__name_find(names, MOE__ARRAY_COUNT(names), result, "unknown result");
 }
@@ -1618,9 +1691,32 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 
 // >>sys files  whole files  Mapped, read, or written under a temporary name and renamed. Paths are UTF-8 everywhere.
 // Called by the checkpoint reader and by saved weights; nothing else touches the file system.
-#ifndef MOE_NO_FILES
+#if defined(MOE__WINDOWS)
+// UTF-8 -> UTF-16; bytes that are no UTF-8 become U+FFFD, which names no file.
+static const wchar_t *moe__wide(wchar_t *wide, const char *path)
+{
+    size_t n = 0;
+    const unsigned char *p = (const unsigned char *)path;
+    while (*p != 0 && n + 2 < MOE__PATH_MAX) {
+        uint32_t c = *p++;
+        int32_t more = c < 0x80 ? 0 : c >= 0xf0 && c < 0xf8 ? 3 : c >= 0xe0 ? 2 : c >= 0xc0 ? 1 : -1;
+        if (more < 0 || c >= 0xf8) { wide[n++] = (wchar_t)0xfffd; continue; }
+        if (more > 0) c &= 0x3fu >> more;
+        for (; more > 0 && (*p & 0xc0) == 0x80; more--) c = c << 6 | (*p++ & 0x3fu);
+        if (more > 0 || c > 0x10ffff) c = 0xfffd;
+        if (c >= 0x10000) {
+            wide[n++] = (wchar_t)(0xd800 + ((c - 0x10000) >> 10));
+            c = 0xdc00 + ((c - 0x10000) & 0x3ff);
+        }
+        wide[n++] = (wchar_t)c;
+    }
+    wide[n] = 0;
+    return wide;
+}
 
-enum { MOE__PATH_MAX = 4096 }; // bytes, with the terminator
+#endif
+
+#ifndef MOE_NO_FILES
 
 typedef enum moe__path_kind {
     MOE__PATH_MISSING = 0,
@@ -1686,34 +1782,13 @@ __declspec(dllimport) void *__stdcall MapViewOfFile(void *mapping, unsigned long
 __declspec(dllimport) int __stdcall UnmapViewOfFile(const void *data);
 __declspec(dllimport) int __stdcall MoveFileExW(const wchar_t *from, const wchar_t *to, unsigned long flags);
 __declspec(dllimport) int __stdcall DeleteFileW(const wchar_t *name);
+__declspec(dllimport) int __stdcall CreateDirectoryW(const wchar_t *name, struct _SECURITY_ATTRIBUTES *security);
 __declspec(dllimport) unsigned long __stdcall GetFileAttributesW(const wchar_t *name);
 __declspec(dllimport) unsigned long __stdcall GetLastError(void);
 __declspec(dllimport) unsigned long __stdcall GetCurrentProcessId(void);
 #  ifdef __cplusplus
 }
 #  endif
-
-// UTF-8 -> UTF-16; bytes that are no UTF-8 become U+FFFD, which names no file.
-static const wchar_t *moe__wide(wchar_t *wide, const char *path)
-{
-    size_t n = 0;
-    const unsigned char *p = (const unsigned char *)path;
-    while (*p != 0 && n + 2 < MOE__PATH_MAX) {
-        uint32_t c = *p++;
-        int32_t more = c < 0x80 ? 0 : c >= 0xf0 && c < 0xf8 ? 3 : c >= 0xe0 ? 2 : c >= 0xc0 ? 1 : -1;
-        if (more < 0 || c >= 0xf8) { wide[n++] = (wchar_t)0xfffd; continue; }
-        if (more > 0) c &= 0x3fu >> more;
-        for (; more > 0 && (*p & 0xc0) == 0x80; more--) c = c << 6 | (*p++ & 0x3fu);
-        if (more > 0 || c > 0x10ffff) c = 0xfffd;
-        if (c >= 0x10000) {
-            wide[n++] = (wchar_t)(0xd800 + ((c - 0x10000) >> 10));
-            c = 0xdc00 + ((c - 0x10000) & 0x3ff);
-        }
-        wide[n++] = (wchar_t)c;
-    }
-    wide[n] = 0;
-    return wide;
-}
 
 static int32_t moe__last_error(void) { return (int32_t)GetLastError(); }
 static int32_t moe__error_is_missing(int32_t number) { return number == 2 || number == 3; }
@@ -1799,6 +1874,30 @@ static int32_t moe__path_rename(const char *from, const char *to)
 #else
 typedef int moe__fd;
 
+// POSIX 2008 under -std=c99: glibc then hides these names, not the functions.
+#  if defined(O_CLOEXEC)
+#    define MOE__O_CLOEXEC O_CLOEXEC
+#  elif defined(__O_CLOEXEC)
+#    define MOE__O_CLOEXEC __O_CLOEXEC
+#  else
+#    define MOE__O_CLOEXEC 0
+#  endif
+#  if !defined(MOE_NO_CUDA)
+#    if defined(O_NOFOLLOW)
+#      define MOE__O_NOFOLLOW O_NOFOLLOW
+#      define MOE__O_DIRECTORY O_DIRECTORY
+#    else
+#      define MOE__O_NOFOLLOW __O_NOFOLLOW
+#      define MOE__O_DIRECTORY __O_DIRECTORY
+#    endif
+#    if !defined(__cplusplus) && defined(__STRICT_ANSI__) && defined(__GLIBC__)
+int openat(int at, const char *name, int flags, ...);
+int mkdirat(int at, const char *name, mode_t mode);
+int unlinkat(int at, const char *name, int flags);
+int renameat(int from_at, const char *from, int to_at, const char *to);
+#    endif
+#  endif
+
 static uint32_t moe__process_id(void) { return (uint32_t)getpid(); }
 
 MOE__UNUSED static moe__path_kind moe__path_look(const char *path)
@@ -1811,11 +1910,7 @@ MOE__UNUSED static moe__path_kind moe__path_look(const char *path)
 static int32_t moe__fd_open(const char *path, moe__fd *fd, uint64_t *size, moe_error *err)
 {
     struct stat info;
-    int flags = O_RDONLY | O_NONBLOCK; // a pipe must not hold the call up
-#  ifdef O_CLOEXEC
-    flags |= O_CLOEXEC;
-#  endif
-    *fd = open(path, flags);
+    *fd = open(path, O_RDONLY | O_NONBLOCK | MOE__O_CLOEXEC); // a pipe must not hold the call up
     if (*fd < 0) {
         if (errno == ENOENT || errno == ENOTDIR)
             return moe__fail_file(err, MOE_ERROR_MISSING, path, "does not exist", 0);
@@ -6765,10 +6860,23 @@ typedef struct moe__pool {
 #endif
 } moe__pool;
 
+#if !defined(MOE_NO_CUDA)
+static int32_t moe__cuda_open(moe_context *ctx, moe_error *err);
+static void moe__cuda_close(moe_context *ctx);
+static void moe__cuda_info(const moe_context *ctx, moe_context_info *info);
+static void moe__cuda_report(const moe_context *ctx);
+static int32_t moe__jit_open(moe_context *ctx, const moe_jit_desc *desc, moe_error *err);
+static void moe__jit_close(moe_context *ctx);
+#endif
+
 struct moe_context {
     moe_context_desc desc;  // resolved: allocator set, backend and threads concrete
     int32_t isa;
     moe__pool pool;
+#if !defined(MOE_NO_CUDA)
+    struct moe__cuda *cuda; // NULL: the CPU
+    struct moe__jit *jit;   // of a CUDA context, and while compiling ahead
+#endif
 };
 
 #if !defined(MOE_NO_THREADS)
@@ -6832,7 +6940,7 @@ static void moe__thread_join(moe__thread thread) { pthread_join(thread, NULL); }
 // A line for the caller's log hook. Formats as moe__text_vformat() says.
 static void moe__log(const moe_context *ctx, int32_t level, const char *format, ...)
 {
-    char line[256];
+    char line[768];
     moe__text text = moe__text_make(line, sizeof line);
     va_list args;
     if (ctx->desc.log == NULL) return;
@@ -6954,14 +7062,23 @@ static int32_t moe__pool_create(moe__pool *pool, int32_t threads)
     return 1;
 }
 
-static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_error *err)
+// Members that only one of the back ends reads.
+static int32_t moe__context_check_backend(const moe_context_desc *desc, moe_error *err)
 {
-    int32_t result = moe__allocator_resolve(&desc->allocator, "desc.allocator", err);
-    if (result != MOE_OK) return result;
-    if (desc->backend == MOE_BACKEND_CUDA)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.backend",
-                         "is MOE_BACKEND_CUDA: this version of moe.h has the "
-                         "CPU back end only; use MOE_BACKEND_AUTO or MOE_BACKEND_CPU");
+    if (desc->backend == MOE_BACKEND_CUDA) {
+#if defined(MOE_NO_CUDA)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.backend", "is MOE_BACKEND_CUDA, which this build leaves out "
+                         "(MOE_NO_CUDA); use MOE_BACKEND_AUTO or MOE_BACKEND_CPU");
+#else
+        if ((desc->device_allocator.alloc == NULL) != (desc->device_allocator.free == NULL))
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.device_allocator",
+                             "has only one of alloc and free: set both or none");
+        if (desc->cuda_context != NULL && desc->device != 0)
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.device", "is %d: with desc.cuda_context it must be 0, the "
+                             "device is that context's", desc->device);
+        return MOE_OK;
+#endif
+    }
     if (desc->backend != MOE_BACKEND_AUTO && desc->backend != MOE_BACKEND_CPU)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.backend", "is %d: it must be a moe_backend", desc->backend);
     if (desc->device != 0)
@@ -6969,10 +7086,18 @@ static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_erro
                          desc->device);
     if (desc->cuda_context != NULL)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.cuda_context", "is set, but the back end is the CPU");
+    return MOE_OK;
+}
+
+static int32_t moe__context_check(moe_context_desc *desc, int32_t *isa, moe_error *err)
+{
+    int32_t most = desc->backend == MOE_BACKEND_CUDA ? 8 : MOE__THREADS_MAX;
+    int32_t result = moe__allocator_resolve(&desc->allocator, "desc.allocator", err);
+    if (result != MOE_OK || (result = moe__context_check_backend(desc, err)) != MOE_OK) return result;
     if (desc->threads < 0 || desc->threads > MOE__THREADS_MAX)
         return moe__fail_range(err, "desc.threads", desc->threads, 0, MOE__THREADS_MAX);
-    desc->backend = MOE_BACKEND_CPU;
-    if (desc->threads == 0) desc->threads = moe__min32(moe__cores(), MOE__THREADS_MAX);
+    if (desc->backend == MOE_BACKEND_AUTO) desc->backend = MOE_BACKEND_CPU;
+    if (desc->threads == 0) desc->threads = moe__min32(moe__cores(), most);
 #if defined(MOE_NO_THREADS)
     if (desc->parallel_for == NULL) desc->threads = 1;
 #endif
@@ -7002,6 +7127,12 @@ static void moe__cpu_name(char *name)
 static void moe__context_report(const moe_context *ctx)
 {
     char name[64];
+#if !defined(MOE_NO_CUDA)
+    if (ctx->cuda != NULL) {
+        moe__cuda_report(ctx);
+        return;
+    }
+#endif
     moe__cpu_name(name);
     moe__log(ctx, MOE_LOG_INFO, "CPU back end on %s: %s kernels, %d threads%s", name, moe__isa_names[ctx->isa],
              ctx->desc.threads, ctx->desc.parallel_for != NULL ? " of the caller's" : "");
@@ -7030,6 +7161,14 @@ MOE_API int32_t moe_context_create(const moe_context_desc *desc, moe_context **o
         moe__free(&checked.allocator, ctx, sizeof *ctx);
         return moe__fail(err, MOE_ERROR_MEMORY, "", "the system gave no lock or condition variable");
     }
+#if !defined(MOE_NO_CUDA)
+    if (checked.backend == MOE_BACKEND_CUDA && ((result = moe__cuda_open(ctx, err)) != MOE_OK ||
+                                                (result = moe__jit_open(ctx, &checked.jit, err)) != MOE_OK)) {
+        moe_context_destroy(ctx);
+        return result;
+    }
+    memset(&ctx->desc.jit, 0, sizeof ctx->desc.jit); // the caller's strings are not kept
+#endif
     moe__context_report(ctx);
     *out = ctx;
     return moe__ok(err);
@@ -7040,6 +7179,10 @@ MOE_API void moe_context_destroy(moe_context *ctx)
     moe_allocator allocator;
     if (ctx == NULL) return;
     allocator = ctx->desc.allocator;
+#if !defined(MOE_NO_CUDA)
+    moe__jit_close(ctx);
+    moe__cuda_close(ctx);
+#endif
     moe__pool_destroy(&ctx->pool);
     moe__free(&allocator, ctx, sizeof *ctx);
 }
@@ -7058,8 +7201,1794 @@ MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *i
     info->threads = ctx->desc.threads;
     moe__cpu_name(info->name);
     strcpy(info->isa, moe__isa_names[ctx->isa]);
+#if !defined(MOE_NO_CUDA)
+    if (ctx->cuda != NULL) moe__cuda_info(ctx, info);
+#endif
     return moe__ok(err);
 }
+
+// >>cuda  the driver and NVRTC, opened at run time  Nothing of CUDA is needed to compile or to link: the few types are
+// spelled out here, functions are found by name, and a table of them belongs to each context. Both libraries stay
+// loaded until the process ends, since others in it may use them too.
+#if !defined(MOE_NO_CUDA)
+
+#if defined(_WIN32)
+#  define MOE__CUDA_CALL __stdcall
+#else
+#  define MOE__CUDA_CALL
+#endif
+
+typedef int moe__cu_result; // CUresult
+typedef int moe__cu_device;
+typedef unsigned long long moe__cu_ptr;
+typedef struct CUctx_st *moe__cu_context; // cuda.h's own tags: handles pass to and fro without a cast
+typedef struct CUmod_st *moe__cu_module;
+typedef struct CUfunc_st *moe__cu_function;
+typedef struct CUstream_st *moe__cu_stream;
+
+typedef struct moe__cu_launch_attribute { // CUlaunchAttribute
+    int id;
+    int pad;
+    union {
+        struct { unsigned x, y, z; } cluster;
+        int programmatic;
+        char size[64];
+    } value;
+} moe__cu_launch_attribute;
+
+typedef struct moe__cu_launch_config { // CUlaunchConfig
+    unsigned gridDimX, gridDimY, gridDimZ, blockDimX, blockDimY, blockDimZ, sharedMemBytes;
+    moe__cu_stream hStream;
+    moe__cu_launch_attribute *attrs;
+    unsigned numAttrs;
+} moe__cu_launch_config;
+
+enum { // numbers of cuda.h
+    MOE__CU_ATTRIBUTE_CLUSTER = 4,     // of a launch
+    MOE__CU_ATTRIBUTE_PDL = 6,
+    MOE__CU_DEVICE_SMS = 16,           // of a device
+    MOE__CU_DEVICE_MAJOR = 75,
+    MOE__CU_DEVICE_MINOR = 76,
+    MOE__CU_DEVICE_SMEM_OPTIN = 97,
+    MOE__CU_FUNCTION_MAX_THREADS = 0,  // of a function
+    MOE__CU_FUNCTION_DYNAMIC_SMEM = 8,
+    MOE__CU_STREAM_NON_BLOCKING = 1,
+    MOE__CU_CAPTURE_RELAXED = 2,
+    MOE__CU_NO_MEMORY = 2,             // results
+    MOE__CU_STUB = 34,
+    MOE__CU_NO_DEVICE = 100,
+    MOE__DRIVER_MIN = 12000,
+    MOE__ARCH_MIN = 80
+};
+
+// name, suffix of the exported symbol, the CUDA version that brought this signature, whether the driver must have it
+#define MOE__CU_FUNCTIONS(X) \
+    X(cuInit, "", 12000, 1, (unsigned flags)) \
+    X(cuDriverGetVersion, "", 12000, 1, (int *version)) \
+    X(cuGetErrorName, "", 12000, 1, (moe__cu_result result, const char **name)) \
+    X(cuDeviceGetCount, "", 12000, 1, (int *count)) \
+    X(cuDeviceGet, "", 12000, 1, (moe__cu_device *device, int ordinal)) \
+    X(cuDeviceGetName, "", 12000, 1, (char *name, int size, moe__cu_device device)) \
+    X(cuDeviceGetAttribute, "", 12000, 1, (int *value, int attribute, moe__cu_device device)) \
+    X(cuDevicePrimaryCtxRetain, "", 12000, 1, (moe__cu_context *context, moe__cu_device device)) \
+    X(cuDevicePrimaryCtxRelease, "_v2", 12000, 1, (moe__cu_device device)) \
+    X(cuCtxPushCurrent, "_v2", 12000, 1, (moe__cu_context context)) \
+    X(cuCtxPopCurrent, "_v2", 12000, 1, (moe__cu_context *context)) \
+    X(cuCtxGetCurrent, "", 12000, 1, (moe__cu_context *context)) \
+    X(cuCtxGetDevice, "", 12000, 1, (moe__cu_device *device)) \
+    X(cuCtxSynchronize, "", 12000, 1, (void)) \
+    X(cuModuleLoadData, "", 12000, 1, (moe__cu_module *module, const void *image)) \
+    X(cuModuleUnload, "", 12000, 1, (moe__cu_module module)) \
+    X(cuModuleGetFunction, "", 12000, 1, (moe__cu_function *function, moe__cu_module module, const char *name)) \
+    X(cuFuncGetAttribute, "", 12000, 1, (int *value, int attribute, moe__cu_function function)) \
+    X(cuFuncSetAttribute, "", 12000, 1, (moe__cu_function function, int attribute, int value)) \
+    X(cuFuncGetParamInfo, "", 12040, 0, (moe__cu_function function, size_t index, size_t *offset, size_t *size)) \
+    X(cuFuncLoad, "", 12040, 0, (moe__cu_function function)) \
+    X(cuMemAlloc, "_v2", 12000, 1, (moe__cu_ptr *ptr, size_t bytes)) \
+    X(cuMemFree, "_v2", 12000, 1, (moe__cu_ptr ptr)) \
+    X(cuMemcpyHtoD, "_v2", 12000, 1, (moe__cu_ptr to, const void *from, size_t bytes)) \
+    X(cuMemcpyDtoH, "_v2", 12000, 1, (void *to, moe__cu_ptr from, size_t bytes)) \
+    X(cuMemcpyHtoDAsync, "_v2", 12000, 1, \
+      (moe__cu_ptr to, const void *from, size_t bytes, moe__cu_stream stream)) \
+    X(cuMemsetD8, "_v2", 12000, 1, (moe__cu_ptr to, unsigned char value, size_t bytes)) \
+    X(cuStreamCreate, "", 12000, 1, (moe__cu_stream *stream, unsigned flags)) \
+    X(cuStreamDestroy, "_v2", 12000, 1, (moe__cu_stream stream)) \
+    X(cuStreamSynchronize, "", 12000, 1, (moe__cu_stream stream)) \
+    X(cuThreadExchangeStreamCaptureMode, "", 12000, 1, (int *mode)) \
+    X(cuLaunchKernelEx, "", 12000, 1, \
+      (const moe__cu_launch_config *config, moe__cu_function function, void **params, void **extra))
+
+// A context's device. Everything but the functions is a fact that does not change.
+typedef struct moe__cuda {
+#define MOE__MEMBER(name, suffix, since, needed, parameters) moe__cu_result(MOE__CUDA_CALL *name) parameters;
+    MOE__CU_FUNCTIONS(MOE__MEMBER)
+#undef MOE__MEMBER
+    moe__cu_device device;
+    moe__cu_context context;
+    int32_t primary;        // the context is the device's own, retained
+    moe__cu_stream stream;  // copies of creation and sealing
+    int32_t driver_version; // 12040 for 12.4
+    int32_t arch;           // compute capability: 90 for 9.0
+    int32_t sms;
+    int32_t smem_optin;     // bytes that one CTA can have
+    char chip[16];          // what its kernels are compiled for: "sm_90a"
+    char name[64];
+} moe__cuda;
+
+typedef struct moe__nvrtc_program_t *moe__nvrtc_program;
+
+#define MOE__NVRTC_FUNCTIONS(X) \
+    X(nvrtcVersion, int, (int *major, int *minor)) \
+    X(nvrtcGetErrorString, const char *, (int result)) \
+    X(nvrtcGetNumSupportedArchs, int, (int *count)) \
+    X(nvrtcGetSupportedArchs, int, (int *archs)) \
+    X(nvrtcCreateProgram, int, \
+      (moe__nvrtc_program *program, const char *source, const char *name, int headers, const char *const *texts, \
+       const char *const *names)) \
+    X(nvrtcCompileProgram, int, (moe__nvrtc_program program, int count, const char *const *options)) \
+    X(nvrtcGetCUBINSize, int, (moe__nvrtc_program program, size_t *size)) \
+    X(nvrtcGetCUBIN, int, (moe__nvrtc_program program, char *cubin)) \
+    X(nvrtcGetPTXSize, int, (moe__nvrtc_program program, size_t *size)) \
+    X(nvrtcGetPTX, int, (moe__nvrtc_program program, char *ptx)) \
+    X(nvrtcGetProgramLogSize, int, (moe__nvrtc_program program, size_t *size)) \
+    X(nvrtcGetProgramLog, int, (moe__nvrtc_program program, char *log)) \
+    X(nvrtcDestroyProgram, int, (moe__nvrtc_program *program))
+
+typedef struct moe__nvrtc {
+#define MOE__MEMBER(name, type, parameters) type(MOE__CUDA_CALL *name) parameters;
+    MOE__NVRTC_FUNCTIONS(MOE__MEMBER)
+#undef MOE__MEMBER
+    int32_t version; // 12040 for 12.4; 0: not opened
+    int32_t num_archs;
+    int32_t archs[64];
+} moe__nvrtc;
+
+// ---- environment ----
+
+// Variables of the environment, but not where the process runs with more rights than its user.
+static const char *moe__env(const char *name)
+{
+#if defined(MOE_NO_ENV)
+    (void)name;
+    return NULL;
+#else
+    const char *value;
+#  if !defined(_WIN32)
+    if (getuid() != geteuid() || getgid() != getegid()) return NULL;
+#  endif
+#  if defined(__linux__)
+    if (getauxval(23) != 0) return NULL; // AT_SECURE
+#  endif
+    value = getenv(name);
+    return value == NULL || value[0] == 0 ? NULL : value;
+#endif
+}
+
+static int32_t moe__path_is_absolute(const char *path)
+{
+#if defined(_WIN32)
+    int32_t drive = ((path[0] | 32) >= 'a' && (path[0] | 32) <= 'z') && path[1] == ':';
+    return (drive && (path[2] == '\\' || path[2] == '/')) || (path[0] == '\\' && path[1] == '\\');
+#else
+    return path[0] == '/';
+#endif
+}
+
+// A folder named by an absolute path in the environment, or NULL.
+static const char *moe__env_folder(const char *name)
+{
+    const char *folder = moe__env(name);
+    return folder != NULL && moe__path_is_absolute(folder) && strlen(folder) < MOE__PATH_MAX / 2 ? folder : NULL;
+}
+
+// ---- libraries ----
+
+// What was tried, for messages: files that are not there by name alone, others with the reason.
+typedef struct moe__attempts {
+    const moe_context *ctx;
+    const char *what; // "the CUDA driver"
+    char missing_text[640], unusable_text[640];
+    moe__text missing, unusable;
+} moe__attempts;
+
+static void moe__attempts_init(moe__attempts *attempts, const moe_context *ctx, const char *what)
+{
+    attempts->ctx = ctx;
+    attempts->what = what;
+    attempts->missing = moe__text_make(attempts->missing_text, sizeof attempts->missing_text);
+    attempts->unusable = moe__text_make(attempts->unusable_text, sizeof attempts->unusable_text);
+}
+
+static void moe__attempt_missing(moe__attempts *attempts, const char *path)
+{
+    moe__text_format(&attempts->missing, "%s%s", attempts->missing.length > 0 ? ", " : "", path);
+    moe__log(attempts->ctx, MOE_LOG_INFO, "%s: %s is not there", attempts->what, path);
+}
+
+static void moe__attempt_unusable(moe__attempts *attempts, const char *path, const char *format, ...)
+{
+    char reason[256];
+    moe__text text = moe__text_make(reason, sizeof reason);
+    va_list args;
+    va_start(args, format);
+    moe__text_vformat(&text, format, args);
+    va_end(args);
+    moe__text_format(&attempts->unusable, "%s%s %s", attempts->unusable.length > 0 ? "; " : "", path, reason);
+    moe__log(attempts->ctx, MOE_LOG_INFO, "%s: %s %s", attempts->what, path, reason);
+}
+
+// "tried: X is ...; not there: Y, Z"
+static const char *moe__attempts_list(const moe__attempts *attempts, char *list, size_t capacity)
+{
+    moe__text text = moe__text_make(list, capacity);
+    moe__text_string(&text, "tried: ");
+    moe__text_string(&text, attempts->unusable_text);
+    if (attempts->missing.length > 0)
+        moe__text_format(&text, "%snot there: %s", attempts->unusable.length > 0 ? "; " : "", attempts->missing_text);
+    return list;
+}
+
+#if defined(_WIN32)
+#  ifdef __cplusplus
+extern "C" {
+#  endif
+__declspec(dllimport) void *__stdcall LoadLibraryExW(const wchar_t *name, void *file, unsigned long flags);
+typedef intptr_t(__stdcall *moe__windows_function)(void);
+__declspec(dllimport) moe__windows_function __stdcall GetProcAddress(void *library, const char *name);
+#  ifdef __cplusplus
+}
+#  endif
+
+static void *moe__library_open(const char *path, moe__attempts *attempts)
+{
+    wchar_t wide[MOE__PATH_MAX];
+    // An absolute path: its own folder is searched for what it needs; a name: the system's folder, then the path's.
+    void *library = LoadLibraryExW(moe__wide(wide, path), NULL, moe__path_is_absolute(path) ? 8 : 0);
+    if (library == NULL && moe__error_is_missing((int32_t)GetLastError() == 126 ? 2 : (int32_t)GetLastError()))
+        moe__attempt_missing(attempts, path);
+    else if (library == NULL)
+        moe__attempt_unusable(attempts, path, "cannot be loaded (system error %d)", (int32_t)GetLastError());
+    return library;
+}
+
+static int32_t moe__library_symbol(void *library, const char *name, void *function)
+{
+    moe__windows_function found = GetProcAddress(library, name);
+    memcpy(function, &found, sizeof found);
+    return found != NULL;
+}
+#else
+static void *moe__library_open(const char *path, moe__attempts *attempts)
+{
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    const char *why = library == NULL ? dlerror() : NULL;
+    size_t length = strlen(path);
+    if (library != NULL) return library;
+    if (why == NULL) why = "cannot be loaded";
+    if (strstr(why, "o such file") != NULL && strstr(why, path) != NULL) {
+        moe__attempt_missing(attempts, path);
+        return NULL;
+    }
+    if (strncmp(why, path, length) == 0 && why[length] == ':') why += length + 1; // the path is there already
+    while (*why == ' ') why++;
+    moe__attempt_unusable(attempts, path, "cannot be loaded (%s)", why);
+    return NULL;
+}
+
+static int32_t moe__library_symbol(void *library, const char *name, void *function)
+{
+    void *found = dlsym(library, name);
+    memcpy(function, &found, sizeof found);
+    return found != NULL;
+}
+#endif
+
+// ---- driver ----
+
+static int32_t moe__cuda_result(moe__cu_result result) { return result == 0 ? MOE_OK : MOE_ERROR_LAUNCH; }
+
+static const char *moe__cuda_error_name(const moe__cuda *cuda, moe__cu_result result)
+{
+    const char *name = NULL;
+    return cuda->cuGetErrorName(result, &name) == 0 && name != NULL ? name : "an unknown error";
+}
+
+static int32_t moe__cuda_fail(const moe_context *ctx, moe_error *err, int32_t code, const char *call,
+                              moe__cu_result result)
+{
+    return moe__fail(err, code, "", "%s failed: %s (%d)", call, moe__cuda_error_name(ctx->cuda, result),
+                     (int32_t)result);
+}
+
+typedef moe__cu_result(MOE__CUDA_CALL *moe__cu_get_proc)(const char *symbol, void **function, int version,
+                                                         unsigned long long flags, int *status);
+
+// Functions of the versions that the table says: asked for by base name, or found under their exported name.
+static int32_t moe__driver_symbols(moe__cuda *cuda, void *library, const char **missing)
+{
+    moe__cu_get_proc get_proc = NULL;
+    char name[64];
+    moe__text text;
+    if (!moe__library_symbol(library, "cuGetProcAddress_v2", &get_proc)) get_proc = NULL;
+#define MOE__LOAD(function, suffix, since, needed, parameters) \
+    { \
+        void *found = NULL; \
+        int status = 0; \
+        text = moe__text_make(name, sizeof name); \
+        moe__text_string(&text, #function suffix); \
+        if (get_proc != NULL && get_proc(#function, &found, since, 0, &status) == 0 && found != NULL) \
+            memcpy(&cuda->function, &found, sizeof found); \
+        else if (!moe__library_symbol(library, name, &cuda->function)) \
+            cuda->function = NULL; \
+        if (needed && cuda->function == NULL) { \
+            *missing = #function; \
+            return 0; \
+        } \
+    }
+    MOE__CU_FUNCTIONS(MOE__LOAD)
+#undef MOE__LOAD
+    return 1;
+}
+
+// 1, or 0 with the reason among the attempts.
+static int32_t moe__driver_try(moe__cuda *cuda, const char *path, moe__attempts *attempts)
+{
+    void *library = moe__library_open(path, attempts);
+    const char *missing = NULL;
+    int version = 0;
+    moe__cu_result result;
+    if (library == NULL) return 0;
+    if (!moe__driver_symbols(cuda, library, &missing)) {
+        moe__attempt_unusable(attempts, path, "has no %s: it is no CUDA driver of 12.0 or later", missing);
+        return 0;
+    }
+    result = cuda->cuInit(0);
+    if (result == MOE__CU_STUB) {
+        moe__attempt_unusable(attempts, path, "is the toolkit's stub for linking, not a driver");
+        return 0;
+    }
+    if (result != 0) {
+        moe__attempt_unusable(attempts, path, "says %s (%d) in cuInit: %s", moe__cuda_error_name(cuda, result),
+                              (int32_t)result,
+                              result == MOE__CU_NO_DEVICE ? "no GPU is visible to this process"
+                                                          : "the driver cannot be used");
+        return 0;
+    }
+    if (cuda->cuDriverGetVersion(&version) != 0 || version < MOE__DRIVER_MIN) {
+        moe__attempt_unusable(attempts, path, "is a driver for CUDA %d.%d: 12.0 or later is needed", version / 1000,
+                              version % 1000 / 10);
+        return 0;
+    }
+    cuda->driver_version = version;
+    moe__log(attempts->ctx, MOE_LOG_INFO, "CUDA driver %d.%d: %s", version / 1000, version % 1000 / 10, path);
+    return 1;
+}
+
+// A library that the caller or the environment names: then no other is tried. *path NULL: none is named.
+static int32_t moe__library_named(const char *wanted, const char *member, const char *variable, const char **path,
+                                  moe_error *err)
+{
+    const char *value = wanted != NULL && wanted[0] != 0 ? wanted : moe__env(variable);
+    *path = value;
+    if (value == NULL) return MOE_OK;
+    if (value != wanted) member = variable;
+    if (!moe__path_is_absolute(value))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %q: it must be an absolute path", value);
+    if (strlen(value) >= MOE__PATH_MAX)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is longer than %d bytes", MOE__PATH_MAX - 1);
+    return MOE_OK;
+}
+
+static int32_t moe__driver_open(moe_context *ctx, const char *wanted, moe_error *err)
+{
+#if defined(_WIN32)
+    static const char *const names[] = { "nvcuda.dll" };
+#else
+    static const char *const names[] = { "libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1" };
+#endif
+    moe__attempts attempts;
+    const char *named;
+    char list[560];
+    int32_t result = moe__library_named(wanted, "desc.jit.cuda_library", "MOE_CUDA_LIB", &named, err);
+    if (result != MOE_OK) return result;
+    moe__attempts_init(&attempts, ctx, "CUDA driver");
+    if (named != NULL && moe__driver_try(ctx->cuda, named, &attempts)) return MOE_OK;
+    for (int32_t i = 0; named == NULL && i < MOE__ARRAY_COUNT(names); i++)
+        if (moe__driver_try(ctx->cuda, names[i], &attempts)) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_DRIVER, "desc.backend", "is MOE_BACKEND_CUDA, but there is no CUDA driver that "
+                     "can be used; %s", moe__attempts_list(&attempts, list, sizeof list));
+}
+
+// ---- chips ----
+
+// What kernels for a compute capability are compiled for: the chip's own features where it has some, and one image for
+// a family from 10.0 on.
+static void moe__chip_name(int32_t arch, char *chip)
+{
+    moe__text text = moe__text_make(chip, 16);
+    if (arch >= 100) moe__text_format(&text, "sm_%df", arch / 10 * 10);
+    else moe__text_format(&text, "sm_%d%s", arch, arch == 90 ? "a" : "");
+}
+
+// Compute capability of a name that moe__chip_name() gives, or 0. compute_NN, where PTX is asked for, is one too.
+static int32_t moe__chip_arch(const char *chip, int32_t *ptx)
+{
+    char canonical[16];
+    int32_t arch = 0;
+    const char *p;
+    *ptx = strncmp(chip, "compute_", 8) == 0;
+    if (!*ptx && strncmp(chip, "sm_", 3) != 0) return 0;
+    for (p = chip + (*ptx ? 8 : 3); *p >= '0' && *p <= '9' && arch < 1000; p++) arch = arch * 10 + (*p - '0');
+    if (arch < MOE__ARCH_MIN || arch >= 1000) return 0;
+    if (*ptx) return *p == 0 ? arch : 0;
+    moe__chip_name(arch, canonical);
+    return strcmp(canonical, chip) == 0 ? arch : 0;
+}
+
+// ---- device ----
+
+static int32_t moe__cuda_enter(const moe_context *ctx, int32_t *entered)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__cu_context current = NULL;
+    *entered = 0;
+    if (cuda->cuCtxGetCurrent(&current) == 0 && current == cuda->context) return MOE_OK;
+    if (cuda->cuCtxPushCurrent(cuda->context) != 0) return MOE_ERROR_DRIVER;
+    *entered = 1;
+    return MOE_OK;
+}
+
+static void moe__cuda_leave(const moe_context *ctx, int32_t entered)
+{
+    moe__cu_context popped;
+    if (entered) ctx->cuda->cuCtxPopCurrent(&popped);
+}
+
+// Around calls that a capture of another thread's would forbid: loading, allocating, copying.
+typedef struct moe__cuda_scope {
+    int32_t entered;
+    int mode;
+} moe__cuda_scope;
+
+static int32_t moe__cuda_begin(const moe_context *ctx, moe__cuda_scope *scope, moe_error *err)
+{
+    if (moe__cuda_enter(ctx, &scope->entered) != MOE_OK)
+        return moe__fail(err, MOE_ERROR_DRIVER, "", "the CUDA context cannot be made current: it was destroyed, or an "
+                         "earlier kernel of it failed");
+    scope->mode = MOE__CU_CAPTURE_RELAXED;
+    ctx->cuda->cuThreadExchangeStreamCaptureMode(&scope->mode);
+    return MOE_OK;
+}
+
+static void moe__cuda_end(const moe_context *ctx, moe__cuda_scope *scope)
+{
+    ctx->cuda->cuThreadExchangeStreamCaptureMode(&scope->mode);
+    moe__cuda_leave(ctx, scope->entered);
+}
+
+static int32_t moe__device_alloc(const moe_context *ctx, uint64_t bytes, moe__cu_ptr *out, moe_error *err)
+{
+    const moe_allocator *allocator = &ctx->desc.device_allocator;
+    moe__cu_result result;
+    *out = 0;
+    if (allocator->alloc != NULL) {
+        *out = (moe__cu_ptr)(uintptr_t)allocator->alloc(allocator->user, (size_t)bytes, 256);
+        if (*out == 0)
+            return moe__fail(err, MOE_ERROR_MEMORY, "", "the device allocator returned NULL for %U bytes", bytes);
+        return MOE_OK;
+    }
+    result = ctx->cuda->cuMemAlloc(out, (size_t)bytes);
+    if (result == 0) return MOE_OK;
+    if (result != MOE__CU_NO_MEMORY) return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuMemAlloc", result);
+    return moe__fail(err, MOE_ERROR_MEMORY, "", "the device has no %U bytes of memory left", bytes);
+}
+
+static void moe__device_release(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
+{
+    const moe_allocator *allocator = &ctx->desc.device_allocator;
+    if (allocator->free != NULL) allocator->free(allocator->user, (void *)(uintptr_t)memory, (size_t)bytes);
+    else ctx->cuda->cuMemFree(memory);
+}
+
+// Device memory with a copy of `from` in it; there when the call returns. Runs on a stream of the context's, so that it
+// waits for nothing of the caller's and disturbs no capture.
+MOE__UNUSED static int32_t moe__device_make(const moe_context *ctx, const void *from, uint64_t bytes, moe__cu_ptr *out,
+                                            moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__cuda_scope scope;
+    moe__cu_result copied;
+    int32_t result;
+    *out = 0;
+    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
+    if ((result = moe__device_alloc(ctx, bytes, out, err)) == MOE_OK) {
+        copied = cuda->cuMemcpyHtoDAsync(*out, from, (size_t)bytes, cuda->stream);
+        if (copied == 0) copied = cuda->cuStreamSynchronize(cuda->stream);
+        if (copied != 0) {
+            moe__device_release(ctx, *out, bytes);
+            *out = 0;
+            result = moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "copying to the device", copied);
+        }
+    }
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+MOE__UNUSED static void moe__device_free(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
+{
+    moe__cuda_scope scope;
+    if (moe__cuda_begin(ctx, &scope, NULL) != MOE_OK) return; // the memory went with the CUDA context
+    moe__device_release(ctx, memory, bytes);
+    moe__cuda_end(ctx, &scope);
+}
+
+static int32_t moe__device_attribute(const moe__cuda *cuda, int attribute)
+{
+    int value = 0;
+    return cuda->cuDeviceGetAttribute(&value, attribute, cuda->device) == 0 ? (int32_t)value : 0;
+}
+
+// The device by its number, or the one that the caller's CUDA context is on.
+static int32_t moe__device_find(moe_context *ctx, moe_error *err)
+{
+    moe__cuda *cuda = ctx->cuda;
+    moe__cu_context popped;
+    moe__cu_result result;
+    int count = 0;
+    if (ctx->desc.cuda_context != NULL) {
+        cuda->context = (moe__cu_context)ctx->desc.cuda_context;
+        if ((result = cuda->cuCtxPushCurrent(cuda->context)) != 0)
+            return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.cuda_context", "is not a CUcontext that can be used: "
+                             "cuCtxPushCurrent says %s (%d)", moe__cuda_error_name(cuda, result), (int32_t)result);
+        result = cuda->cuCtxGetDevice(&cuda->device);
+        cuda->cuCtxPopCurrent(&popped);
+        if (result != 0) return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuCtxGetDevice", result);
+        ctx->desc.device = (int32_t)cuda->device;
+        return MOE_OK;
+    }
+    if ((result = cuda->cuDeviceGetCount(&count)) != 0)
+        return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuDeviceGetCount", result);
+    if (ctx->desc.device < 0 || ctx->desc.device >= count)
+        return moe__fail(err, count == 0 ? MOE_ERROR_DRIVER : MOE_ERROR_ARGUMENT, "desc.device",
+                         "is %d: this process sees %d CUDA device%s", ctx->desc.device, (int32_t)count,
+                         count == 1 ? "" : "s");
+    if ((result = cuda->cuDeviceGet(&cuda->device, ctx->desc.device)) != 0)
+        return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuDeviceGet", result);
+    return MOE_OK;
+}
+
+static int32_t moe__device_facts(moe_context *ctx, moe_error *err)
+{
+    moe__cuda *cuda = ctx->cuda;
+    if (cuda->cuDeviceGetName(cuda->name, (int)sizeof cuda->name, cuda->device) != 0) strcpy(cuda->name, "GPU");
+    cuda->name[sizeof cuda->name - 1] = 0;
+    cuda->arch = moe__device_attribute(cuda, MOE__CU_DEVICE_MAJOR) * 10 +
+                 moe__device_attribute(cuda, MOE__CU_DEVICE_MINOR);
+    cuda->sms = moe__device_attribute(cuda, MOE__CU_DEVICE_SMS);
+    cuda->smem_optin = moe__device_attribute(cuda, MOE__CU_DEVICE_SMEM_OPTIN);
+    moe__chip_name(cuda->arch, cuda->chip);
+    if (cuda->arch < MOE__ARCH_MIN)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.device", "is %d, %q of compute capability %d.%d: 8.0 or "
+                         "later is needed", ctx->desc.device, cuda->name, cuda->arch / 10, cuda->arch % 10);
+    return MOE_OK;
+}
+
+// The CUDA context and a stream in it.
+static int32_t moe__device_open(moe_context *ctx, moe_error *err)
+{
+    moe__cuda *cuda = ctx->cuda;
+    moe__cuda_scope scope;
+    moe__cu_result created;
+    int32_t result;
+    if ((result = moe__device_find(ctx, err)) != MOE_OK || (result = moe__device_facts(ctx, err)) != MOE_OK)
+        return result;
+    if (ctx->desc.cuda_context == NULL) {
+        created = cuda->cuDevicePrimaryCtxRetain(&cuda->context, cuda->device);
+        if (created != 0) return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuDevicePrimaryCtxRetain", created);
+        cuda->primary = 1;
+    }
+    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
+    created = cuda->cuStreamCreate(&cuda->stream, MOE__CU_STREAM_NON_BLOCKING);
+    if (created != 0) {
+        cuda->stream = NULL;
+        result = moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "cuStreamCreate", created);
+    }
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+// Undoes as much of moe__cuda_open() as was done.
+static void moe__cuda_close(moe_context *ctx)
+{
+    moe__cuda *cuda = ctx->cuda;
+    moe__cuda_scope scope;
+    if (cuda == NULL) return;
+    if (cuda->stream != NULL && moe__cuda_begin(ctx, &scope, NULL) == MOE_OK) {
+        cuda->cuStreamDestroy(cuda->stream);
+        moe__cuda_end(ctx, &scope);
+    }
+    if (cuda->primary) cuda->cuDevicePrimaryCtxRelease(cuda->device);
+    moe__free(&ctx->desc.allocator, cuda, sizeof *cuda);
+    ctx->cuda = NULL;
+}
+
+static int32_t moe__cuda_open(moe_context *ctx, moe_error *err)
+{
+    int32_t result;
+    ctx->cuda = (moe__cuda *)moe__alloc(&ctx->desc.allocator, sizeof *ctx->cuda);
+    if (ctx->cuda == NULL) return moe__fail_memory(err, sizeof *ctx->cuda);
+    memset(ctx->cuda, 0, sizeof *ctx->cuda);
+    if ((result = moe__driver_open(ctx, ctx->desc.jit.cuda_library, err)) != MOE_OK ||
+        (result = moe__device_open(ctx, err)) != MOE_OK)
+        moe__cuda_close(ctx);
+    return result;
+}
+
+// ---- NVRTC ----
+
+static int32_t moe__nvrtc_symbols(moe__nvrtc *nvrtc, void *library, const char **missing)
+{
+#define MOE__LOAD(function, type, parameters) \
+    if (!moe__library_symbol(library, #function, &nvrtc->function)) { \
+        *missing = #function; \
+        return 0; \
+    }
+    MOE__NVRTC_FUNCTIONS(MOE__LOAD)
+#undef MOE__LOAD
+    return 1;
+}
+
+#if !defined(_WIN32)
+// NVRTC opens its builtins by bare name: the ones beside it are loaded first, so that they are found. Where they are
+// not there, compiling says so.
+static void moe__nvrtc_builtins(const char *path, int32_t version)
+{
+    char builtins[MOE__PATH_MAX];
+    size_t length = strlen(path);
+    moe__text text;
+    if (!moe__path_is_absolute(path) || length + 64 > sizeof builtins) return;
+    while (path[length - 1] != '/') length--;
+    memcpy(builtins, path, length);
+    text = moe__text_make(builtins + length, sizeof builtins - length);
+    moe__text_format(&text, "libnvrtc-builtins.so.%d.%d", version / 1000, version % 1000 / 10);
+    dlopen(builtins, RTLD_NOW | RTLD_LOCAL);
+}
+#endif
+
+// Family targets (sm_100f) exist since 12.9.
+static int32_t moe__nvrtc_knows(const moe__nvrtc *nvrtc, int32_t arch)
+{
+    if (arch >= 100 && nvrtc->version < 12090) return 0;
+    if (arch >= 100) arch = arch / 10 * 10;
+    for (int32_t i = 0; i < nvrtc->num_archs; i++)
+        if (nvrtc->archs[i] == arch) return 1;
+    return 0;
+}
+
+static int32_t moe__nvrtc_facts(moe__nvrtc *nvrtc)
+{
+    int major = 0, minor = 0, count = 0, archs[MOE__ARRAY_COUNT(nvrtc->archs)];
+    if (nvrtc->nvrtcVersion(&major, &minor) != 0) return 0;
+    nvrtc->version = major * 1000 + minor * 10;
+    if (nvrtc->nvrtcGetNumSupportedArchs(&count) != 0 || count < 0 || count > MOE__ARRAY_COUNT(archs) ||
+        nvrtc->nvrtcGetSupportedArchs(archs) != 0)
+        return 0;
+    nvrtc->num_archs = count;
+    for (int i = 0; i < count; i++) nvrtc->archs[i] = archs[i];
+    return 1;
+}
+
+// 1 and *out, or 0 with the reason among the attempts.
+static int32_t moe__nvrtc_try(moe__nvrtc *out, const char *path, int32_t arch, moe__attempts *attempts)
+{
+    moe__nvrtc nvrtc;
+    const char *missing = NULL;
+    void *library = moe__library_open(path, attempts);
+    if (library == NULL) return 0;
+    memset(&nvrtc, 0, sizeof nvrtc);
+    if (!moe__nvrtc_symbols(&nvrtc, library, &missing)) {
+        moe__attempt_unusable(attempts, path, "has no %s: it is no NVRTC of 12.0 or later", missing);
+        return 0;
+    }
+    if (!moe__nvrtc_facts(&nvrtc)) {
+        moe__attempt_unusable(attempts, path, "does not say its version and chips");
+        return 0;
+    }
+    if (nvrtc.version < MOE__DRIVER_MIN) {
+        moe__attempt_unusable(attempts, path, "is NVRTC %d.%d: 12.0 or later is needed", nvrtc.version / 1000,
+                              nvrtc.version % 1000 / 10);
+        return 0;
+    }
+    if (!moe__nvrtc_knows(&nvrtc, arch)) {
+        moe__attempt_unusable(attempts, path, "is NVRTC %d.%d, which cannot compile for compute capability %d.%d",
+                              nvrtc.version / 1000, nvrtc.version % 1000 / 10, arch / 10, arch % 10);
+        return 0;
+    }
+#if !defined(_WIN32)
+    moe__nvrtc_builtins(path, nvrtc.version);
+#endif
+    *out = nvrtc;
+    moe__log(attempts->ctx, MOE_LOG_INFO, "NVRTC %d.%d: %s", nvrtc.version / 1000, nvrtc.version % 1000 / 10, path);
+    return 1;
+}
+
+// Names of the library of one major version in a folder; folder NULL: by name, where the system looks.
+static int32_t moe__nvrtc_try_in(moe__nvrtc *out, const char *folder, const char *below, int32_t major, int32_t arch,
+                                 moe__attempts *attempts)
+{
+    char path[MOE__PATH_MAX];
+    moe__text text = moe__text_make(path, sizeof path);
+#if defined(_WIN32)
+    if (folder != NULL) moe__text_format(&text, "%s\\%s\\", folder, below);
+    moe__text_format(&text, "nvrtc64_%d0_0.dll", major);
+#else
+    if (folder != NULL) moe__text_format(&text, "%s/%s/", folder, below);
+    moe__text_format(&text, "libnvrtc.so.%d", major);
+#endif
+    return moe__nvrtc_try(out, path, arch, attempts);
+}
+
+#if defined(_WIN32)
+static int32_t moe__nvrtc_folders(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+    static const char *const below[] = { "bin\\x64", "bin" };
+    const char *toolkit = moe__env_folder("CUDA_PATH");
+    for (int32_t i = 0; toolkit != NULL && i < MOE__ARRAY_COUNT(below); i++)
+        if (moe__nvrtc_try_in(out, toolkit, below[i], major, arch, attempts)) return 1;
+    return 0;
+}
+#else
+static int32_t moe__nvrtc_toolkits(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+#  if defined(__aarch64__)
+    static const char *const below[] = { "lib64", "lib", "targets/sbsa-linux/lib" };
+#  else
+    static const char *const below[] = { "lib64", "lib", "targets/x86_64-linux/lib" };
+#  endif
+    const char *folders[5];
+    char versioned[32];
+    moe__text text = moe__text_make(versioned, sizeof versioned);
+    moe__text_format(&text, "/usr/local/cuda-%d", major);
+    folders[0] = moe__env_folder("CUDA_HOME");
+    folders[1] = moe__env_folder("CUDA_PATH");
+    folders[2] = "/usr/local/cuda";
+    folders[3] = versioned;
+    folders[4] = "/opt/cuda";
+    for (int32_t f = 0; f < MOE__ARRAY_COUNT(folders); f++)
+        for (int32_t i = 0; folders[f] != NULL && i < MOE__ARRAY_COUNT(below); i++)
+            if (moe__nvrtc_try_in(out, folders[f], below[i], major, arch, attempts)) return 1;
+    return 0;
+}
+
+// NVIDIA's wheels for Python, wherever environments keep them. Folders that are not there are not listed: they are too
+// many.
+static int32_t moe__nvrtc_wheels(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+    static const char *const sites[] = { "site-packages", "dist-packages" };
+    const char *prefixes[5];
+    char below[96];
+    struct stat info;
+    char home[MOE__PATH_MAX];
+    const char *user = moe__env_folder("HOME");
+    moe__text text = moe__text_make(home, sizeof home);
+    if (user != NULL) moe__text_format(&text, "%s/.local", user);
+    prefixes[0] = moe__env_folder("VIRTUAL_ENV");
+    prefixes[1] = moe__env_folder("CONDA_PREFIX");
+    prefixes[2] = user != NULL ? home : NULL;
+    prefixes[3] = "/usr/local";
+    prefixes[4] = "/usr";
+    if (prefixes[1] != NULL && moe__nvrtc_try_in(out, prefixes[1], "lib", major, arch, attempts)) return 1;
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(prefixes) * 2 * 10 * 2; i++) {
+        char path[MOE__PATH_MAX];
+        const char *prefix = prefixes[i / 40];
+        if (prefix == NULL) continue;
+        text = moe__text_make(below, sizeof below);
+        moe__text_format(&text, "lib/python3.%d/%s/nvidia/", 8 + i / 4 % 10, sites[i / 2 % 2]);
+        if (i % 2 == 0) moe__text_format(&text, "cu%d/lib", major);
+        else moe__text_string(&text, "cuda_nvrtc/lib");
+        text = moe__text_make(path, sizeof path);
+        moe__text_format(&text, "%s/%s/libnvrtc.so.%d", prefix, below, major);
+        if (stat(path, &info) == 0 && moe__nvrtc_try(out, path, arch, attempts)) return 1;
+    }
+    return 0;
+}
+
+static int32_t moe__nvrtc_folders(moe__nvrtc *out, int32_t major, int32_t arch, moe__attempts *attempts)
+{
+    return moe__nvrtc_toolkits(out, major, arch, attempts) || moe__nvrtc_wheels(out, major, arch, attempts);
+}
+#endif
+
+// An NVRTC that compiles for `arch`: of the driver's major version if there is one, since a driver may refuse what a
+// newer one made; then of the older, then of the newer ones.
+static int32_t moe__nvrtc_open(const moe_context *ctx, const char *wanted, int32_t arch, moe__nvrtc *out,
+                               moe_error *err)
+{
+    int32_t driver = ctx->cuda != NULL ? ctx->cuda->driver_version / 1000 : 13, result;
+    int32_t majors[3];
+    moe__attempts attempts;
+    const char *named;
+    char list[500];
+    result = moe__library_named(wanted, "desc.jit.nvrtc_library", "MOE_NVRTC_LIB", &named, err);
+    if (result != MOE_OK) return result;
+    majors[0] = driver;
+    majors[1] = driver == 12 ? 13 : driver == 13 ? 12 : 13;
+    majors[2] = driver == 12 || driver == 13 ? 0 : 12;
+    moe__attempts_init(&attempts, ctx, "NVRTC");
+    if (named != NULL && moe__nvrtc_try(out, named, arch, &attempts)) return MOE_OK;
+    for (int32_t i = 0; named == NULL && i < 3 && majors[i] != 0; i++) {
+        if (!moe__nvrtc_try_in(out, NULL, NULL, majors[i], arch, &attempts) &&
+            !moe__nvrtc_folders(out, majors[i], arch, &attempts))
+            continue;
+        if (ctx->cuda != NULL && out->version / 1000 > driver)
+            moe__log(ctx, MOE_LOG_WARNING, "NVRTC %d.%d is newer than the driver, %d.%d, which may refuse its kernels",
+                     out->version / 1000, out->version % 1000 / 10, driver, ctx->cuda->driver_version % 1000 / 10);
+        return MOE_OK;
+    }
+    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can compile "
+                     "for compute capability %d.%d; %s", arch / 10, arch % 10,
+                     moe__attempts_list(&attempts, list, sizeof list));
+}
+
+#endif // MOE_NO_CUDA
+
+// >>jit  kernels from the embedded text  An instance is the whole text compiled with its own definitions. Kernels come,
+// in this order, from: the context itself, images that the caller brings, the cache folder, the seed folder, NVRTC,
+// embedded PTX. Called when plans are created; nothing here runs when they are executed.
+#if !defined(MOE_NO_CUDA)
+
+// Of the region that `make embed` writes, at the end.
+static const char *const *moe__kernel_pieces(int32_t *count); // concatenated: moe_kernels.cu.inc
+static const char *moe__kernel_digest(void);                  // SHA-256 of it in hex
+
+// ---- SHA-256 ----
+
+typedef struct moe__sha256 {
+    uint32_t state[8];
+    uint64_t bytes;
+    unsigned char block[64];
+} moe__sha256;
+
+static uint32_t moe__rotate(uint32_t x, int32_t n) { return x >> n | x << (32 - n); }
+
+static void moe__sha256_block(moe__sha256 *sha, const unsigned char *p)
+{
+    static const uint32_t k[64] = {
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+        0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+        0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+        0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+        0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+        0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+        0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2
+    };
+    uint32_t w[64], v[8];
+    for (int32_t i = 0; i < 16; i++)
+        w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 | (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+    for (int32_t i = 16; i < 64; i++) {
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + (moe__rotate(a, 7) ^ moe__rotate(a, 18) ^ a >> 3) + w[i - 7] +
+               (moe__rotate(b, 17) ^ moe__rotate(b, 19) ^ b >> 10);
+    }
+    memcpy(v, sha->state, sizeof v);
+    for (int32_t i = 0; i < 64; i++) {
+        uint32_t s1 = moe__rotate(v[4], 6) ^ moe__rotate(v[4], 11) ^ moe__rotate(v[4], 25);
+        uint32_t t1 = v[7] + s1 + ((v[4] & v[5]) ^ (~v[4] & v[6])) + k[i] + w[i];
+        uint32_t s0 = moe__rotate(v[0], 2) ^ moe__rotate(v[0], 13) ^ moe__rotate(v[0], 22);
+        uint32_t t2 = s0 + ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
+        memmove(v + 1, v, 7 * sizeof v[0]);
+        v[4] += t1;
+        v[0] = t1 + t2;
+    }
+    for (int32_t i = 0; i < 8; i++) sha->state[i] += v[i];
+}
+
+static void moe__sha256_init(moe__sha256 *sha)
+{
+    static const uint32_t start[8] = { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                       0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19 };
+    memcpy(sha->state, start, sizeof start);
+    sha->bytes = 0;
+}
+
+static void moe__sha256_add(moe__sha256 *sha, const void *data, uint64_t size)
+{
+    const unsigned char *p = (const unsigned char *)data;
+    while (size > 0) {
+        uint64_t used = sha->bytes % 64, part = 64 - used < size ? 64 - used : size;
+        memcpy(sha->block + used, p, (size_t)part);
+        sha->bytes += part;
+        p += part;
+        size -= part;
+        if (sha->bytes % 64 == 0) moe__sha256_block(sha, sha->block);
+    }
+}
+
+static void moe__sha256_end(moe__sha256 *sha, unsigned char digest[32])
+{
+    static const unsigned char pad[64] = { 0x80 };
+    unsigned char length[8];
+    uint64_t bits = sha->bytes * 8;
+    for (int32_t i = 0; i < 8; i++) length[i] = (unsigned char)(bits >> (56 - 8 * i));
+    moe__sha256_add(sha, pad, 1 + (119 - sha->bytes % 64) % 64);
+    moe__sha256_add(sha, length, 8);
+    for (int32_t i = 0; i < 32; i++) digest[i] = (unsigned char)(sha->state[i / 4] >> (24 - 8 * (i % 4)));
+}
+
+// ---- instances ----
+
+enum { MOE__OPTIONS_MAX = 24 };
+
+// One kernel of a plan.
+typedef struct moe__instance {
+    const char *entry;   // "moe_k_sort": selects MOE_K_SORT and is the kernel's name
+    char name[48];       // in messages and file names
+    char defines[96];    // "-DMOE_P_X=1 -DMOE_P_Y=2"
+    int32_t args_bytes;  // of its argument struct
+    int32_t threads;     // of a CTA
+    int32_t smem_bytes;  // dynamic shared memory at most
+} moe__instance;
+
+// Options without the chip; the text of each lies in `memory`.
+typedef struct moe__options {
+    const char *option[MOE__OPTIONS_MAX];
+    int32_t count;
+    char memory[256];
+} moe__options;
+
+static void moe__options_make(moe__options *options, const moe__instance *instance)
+{
+    moe__text text = moe__text_make(options->memory, sizeof options->memory);
+    char *p;
+    moe__text_string(&text, "--std=c++17 --fmad=false -D");
+    for (const char *c = instance->entry; *c != 0; c++)
+        moe__text_char(&text, *c >= 'a' && *c <= 'z' ? (char)(*c - 'a' + 'A') : *c);
+    moe__text_format(&text, " %s", instance->defines);
+    options->count = 0;
+    for (p = options->memory; *p != 0 && options->count < MOE__OPTIONS_MAX - 1;) {
+        while (*p == ' ') *p++ = 0;
+        if (*p != 0) options->option[options->count++] = p;
+        while (*p != 0 && *p != ' ') p++;
+    }
+}
+
+// What identifies an image: the text, the options, the chip. Neither NVRTC's version nor any path or date.
+static void moe__instance_key(const moe__instance *instance, const char *chip, unsigned char key[32])
+{
+    moe__options options;
+    moe__sha256 sha;
+    const char *digest = moe__kernel_digest();
+    moe__options_make(&options, instance);
+    moe__sha256_init(&sha);
+    moe__sha256_add(&sha, "moe.h kernel 1", 15); // with the 0 behind each
+    moe__sha256_add(&sha, digest, strlen(digest) + 1);
+    moe__sha256_add(&sha, instance->entry, strlen(instance->entry) + 1);
+    moe__sha256_add(&sha, chip, strlen(chip) + 1);
+    for (int32_t i = 0; i < options.count; i++)
+        moe__sha256_add(&sha, options.option[i], strlen(options.option[i]) + 1);
+    moe__sha256_end(&sha, key);
+}
+
+static void moe__text_hex(moe__text *text, const unsigned char *data, int32_t count)
+{
+    static const char digits[] = "0123456789abcdef";
+    for (int32_t i = 0; i < count; i++) {
+        moe__text_char(text, digits[data[i] >> 4]);
+        moe__text_char(text, digits[data[i] & 15]);
+    }
+}
+
+// An image on its way from a file or the compiler into a module.
+typedef struct moe__build {
+    const moe__instance *instance;
+    const char *chip;
+    unsigned char key[32];
+    unsigned char *image; // the allocator's, a 0 behind it; NULL: not found
+    uint64_t bytes;
+    moe__nvrtc_program program;
+    int32_t compiled;     // nvrtcResult
+    int32_t nvrtc_version; // of whoever compiled it
+} moe__build;
+
+static void moe__build_init(moe__build *build, const moe__instance *instance, const char *chip)
+{
+    memset(build, 0, sizeof *build);
+    build->instance = instance;
+    build->chip = chip;
+    moe__instance_key(instance, chip, build->key);
+}
+
+static int32_t moe__build_alloc(const moe_context *ctx, moe__build *build, uint64_t bytes, moe_error *err)
+{
+    build->image = (unsigned char *)moe__alloc(&ctx->desc.allocator, bytes + 1);
+    if (build->image == NULL) return moe__fail_memory(err, bytes + 1);
+    build->image[bytes] = 0;
+    build->bytes = bytes;
+    return MOE_OK;
+}
+
+static void moe__build_drop(const moe_context *ctx, moe__build *build)
+{
+    moe__free(&ctx->desc.allocator, build->image, build->bytes + 1);
+    build->image = NULL;
+    build->bytes = 0;
+}
+
+// A kernel that the context has loaded; it stays until the context is destroyed.
+typedef struct moe__kernel {
+    struct moe__kernel *next;
+    unsigned char key[32];
+    moe__cu_module module;
+    moe__cu_function function;
+    int32_t smem_bytes; // dynamic shared memory that it may be launched with
+} moe__kernel;
+
+// What a context keeps for compiling and loading. Guarded by `lock`.
+typedef struct moe__jit {
+    moe__lock lock;
+    moe__kernel *kernels;
+    moe__nvrtc nvrtc;
+    char *source;         // the kernels' text in one piece, made when first compiled
+    uint64_t source_bytes;
+    const moe_jit_image *images;
+    int32_t num_images;
+    int32_t cache_mode;   // moe_cache_mode
+    int32_t quiet;        // the cache folder's trouble has been told
+    char cache_dir[MOE__PATH_MAX]; // "": memory only
+    char seed_dir[MOE__PATH_MAX];  // "": none
+    char nvrtc_library[MOE__PATH_MAX];
+} moe__jit;
+
+// ---- compiling ----
+
+static int32_t moe__source_join(const moe_context *ctx, moe_error *err)
+{
+    moe__jit *jit = ctx->jit;
+    int32_t count = 0;
+    const char *const *pieces = moe__kernel_pieces(&count);
+    uint64_t bytes = 1, at = 0;
+    if (jit->source != NULL) return MOE_OK;
+    for (int32_t i = 0; i < count; i++) bytes += strlen(pieces[i]);
+    jit->source = (char *)moe__alloc(&ctx->desc.allocator, bytes);
+    if (jit->source == NULL) return moe__fail_memory(err, bytes);
+    jit->source_bytes = bytes;
+    for (int32_t i = 0; i < count; i++) {
+        size_t length = strlen(pieces[i]);
+        memcpy(jit->source + at, pieces[i], length);
+        at += length;
+    }
+    jit->source[at] = 0;
+    return MOE_OK;
+}
+
+typedef struct moe__compile {
+    const moe__jit *jit;
+    moe__build *const *wanted;
+} moe__compile;
+
+// One program on one thread. Allocates nothing of ours: results are fetched by the thread that called.
+static void moe__compile_task(void *arg, int32_t index)
+{
+    const moe__compile *compile = (const moe__compile *)arg;
+    const moe__jit *jit = compile->jit;
+    moe__build *build = compile->wanted[index];
+    char arch[32];
+    moe__text text = moe__text_make(arch, sizeof arch);
+    moe__options options;
+    moe__text_format(&text, "--gpu-architecture=%s", build->chip);
+    moe__options_make(&options, build->instance);
+    options.option[options.count++] = arch;
+    build->program = NULL;
+    build->compiled = jit->nvrtc.nvrtcCreateProgram(&build->program, jit->source, build->instance->name, 0, NULL, NULL);
+    if (build->compiled == 0)
+        build->compiled = jit->nvrtc.nvrtcCompileProgram(build->program, options.count, options.option);
+}
+
+// The compiler's own words: all of them line by line for the log hook, the first ones in the message.
+static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build, moe_error *err)
+{
+    const moe__nvrtc *nvrtc = &ctx->jit->nvrtc;
+    const moe_allocator *allocator = &ctx->desc.allocator;
+    size_t size = 0;
+    char *log = NULL;
+    int32_t result;
+    if (build->program != NULL && nvrtc->nvrtcGetProgramLogSize(build->program, &size) == 0 && size > 1)
+        log = (char *)moe__alloc(allocator, size);
+    if (log != NULL && nvrtc->nvrtcGetProgramLog(build->program, log) != 0) log[0] = 0;
+    if (log != NULL) log[size - 1] = 0;
+    result = moe__fail(err, MOE_ERROR_COMPILE, "", "kernel %s for %s does not compile with NVRTC %d.%d: %s%s%s",
+                       build->instance->name, build->chip, nvrtc->version / 1000, nvrtc->version % 1000 / 10,
+                       nvrtc->nvrtcGetErrorString(build->compiled), log != NULL ? ": " : "", log != NULL ? log : "");
+    for (char *line = log; line != NULL && *line != 0;) {
+        char *end = line;
+        while (*end != 0 && *end != '\n') end++;
+        if (*end != 0) *end++ = 0;
+        moe__log(ctx, MOE_LOG_ERROR, "%s: %s", build->instance->name, line);
+        line = end;
+    }
+    moe__free(allocator, log, size);
+    return result;
+}
+
+static int32_t moe__compile_fetch(const moe_context *ctx, moe__build *build, moe_error *err)
+{
+    const moe__nvrtc *nvrtc = &ctx->jit->nvrtc;
+    int32_t ptx = strncmp(build->chip, "compute_", 8) == 0, got, result;
+    size_t size = 0;
+    if (build->compiled != 0) return moe__compile_fail(ctx, build, err);
+    got = ptx ? nvrtc->nvrtcGetPTXSize(build->program, &size) : nvrtc->nvrtcGetCUBINSize(build->program, &size);
+    if (got != 0 || size == 0)
+        return moe__fail(err, MOE_ERROR_COMPILE, "", "NVRTC %d.%d gave no %s of %s for %s: %s", nvrtc->version / 1000,
+                         nvrtc->version % 1000 / 10, ptx ? "PTX" : "cubin", build->instance->name, build->chip,
+                         nvrtc->nvrtcGetErrorString(got));
+    if ((result = moe__build_alloc(ctx, build, size, err)) != MOE_OK) return result;
+    if (ptx) nvrtc->nvrtcGetPTX(build->program, (char *)build->image);
+    else nvrtc->nvrtcGetCUBIN(build->program, (char *)build->image);
+    build->nvrtc_version = nvrtc->version;
+    moe__log(ctx, MOE_LOG_INFO, "kernel %s for %s: compiled by NVRTC %d.%d, %U bytes", build->instance->name,
+             build->chip, nvrtc->version / 1000, nvrtc->version % 1000 / 10, build->bytes);
+    return MOE_OK;
+}
+
+// NVRTC for this compute capability, opened when first needed.
+static int32_t moe__jit_compiler(const moe_context *ctx, int32_t arch, moe_error *err)
+{
+    moe__jit *jit = ctx->jit;
+    if (jit->nvrtc.version != 0 && moe__nvrtc_knows(&jit->nvrtc, arch)) return MOE_OK;
+    return moe__nvrtc_open(ctx, jit->nvrtc_library, arch, &jit->nvrtc, err);
+}
+
+// Compiles `count` programs for chips of one compute capability on the context's threads.
+static int32_t moe__jit_compile(moe_context *ctx, moe__build *const *wanted, int32_t count, moe_error *err)
+{
+    moe__compile compile;
+    int32_t ptx, result = moe__jit_compiler(ctx, moe__chip_arch(wanted[0]->chip, &ptx), err);
+    if (result != MOE_OK || (result = moe__source_join(ctx, err)) != MOE_OK) return result;
+    compile.jit = ctx->jit;
+    compile.wanted = wanted;
+    moe__parallel(ctx, count, moe__compile_task, &compile);
+    for (int32_t i = 0; i < count; i++) {
+        if (result == MOE_OK) result = moe__compile_fetch(ctx, wanted[i], err);
+        if (wanted[i]->program != NULL) ctx->jit->nvrtc.nvrtcDestroyProgram(&wanted[i]->program);
+    }
+    return result;
+}
+
+// ---- modules ----
+
+// The kernel must take the struct that this header fills in.
+static int32_t moe__kernel_check(const moe_context *ctx, const moe__instance *instance, moe__cu_function function,
+                                 moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    size_t offset = 0, size = 0;
+    int threads = 0;
+    if (cuda->cuFuncGetParamInfo != NULL && cuda->cuFuncGetParamInfo(function, 0, &offset, &size) == 0 &&
+        size != (size_t)instance->args_bytes)
+        return moe__fail(err, MOE_ERROR_LOAD, "", "kernel %s takes %U bytes of arguments, this build gives it %d",
+                         instance->name, (uint64_t)size, instance->args_bytes);
+    if (cuda->cuFuncGetAttribute(&threads, MOE__CU_FUNCTION_MAX_THREADS, function) == 0 && threads < instance->threads)
+        return moe__fail(err, MOE_ERROR_LOAD, "", "kernel %s can have %d threads a CTA, %d are needed", instance->name,
+                         (int32_t)threads, instance->threads);
+    return MOE_OK;
+}
+
+// Raises the dynamic shared memory that a kernel may be launched with.
+static int32_t moe__kernel_smem(const moe_context *ctx, moe__kernel *kernel, const moe__instance *instance,
+                                moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__cu_result result;
+    if (instance->smem_bytes <= kernel->smem_bytes) return MOE_OK;
+    if (instance->smem_bytes > cuda->smem_optin)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "", "kernel %s needs %d bytes of shared memory: %s has %d a CTA",
+                         instance->name, instance->smem_bytes, cuda->name, cuda->smem_optin);
+    result = cuda->cuFuncSetAttribute(kernel->function, MOE__CU_FUNCTION_DYNAMIC_SMEM, instance->smem_bytes);
+    if (result != 0) return moe__cuda_fail(ctx, err, MOE_ERROR_LOAD, "cuFuncSetAttribute", result);
+    kernel->smem_bytes = instance->smem_bytes;
+    return MOE_OK;
+}
+
+static moe__kernel *moe__kernel_find(const moe__jit *jit, const unsigned char key[32])
+{
+    moe__kernel *kernel = jit->kernels;
+    while (kernel != NULL && memcmp(kernel->key, key, 32) != 0) kernel = kernel->next;
+    return kernel;
+}
+
+// Loads an image for good. Called inside moe__cuda_begin(). MOE_ERROR_LOAD: the driver does not take it.
+static int32_t moe__kernel_load(moe_context *ctx, const moe__build *build, moe__kernel **out, moe_error *err)
+{
+    const moe__cuda *cuda = ctx->cuda;
+    const moe__instance *instance = build->instance;
+    moe__kernel *kernel = (moe__kernel *)moe__alloc(&ctx->desc.allocator, sizeof *kernel);
+    const char *call = "cuModuleLoadData";
+    moe__cu_result loaded;
+    int32_t result = MOE_OK;
+    if (kernel == NULL) return moe__fail_memory(err, sizeof *kernel);
+    memset(kernel, 0, sizeof *kernel);
+    memcpy(kernel->key, build->key, sizeof kernel->key);
+    loaded = cuda->cuModuleLoadData(&kernel->module, build->image);
+    if (loaded != 0) {
+        kernel->module = NULL;
+    } else {
+        call = "cuModuleGetFunction";
+        loaded = cuda->cuModuleGetFunction(&kernel->function, kernel->module, instance->entry);
+    }
+    if (loaded == 0 && cuda->cuFuncLoad != NULL) { // now, not at the first launch
+        call = "cuFuncLoad";
+        loaded = cuda->cuFuncLoad(kernel->function);
+    }
+    if (loaded == 0)
+        result = moe__kernel_check(ctx, instance, kernel->function, err);
+    else
+        result = moe__fail(err, loaded == MOE__CU_NO_MEMORY ? MOE_ERROR_MEMORY : MOE_ERROR_LOAD, "",
+                           "%s refuses kernel %s for %s: %s (%d), driver %d.%d, NVRTC %d.%d", call, instance->name,
+                           build->chip, moe__cuda_error_name(cuda, loaded), (int32_t)loaded,
+                           cuda->driver_version / 1000, cuda->driver_version % 1000 / 10, build->nvrtc_version / 1000,
+                           build->nvrtc_version % 1000 / 10);
+    if (result != MOE_OK) {
+        if (kernel->module != NULL) cuda->cuModuleUnload(kernel->module);
+        moe__free(&ctx->desc.allocator, kernel, sizeof *kernel);
+        return result;
+    }
+    kernel->next = ctx->jit->kernels;
+    ctx->jit->kernels = kernel;
+    *out = kernel;
+    return MOE_OK;
+}
+
+// ---- cache ----
+
+// An entry is a header and a cubin, named <instance>-<chip>-<half of its key>.bin in v1/<16 digits of the kernels'
+// digest>/. Its name only finds it: magic, key, length and the payload's SHA-256 decide. Anything wrong is a miss.
+enum {
+    MOE__ENTRY_HEADER = 88,            // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
+    MOE__ENTRY_MAX = 64 << 20,         // bytes of a cubin
+    MOE__ENTRY_FORMAT = 1
+};
+
+typedef enum moe__place { MOE__PLACE_IMAGES, MOE__PLACE_CACHE, MOE__PLACE_SEED, MOE__PLACES } moe__place;
+
+static const char *const moe__place_names[] = { "the caller's images", "the cache", "the seed folder" };
+
+#if !defined(MOE_NO_FILES)
+static void moe__put_le(unsigned char *p, uint64_t value, int32_t bytes)
+{
+    for (int32_t i = 0; i < bytes; i++) p[i] = (unsigned char)(value >> (8 * i));
+}
+
+static uint64_t moe__get_le(const unsigned char *p, int32_t bytes)
+{
+    uint64_t value = 0;
+    for (int32_t i = bytes - 1; i >= 0; i--) value = value << 8 | p[i];
+    return value;
+}
+
+static void moe__sha256_of(const void *data, uint64_t size, unsigned char digest[32])
+{
+    moe__sha256 sha;
+    moe__sha256_init(&sha);
+    moe__sha256_add(&sha, data, size);
+    moe__sha256_end(&sha, digest);
+}
+
+static void moe__entry_header(const moe__build *build, unsigned char *header)
+{
+    memcpy(header, "moe.cubn", 8);
+    moe__put_le(header + 8, MOE__ENTRY_FORMAT, 4);
+    moe__put_le(header + 12, (uint64_t)(uint32_t)build->nvrtc_version, 4);
+    memcpy(header + 16, build->key, 32);
+    moe__put_le(header + 48, build->bytes, 8);
+    moe__sha256_of(build->image, build->bytes, header + 56);
+}
+
+// NULL, or what is wrong with an entry of `size` bytes.
+static const char *moe__entry_defect(const moe__build *build, const unsigned char *entry, uint64_t size)
+{
+    unsigned char digest[32];
+    if (size < MOE__ENTRY_HEADER) return "is cut short";
+    if (memcmp(entry, "moe.cubn", 8) != 0 || moe__get_le(entry + 8, 4) != MOE__ENTRY_FORMAT)
+        return "is not an entry of this format";
+    if (memcmp(entry + 16, build->key, 32) != 0) return "holds another kernel";
+    if (moe__get_le(entry + 48, 8) != size - MOE__ENTRY_HEADER) return "is not of the length that it says";
+    moe__sha256_of(entry + MOE__ENTRY_HEADER, size - MOE__ENTRY_HEADER, digest);
+    return memcmp(entry + 56, digest, 32) != 0 ? "is damaged" : NULL;
+}
+
+static void moe__entry_name(const moe__build *build, char *name, size_t capacity)
+{
+    moe__text text = moe__text_make(name, capacity);
+    moe__text_format(&text, "%s-%s-", build->instance->name, build->chip);
+    moe__text_hex(&text, build->key, 16);
+    moe__text_string(&text, ".bin");
+}
+
+static void moe__entry_folder(char name[17])
+{
+    memcpy(name, moe__kernel_digest(), 16);
+    name[16] = 0;
+}
+
+// What is wrong with a cache or seed folder is told once.
+static void moe__cache_trouble(const moe_context *ctx, const char *path, const char *what, int32_t number)
+{
+    if (ctx->jit->quiet) return;
+    ctx->jit->quiet = 1;
+    if (number != 0) moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path,
+                              what, number);
+    else moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+}
+
+#if defined(_WIN32)
+// Folders of a user's profile keep others out by their access rights, which new files inherit.
+typedef struct moe__folder {
+    char path[MOE__PATH_MAX];
+} moe__folder;
+
+static int32_t moe__folder_open(const moe_context *ctx, const char *path, int32_t create, moe__folder *folder)
+{
+    wchar_t wide[MOE__PATH_MAX];
+    char digest[17];
+    size_t length = strlen(path);
+    moe__text text = moe__text_make(folder->path, sizeof folder->path);
+    (void)ctx;
+    moe__entry_folder(digest);
+    moe__text_format(&text, "%s\\v1\\%s", path, digest);
+    for (size_t i = 3; create && i <= text.length; i++) {
+        char c = folder->path[i];
+        if (c != 0 && c != '\\' && c != '/') continue;
+        folder->path[i] = 0;
+        CreateDirectoryW(moe__wide(wide, folder->path), NULL); // there already: as well
+        folder->path[i] = c;
+    }
+    return length > 0 && moe__path_look(folder->path) == MOE__PATH_FOLDER;
+}
+
+static void moe__folder_close(moe__folder *folder) { (void)folder; }
+
+static int32_t moe__folder_read(const moe_context *ctx, moe__folder *folder, const char *name, moe__file *out)
+{
+    char path[MOE__PATH_MAX];
+    return moe__path_join(path, folder->path, name, NULL) == MOE_OK &&
+           moe__file_read(&ctx->desc.allocator, path, MOE__ENTRY_HEADER + MOE__ENTRY_MAX, out, NULL) == MOE_OK;
+}
+
+static int32_t moe__folder_write(moe__folder *folder, const char *name, const moe__span *spans, int32_t count)
+{
+    char path[MOE__PATH_MAX];
+    moe_error err;
+    if (moe__path_join(path, folder->path, name, &err) != MOE_OK) return 1;
+    return moe__file_write_atomic(path, spans, count, &err) == MOE_OK ? 0 : 1;
+}
+#else
+typedef struct moe__folder {
+    int fd;
+} moe__folder;
+
+// A folder or file is believed if nobody but this user and root can have written it.
+static const char *moe__untrusted(const struct stat *info)
+{
+    if (info->st_uid != geteuid() && info->st_uid != 0) return "belongs to another user";
+    if ((info->st_mode & (S_IWGRP | S_IWOTH)) != 0) return "can be written by other users";
+    return NULL;
+}
+
+// One step down, made where it is missing; never through a link. -1: errno says why, 0 for what *why says.
+static int moe__folder_step(int at, const char *name, int32_t create, const char **why)
+{
+    const int flags = O_RDONLY | MOE__O_DIRECTORY | MOE__O_NOFOLLOW | MOE__O_CLOEXEC;
+    struct stat info;
+    int fd = at < 0 ? open(name, flags) : openat(at, name, flags);
+    *why = NULL;
+    if (fd < 0 && errno == ENOENT && create) {
+        if ((at < 0 ? mkdir(name, 0700) : mkdirat(at, name, 0700)) != 0 && errno != EEXIST) return -1;
+        fd = at < 0 ? open(name, flags) : openat(at, name, flags);
+    }
+    if (fd < 0) {
+        if (errno == ELOOP || errno == ENOTDIR) *why = "is a link or no folder";
+        return -1;
+    }
+    *why = fstat(fd, &info) == 0 ? moe__untrusted(&info) : "cannot be looked at";
+    if (*why == NULL) return fd;
+    close(fd);
+    return -1;
+}
+
+// Missing folders above the cache folder itself.
+static void moe__folder_parents(const char *path)
+{
+    char part[MOE__PATH_MAX];
+    size_t length = strlen(path);
+    memcpy(part, path, length + 1);
+    for (size_t i = 1; i < length; i++) {
+        if (part[i] != '/') continue;
+        part[i] = 0;
+        mkdir(part, 0700);
+        part[i] = '/';
+    }
+}
+
+// 1: open. 0: not there, or not to be used, which is logged.
+static int32_t moe__folder_open(const moe_context *ctx, const char *path, int32_t create, moe__folder *folder)
+{
+    const char *why = NULL;
+    char digest[17];
+    const char *steps[2];
+    int fd;
+    moe__entry_folder(digest);
+    steps[0] = "v1";
+    steps[1] = digest;
+    fd = moe__folder_step(-1, path, 0, &why);
+    if (fd < 0 && why == NULL && errno == ENOENT && create) {
+        moe__folder_parents(path);
+        fd = moe__folder_step(-1, path, 1, &why);
+    }
+    for (int32_t i = 0; i < 2 && fd >= 0; i++) {
+        int below = moe__folder_step(fd, steps[i], create, &why), number = errno;
+        close(fd);
+        errno = number;
+        fd = below;
+    }
+    folder->fd = fd;
+    if (fd >= 0) return 1;
+    if (why != NULL) moe__cache_trouble(ctx, path, why, 0);
+    else if (create || errno != ENOENT) moe__cache_trouble(ctx, path, "cannot be opened", (int32_t)errno);
+    return 0;
+}
+
+static void moe__folder_close(moe__folder *folder) { close(folder->fd); }
+
+// 1 and a file to be closed, or 0: not there, not to be believed, or not readable.
+static int32_t moe__folder_read(const moe_context *ctx, moe__folder *folder, const char *name, moe__file *out)
+{
+    struct stat info;
+    unsigned char *data = NULL;
+    uint64_t size = 0, done = 0;
+    int fd = openat(folder->fd, name, O_RDONLY | O_NONBLOCK | MOE__O_NOFOLLOW | MOE__O_CLOEXEC);
+    memset(out, 0, sizeof *out);
+    if (fd < 0) return 0;
+    if (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && moe__untrusted(&info) == NULL && info.st_size > 0 &&
+        info.st_size <= MOE__ENTRY_HEADER + MOE__ENTRY_MAX) {
+        size = (uint64_t)info.st_size;
+        data = (unsigned char *)moe__alloc(&ctx->desc.allocator, size + 1);
+    }
+    while (data != NULL && done < size) {
+        int64_t got = moe__fd_read(fd, data + done, size - done);
+        if (got <= 0) break;
+        done += (uint64_t)got;
+    }
+    close(fd);
+    out->data = data;
+    out->size = size;
+    if (data != NULL && done == size) return 1;
+    moe__file_close(&ctx->desc.allocator, out);
+    return 0;
+}
+
+// Under a name of its own, then renamed: readers see a whole entry or none. 0, or the system's error.
+static int32_t moe__folder_write(moe__folder *folder, const char *name, const moe__span *spans, int32_t count)
+{
+    struct rlimit limit;
+    char temp[192];
+    uint64_t bytes = 0;
+    int fd = -1, number = 0;
+    for (int32_t i = 0; i < count; i++) bytes += spans[i].size;
+    // Past this limit the system would send a signal that ends the process.
+    if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < bytes) return EFBIG;
+    for (uint32_t attempt = 0; fd < 0 && attempt < 1000; attempt++) {
+        moe__text text = moe__text_make(temp, sizeof temp);
+        moe__text_format(&text, "%s.%u.%u.tmp", name, moe__process_id(), attempt);
+        fd = openat(folder->fd, temp, O_WRONLY | O_CREAT | O_EXCL | MOE__O_NOFOLLOW | MOE__O_CLOEXEC, 0600);
+        if (fd < 0 && errno != EEXIST) return (int32_t)errno;
+    }
+    if (fd < 0) return EEXIST;
+    errno = 0;
+    if (!moe__write_all(fd, spans, count)) number = errno != 0 ? errno : EIO;
+    if (number == 0) number = moe__fd_flush(fd);
+    close(fd);
+    if (number == 0 && renameat(folder->fd, temp, folder->fd, name) != 0) number = errno;
+    if (number != 0) unlinkat(folder->fd, temp, 0);
+    return (int32_t)number;
+}
+#endif
+
+static int32_t moe__cache_read(const moe_context *ctx, moe__build *build, const char *path, moe_error *err)
+{
+    moe__folder folder;
+    moe__file file;
+    char name[128];
+    const char *defect;
+    int32_t result = MOE_OK;
+    if (path[0] == 0 || !moe__folder_open(ctx, path, 0, &folder)) return MOE_OK;
+    moe__entry_name(build, name, sizeof name);
+    if (moe__folder_read(ctx, &folder, name, &file)) {
+        defect = moe__entry_defect(build, file.data, file.size);
+        if (defect != NULL) {
+            moe__log(ctx, MOE_LOG_WARNING, "cache entry %s in %q %s: passed over", name, path, defect);
+        } else if ((result = moe__build_alloc(ctx, build, file.size - MOE__ENTRY_HEADER, err)) == MOE_OK) {
+            memcpy(build->image, file.data + MOE__ENTRY_HEADER, (size_t)build->bytes);
+            build->nvrtc_version = (int32_t)moe__get_le(file.data + 12, 4);
+        }
+        moe__file_close(&ctx->desc.allocator, &file);
+    }
+    moe__folder_close(&folder);
+    return result;
+}
+
+// Puts a compiled image into the cache folder. Where that fails, the kernel is in memory all the same.
+static int32_t moe__cache_write(const moe_context *ctx, const moe__build *build)
+{
+    moe__jit *jit = ctx->jit;
+    moe__folder folder;
+    moe__span spans[2];
+    unsigned char header[MOE__ENTRY_HEADER];
+    char name[128];
+    int32_t number;
+    if (jit->cache_dir[0] == 0 || jit->cache_mode != MOE_CACHE_READ_WRITE) return 0;
+    if (!moe__folder_open(ctx, jit->cache_dir, 1, &folder)) return 0;
+    moe__entry_header(build, header);
+    moe__entry_name(build, name, sizeof name);
+    spans[0].data = header;
+    spans[0].size = sizeof header;
+    spans[1].data = build->image;
+    spans[1].size = build->bytes;
+    number = moe__folder_write(&folder, name, spans, 2);
+    moe__folder_close(&folder);
+    if (number != 0) moe__cache_trouble(ctx, jit->cache_dir, "cannot be written", number);
+    return number == 0;
+}
+#endif
+
+// An image of the caller's, by key and chip.
+static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_error *err)
+{
+    const moe__jit *jit = ctx->jit;
+    char key[65];
+    moe__text text = moe__text_make(key, sizeof key);
+    moe__text_hex(&text, build->key, 32);
+    for (int32_t i = 0; i < jit->num_images; i++) {
+        const moe_jit_image *image = &jit->images[i];
+        int32_t result;
+        if (image->key == NULL || strcmp(image->key, key) != 0 || image->data == NULL || image->bytes == 0) continue;
+        if ((result = moe__build_alloc(ctx, build, image->bytes, err)) == MOE_OK)
+            memcpy(build->image, image->data, (size_t)image->bytes);
+        return result;
+    }
+    return MOE_OK;
+}
+
+// The image of a place, or none.
+static int32_t moe__jit_read(const moe_context *ctx, moe__build *build, int32_t place, moe_error *err)
+{
+    if (place == MOE__PLACE_IMAGES) return moe__images_read(ctx, build, err);
+#if !defined(MOE_NO_FILES)
+    return moe__cache_read(ctx, build, place == MOE__PLACE_CACHE ? ctx->jit->cache_dir : ctx->jit->seed_dir, err);
+#else
+    return MOE_OK;
+#endif
+}
+
+// ---- settings ----
+
+#if !defined(MOE_NO_FILES)
+// base + name into dir [MOE__PATH_MAX], if base is a usable folder of the environment's. Returns whether it is.
+static int32_t moe__cache_below(char *dir, const char *variable, const char *name)
+{
+    const char *base = moe__env_folder(variable);
+    moe__text text = moe__text_make(dir, MOE__PATH_MAX);
+    if (base == NULL) return 0;
+    moe__text_format(&text, "%s/%s", base, name);
+    return 1;
+}
+
+// Where the cache folder is when the caller does not say.
+static void moe__cache_default(char *dir)
+{
+    const char *given = moe__env_folder("MOE_CACHE_DIR");
+    moe__text text = moe__text_make(dir, MOE__PATH_MAX);
+    if (given != NULL) {
+        moe__text_string(&text, given);
+        return;
+    }
+#  if defined(_WIN32)
+    moe__cache_below(dir, "LOCALAPPDATA", "moe");
+#  else
+    if (moe__cache_below(dir, "XDG_CACHE_HOME", "moe")) return;
+#    if defined(__APPLE__)
+    moe__cache_below(dir, "HOME", "Library/Caches/moe");
+#    else
+    moe__cache_below(dir, "HOME", ".cache/moe");
+#    endif
+#  endif
+}
+#endif
+
+static int32_t moe__jit_path(char *out, const char *path, const char *member, moe_error *err)
+{
+    if (path == NULL || path[0] == 0) return MOE_OK;
+    if (strlen(path) >= MOE__PATH_MAX - 64)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is longer than %d bytes", MOE__PATH_MAX - 65);
+    strcpy(out, path);
+    return MOE_OK;
+}
+
+static int32_t moe__cache_mode(int32_t wanted, int32_t *mode, moe_error *err)
+{
+    const char *value = moe__env("MOE_CACHE");
+    *mode = wanted;
+    if (wanted < MOE_CACHE_DEFAULT || wanted > MOE_CACHE_OFF)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.jit.cache_mode", "is %d: it must be a moe_cache_mode", wanted);
+    if (wanted != MOE_CACHE_DEFAULT) return MOE_OK;
+    if (value == NULL || strcmp(value, "rw") == 0) *mode = MOE_CACHE_READ_WRITE;
+    else if (strcmp(value, "ro") == 0) *mode = MOE_CACHE_READ_ONLY;
+    else if (strcmp(value, "off") == 0) *mode = MOE_CACHE_OFF;
+    else return moe__fail(err, MOE_ERROR_ARGUMENT, "MOE_CACHE", "is %q: it must be rw, ro or off", value);
+    return MOE_OK;
+}
+
+static int32_t moe__jit_resolve(moe_context *ctx, const moe_jit_desc *desc, moe_error *err)
+{
+    moe__jit *jit = ctx->jit;
+    int32_t result;
+    if (desc->num_images < 0 || (desc->num_images > 0 && desc->images == NULL))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.jit.num_images", "is %d with images %s", desc->num_images,
+                         desc->images == NULL ? "NULL" : "set");
+    jit->images = desc->images;
+    jit->num_images = desc->num_images;
+    if ((result = moe__jit_path(jit->nvrtc_library, desc->nvrtc_library, "desc.jit.nvrtc_library", err)) != MOE_OK ||
+        (result = moe__jit_path(jit->cache_dir, desc->cache_dir, "desc.jit.cache_dir", err)) != MOE_OK ||
+        (result = moe__jit_path(jit->seed_dir, desc->seed_dir, "desc.jit.seed_dir", err)) != MOE_OK ||
+        (result = moe__cache_mode(desc->cache_mode, &jit->cache_mode, err)) != MOE_OK)
+        return result;
+#if !defined(MOE_NO_FILES)
+    if (jit->cache_dir[0] == 0) moe__cache_default(jit->cache_dir);
+#endif
+    if (jit->cache_mode == MOE_CACHE_OFF) jit->cache_dir[0] = 0;
+    return MOE_OK;
+}
+
+// Where it should lie, once it is compiled.
+static void moe__jit_write(const moe_context *ctx, const moe__build *build)
+{
+#if !defined(MOE_NO_FILES)
+    moe__cache_write(ctx, build);
+#else
+    (void)ctx;
+    (void)build;
+#endif
+}
+
+// ---- loading ----
+
+enum { MOE__BUILDS_MAX = 32 }; // kernels of one plan
+
+// Looks through everything but the compiler. What the driver refuses is passed over. *out NULL: nowhere.
+static int32_t moe__jit_find(moe_context *ctx, moe__build *build, moe__kernel **out, moe_error *err)
+{
+    *out = moe__kernel_find(ctx->jit, build->key);
+    for (int32_t place = 0; *out == NULL && place < MOE__PLACES; place++) {
+        moe_error refused;
+        int32_t result = moe__jit_read(ctx, build, place, err);
+        if (result != MOE_OK) return result;
+        if (build->image == NULL) continue;
+        result = moe__kernel_load(ctx, build, out, &refused);
+        moe__build_drop(ctx, build);
+        if (result == MOE_OK) {
+            moe__log(ctx, MOE_LOG_INFO, "kernel %s for %s: from %s", build->instance->name, build->chip,
+                     moe__place_names[place]);
+        } else if (result == MOE_ERROR_LOAD) {
+            moe__log(ctx, MOE_LOG_WARNING, "kernel %s for %s from %s is passed over: %s", build->instance->name,
+                     build->chip, moe__place_names[place], refused.text);
+        } else {
+            if (err != NULL) *err = refused;
+            return result;
+        }
+    }
+    return MOE_OK;
+}
+
+static int32_t moe__jit_load_builds(moe_context *ctx, moe__build *builds, int32_t count, moe__kernel **kernels,
+                                    moe_error *err)
+{
+    moe__build *missing[MOE__BUILDS_MAX];
+    int32_t place[MOE__BUILDS_MAX], misses = 0, result = MOE_OK;
+    for (int32_t i = 0; i < count; i++) {
+        if ((result = moe__jit_find(ctx, &builds[i], &kernels[i], err)) != MOE_OK) return result;
+        if (kernels[i] != NULL) continue;
+        place[misses] = i;
+        missing[misses++] = &builds[i];
+    }
+    if (misses > 0) result = moe__jit_compile(ctx, missing, misses, err);
+    for (int32_t i = 0; i < misses; i++) {
+        if (result == MOE_OK) result = moe__kernel_load(ctx, missing[i], &kernels[place[i]], err);
+        if (result == MOE_OK) moe__jit_write(ctx, missing[i]);
+        moe__build_drop(ctx, missing[i]);
+    }
+    return result;
+}
+
+// Kernels for the context's device, ready to launch. Calls of one context take turns.
+static int32_t moe__jit_load(moe_context *ctx, const moe__instance *instances, int32_t count,
+                             moe__cu_function *functions, moe_error *err)
+{
+    moe__build builds[MOE__BUILDS_MAX];
+    moe__kernel *kernels[MOE__BUILDS_MAX];
+    moe__cuda_scope scope;
+    int32_t result;
+    MOE_ASSERT(count <= MOE__BUILDS_MAX);
+    for (int32_t i = 0; i < count; i++) moe__build_init(&builds[i], &instances[i], ctx->cuda->chip);
+    moe__lock_enter(&ctx->jit->lock);
+    if ((result = moe__cuda_begin(ctx, &scope, err)) == MOE_OK) {
+        result = moe__jit_load_builds(ctx, builds, count, kernels, err);
+        for (int32_t i = 0; i < count && result == MOE_OK; i++) {
+            result = moe__kernel_smem(ctx, kernels[i], &instances[i], err);
+            functions[i] = kernels[i]->function;
+        }
+        moe__cuda_end(ctx, &scope);
+    }
+    moe__lock_leave(&ctx->jit->lock);
+    return result;
+}
+
+// ---- life ----
+
+static void moe__jit_close(moe_context *ctx)
+{
+    moe__jit *jit = ctx->jit;
+    moe__cuda_scope scope;
+    int32_t entered;
+    if (jit == NULL) return;
+    entered = jit->kernels != NULL && moe__cuda_begin(ctx, &scope, NULL) == MOE_OK;
+    while (jit->kernels != NULL) {
+        moe__kernel *kernel = jit->kernels;
+        jit->kernels = kernel->next;
+        if (entered) ctx->cuda->cuModuleUnload(kernel->module);
+        moe__free(&ctx->desc.allocator, kernel, sizeof *kernel);
+    }
+    if (entered) moe__cuda_end(ctx, &scope);
+    moe__free(&ctx->desc.allocator, jit->source, jit->source_bytes);
+    moe__lock_destroy(&jit->lock);
+    moe__free(&ctx->desc.allocator, jit, sizeof *jit);
+    ctx->jit = NULL;
+}
+
+static int32_t moe__jit_open(moe_context *ctx, const moe_jit_desc *desc, moe_error *err)
+{
+    moe__jit *jit = (moe__jit *)moe__alloc(&ctx->desc.allocator, sizeof *jit);
+    int32_t result;
+    if (jit == NULL) return moe__fail_memory(err, sizeof *jit);
+    memset(jit, 0, sizeof *jit);
+    if (!moe__lock_init(&jit->lock)) {
+        moe__free(&ctx->desc.allocator, jit, sizeof *jit);
+        return moe__fail(err, MOE_ERROR_MEMORY, "", "the system gave no lock");
+    }
+    ctx->jit = jit;
+    if ((result = moe__jit_resolve(ctx, desc, err)) != MOE_OK) moe__jit_close(ctx);
+    return result;
+}
+
+static void moe__cuda_info(const moe_context *ctx, moe_context_info *info)
+{
+    moe__text text = moe__text_make(info->cache_dir, sizeof info->cache_dir);
+    strcpy(info->name, ctx->cuda->name);
+    strcpy(info->chip, ctx->cuda->chip);
+    info->isa[0] = 0;
+    info->driver_version = ctx->cuda->driver_version;
+    moe__lock_enter(&ctx->jit->lock);
+    info->nvrtc_version = ctx->jit->nvrtc.version;
+    moe__lock_leave(&ctx->jit->lock);
+    moe__text_string(&text, ctx->jit->cache_dir);
+}
+
+static void moe__cuda_report(const moe_context *ctx)
+{
+    const char *dir = ctx->jit->cache_dir;
+    moe__log(ctx, MOE_LOG_INFO, "CUDA back end on %s: %d SMs, kernels for %s, %s %s", ctx->cuda->name, ctx->cuda->sms,
+             ctx->cuda->chip, dir[0] != 0 ? "cached in" : "not cached", dir);
+}
+#endif // MOE_NO_CUDA
 
 // >>layout  how weights lie in memory  One block per expert with matrices here, then the shared experts as one more
 // block, then fp32 tables. The CPU's matrices keep the checkpoint's type and are output-major rows, padded with zeros
@@ -7184,6 +9113,17 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     return MOE_OK;
 }
 
+#if !defined(MOE_NO_CUDA)
+// Copies of the tables that the stages read, in one piece of device memory.
+typedef struct moe__device_tables {
+    moe__cu_ptr memory; // 0: none
+    uint64_t bytes;
+    uint64_t offset[MOE_TENSOR_ROLES]; // UINT64_MAX: not there
+    int32_t router_bf16;               // every value of the router's matrix is one
+    int32_t reserved;
+} moe__device_tables;
+#endif
+
 struct moe_weights {
     moe_context *ctx;
     uint64_t self_bytes;      // of this struct with the arrays behind it: one allocation
@@ -7201,6 +9141,9 @@ struct moe_weights {
     uint32_t *constant_set;   // [special_experts]
     const void *mapping;      // of moe_weights_load(): read-only, so replaced experts lie outside; NULL: none
     uint64_t mapping_bytes;
+#if !defined(MOE_NO_CUDA)
+    moe__device_tables device; // made when sealed in a CUDA context
+#endif
 };
 
 // One expert's matrices as the kernels take them; shared experts have the same form.
@@ -8210,6 +10153,71 @@ static void moe__text_missing(moe__text *text, const moe__missing *missing)
     if (missing->count > 2) moe__text_format(text, ", and %d more tensors", missing->count - 1);
 }
 
+// ---- tables on the device ----
+
+#if !defined(MOE_NO_CUDA)
+// Sizes and offsets of the tables that are set; rows of the router's matrix keep their zeros at the end.
+static void moe__device_tables_make(const moe_weights *weights, moe__device_tables *device)
+{
+    static const int32_t roles[] = { MOE_TENSOR_ROUTER, MOE_TENSOR_ROUTER_BIAS, MOE_TENSOR_ROUTER_INPUT_SCALE,
+                                     MOE_TENSOR_ROUTER_GLOBAL_SCALE, MOE_TENSOR_SELECT_BIAS,
+                                     MOE_TENSOR_PER_EXPERT_SCALE, MOE_TENSOR_FORCED_IDS };
+    memset(device, 0, sizeof *device);
+    memset(device->offset, 0xff, sizeof device->offset);
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(roles); i++) {
+        uint64_t count = weights->layout.table_count[roles[i]];
+        const float *table = (const float *)(const void *)(weights->memory + weights->layout.table_offset[roles[i]]);
+        if (weights->layout.table_offset[roles[i]] == UINT64_MAX || (weights->common_set >> roles[i] & 1u) == 0)
+            continue;
+        device->offset[roles[i]] = device->bytes;
+        if (roles[i] == MOE_TENSOR_ROUTER) {
+            device->router_bf16 = 1;
+            for (uint64_t j = 0; j < count && device->router_bf16; j++)
+                device->router_bf16 = (moe__f32_bits(table[j]) & 0xffffu) == 0;
+        }
+        device->bytes += roles[i] == MOE_TENSOR_ROUTER && device->router_bf16 ? count * 2 : count * 4;
+        device->bytes = moe__align_up(device->bytes, MOE__LAYOUT_ALIGN);
+    }
+}
+
+static int32_t moe__device_tables_upload(moe_weights *weights, moe_error *err)
+{
+    moe__device_tables *device = &weights->device;
+    const moe_allocator *allocator = &weights->ctx->desc.allocator;
+    unsigned char *staging;
+    int32_t result;
+    if (weights->ctx->desc.backend != MOE_BACKEND_CUDA) return MOE_OK;
+    moe__device_tables_make(weights, device);
+    if (device->bytes == 0) return MOE_OK;
+    staging = (unsigned char *)moe__alloc(allocator, device->bytes);
+    if (staging == NULL) return moe__fail_memory(err, device->bytes);
+    memset(staging, 0, (size_t)device->bytes);
+    for (int32_t role = 0; role < MOE_TENSOR_ROLES; role++) {
+        const unsigned char *table = weights->memory + weights->layout.table_offset[role];
+        uint64_t count = weights->layout.table_count[role];
+        if (device->offset[role] == UINT64_MAX) continue;
+        if (role != MOE_TENSOR_ROUTER || !device->router_bf16) {
+            memcpy(staging + device->offset[role], table, (size_t)count * 4);
+            continue;
+        }
+        for (uint64_t i = 0; i < count; i++) {
+            uint16_t high = (uint16_t)(moe__f32_bits(((const float *)(const void *)table)[i]) >> 16);
+            memcpy(staging + device->offset[role] + 2 * i, &high, 2);
+        }
+    }
+    result = moe__device_make(weights->ctx, staging, device->bytes, &device->memory, err);
+    moe__free(allocator, staging, device->bytes);
+    return result;
+}
+
+// A table on the device, or NULL.
+static const void *moe__device_table(const moe_weights *weights, int32_t role)
+{
+    uint64_t offset = weights->device.offset[role];
+    return offset == UINT64_MAX ? NULL : (const void *)(uintptr_t)(weights->device.memory + offset);
+}
+#endif
+
 MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
 {
     moe__missing missing;
@@ -8222,6 +10230,12 @@ MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
         moe__text_missing(&text, &missing);
         return moe__fail(err, MOE_ERROR_MISSING, "weights", "lack %s", what);
     }
+#if !defined(MOE_NO_CUDA)
+    {
+        int32_t result = moe__device_tables_upload(weights, err);
+        if (result != MOE_OK) return result;
+    }
+#endif
     weights->sealed = 1;
     moe__log(weights->ctx, MOE_LOG_INFO, "weights of layer %d: %d experts, %U bytes", weights->layer.layer_index,
              weights->layout.blocks, weights->layout.bytes);
@@ -8314,7 +10328,7 @@ static int32_t moe__weights_check_memory(const moe_weights_desc *desc, uint64_t 
 {
     if (desc->memory_kind == MOE_MEMORY_DEVICE)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
-                         "is MOE_MEMORY_DEVICE: the CPU back end reads host memory only");
+                         "is MOE_MEMORY_DEVICE: this version packs weights in host memory only");
     if (desc->memory_kind != MOE_MEMORY_HOST)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory_kind", "is %d: it must be a moe_memory",
                          desc->memory_kind);
@@ -8358,6 +10372,9 @@ MOE_API void moe_weights_destroy(moe_weights *weights)
                 moe__free(allocator, weights->expert[i], weights->layout.expert.bytes); // replaced
         moe__file_close(allocator, &file);
     }
+#endif
+#if !defined(MOE_NO_CUDA)
+    if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
 #endif
     if (weights->owns_memory) moe__free(allocator, weights->memory, weights->layout.bytes);
     moe__free(allocator, weights, weights->self_bytes);
@@ -8971,6 +10988,9 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
             result = moe__load_flags(&reader, weights, err);
         }
     }
+#if !defined(MOE_NO_CUDA)
+    if (result == MOE_OK) result = moe__device_tables_upload(weights, err);
+#endif
     if (result != MOE_OK) {
         moe_weights_destroy(weights);
         return result;
@@ -10000,7 +12020,195 @@ static void moe__rows_out_task(void *arg, int32_t index, int32_t worker)
         }
 }
 
-// >>plan  plans, execution and its stages on the CPU  A plan is a resolved copy of the layer with the offsets of a
+// >>instances  which kernels a plan runs on a chip  Pure: a resolved layer, a resolved plan_desc and a chip in, a list
+// of instances out, the same for moe_plan_create() and for compiling ahead without a GPU. The argument structs are
+// those of moe_kernels.cu.inc, where each member is explained.
+#if !defined(MOE_NO_CUDA)
+
+typedef struct moe__routing_args {
+    int32_t score, score_order, select, top_k;
+    float logit_multiplier, logit_softcap;
+    int32_t bias_rows, groups, groups_kept, group_rule, group_excluded, renormalize;
+    float renormalize_epsilon;
+    int32_t zero_sum;
+    float scale;
+    int32_t scale_on, per_expert_scale, forced_rows, marked_token_lo, marked_token_hi;
+    int32_t special_experts, special_kind, extra_slots, extra_scored;
+    float extra_weight, sparse_mixer;
+    int32_t simulate;
+    uint32_t simulate_seed;
+} moe__routing_args;
+
+typedef struct moe__tokens_args {
+    const void *logits, *ids, *weights, *token_ids;
+    const int32_t *bias_index, *num_tokens_dev;
+    const float *bias, *per_expert_scale;
+    const int32_t *forced_ids;
+    const float *global_scale;
+    int32_t *out_ids;
+    float *out_weights;
+    int64_t logits_stride;
+    int32_t num_tokens, num_experts, width, slots, ids_end, input_mode, logits_dtype, ids_dtype, weights_dtype;
+    int32_t end_is_none;
+    moe__routing_args routing;
+} moe__tokens_args;
+
+typedef struct moe__permute_args {
+    int32_t *row_of_slot, *slot_of_row, *expert_offsets, *expert_counts, *tile_expert, *tile_limit, *num_tiles;
+    int32_t *out_expert_counts;
+    uint32_t *out_faults;
+    const int32_t *local_of_id;
+    int32_t tile, rows_max, local_experts, local_first, local_routed, reserved;
+} moe__permute_args;
+
+typedef struct moe__route_one_args {
+    moe__tokens_args tokens;
+    moe__permute_args permute;
+} moe__route_one_args;
+
+typedef struct moe__route_args {
+    moe__tokens_args tokens;
+    uint16_t *chunk_counts;
+    uint32_t *chunk_faults;
+    int32_t chunk_tokens, counts_stride;
+} moe__route_args;
+
+typedef struct moe__sort_args {
+    moe__permute_args permute;
+    const int32_t *ids;
+    const uint16_t *chunk_counts;
+    const uint32_t *chunk_faults;
+    const int32_t *num_tokens_dev;
+    int32_t num_tokens, chunk_tokens, counts_stride, chunks, num_experts, slots, ids_end, special_experts;
+} moe__sort_args;
+
+typedef struct moe__router_args {
+    const void *x, *weight;
+    const float *bias, *input_scale;
+    const int32_t *num_tokens_dev;
+    float *out;
+    uint32_t *out_faults;
+    int64_t x_stride;
+    int32_t num_tokens, width, input_size, ld, x_dtype, rms_norm;
+    float norm_epsilon, input_multiplier;
+} moe__router_args;
+
+enum {
+    MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32, MOE__KERNEL_ROUTER_BF16,
+    MOE__KERNELS
+};
+enum {
+    MOE__ONE_TOKENS = 1024,     // of one launch with clusters; a chip without them has one CTA for it:
+    MOE__ONE_TOKENS_ALONE = 64,
+    MOE__ONE_WIDTH = 512,       // of the router
+    MOE__CLUSTER_MAX = 8,       // what every chip with clusters takes
+    MOE__CHUNK_MIN = 16,        // tokens of a CTA in two launches: one for each warp of the first
+    MOE__CHUNK_MAX = 1024,
+    MOE__ROUTER_SMEM = 41472
+};
+
+static int32_t moe__chip_has_clusters(int32_t arch) { return arch >= 90; }
+
+// Tokens that one launch routes and sorts; 0: never in one.
+static int32_t moe__one_tokens(int32_t width, int32_t arch)
+{
+    if (width > MOE__ONE_WIDTH) return 0;
+    return moe__chip_has_clusters(arch) ? MOE__ONE_TOKENS : MOE__ONE_TOKENS_ALONE;
+}
+
+// CTAs of that launch: a warp for each token until the cluster is full.
+static int32_t moe__one_ctas(int32_t tokens, int32_t arch)
+{
+    int32_t ctas = 1;
+    while (moe__chip_has_clusters(arch) && ctas < MOE__CLUSTER_MAX && ctas * 8 < tokens) ctas *= 2;
+    return ctas;
+}
+
+// Experts that a lane keeps: kernels exist for these.
+static int32_t moe__experts_per_lane(int32_t width)
+{
+    static const int32_t tiers[] = { 4, 8, 12, 16, 32, 64 };
+    int32_t i = 0;
+    while (i + 1 < MOE__ARRAY_COUNT(tiers) && tiers[i] * 32 < width) i++;
+    return tiers[i];
+}
+
+// Threads and shared memory as moe_kernels.cu.inc's >>args says.
+static int32_t moe__route_threads(int32_t width, int32_t one)
+{
+    return moe__experts_per_lane(width) > 16 ? 128 : one ? 256 : 512;
+}
+
+static int32_t moe__counter_stride(int32_t ids_end) { return (int32_t)moe__align_up((uint64_t)ids_end, 8); }
+
+static int32_t moe__route_smem(int32_t width, int32_t ids_end)
+{
+    int32_t warps = moe__route_threads(width, 0) / 32;
+    return warps * 8 * 32 * moe__experts_per_lane(width) + 4 * moe__counter_stride(ids_end) + 256;
+}
+
+static int32_t moe__sort_smem(int32_t warps, int32_t ids_end)
+{
+    return (2 * warps + 16) * moe__counter_stride(ids_end) + 256;
+}
+
+static int32_t moe__route_one_smem(int32_t width, int32_t ids_end, int32_t slots, int32_t tokens, int32_t ctas)
+{
+    int32_t each = (tokens + ctas - 1) / ctas * slots, warps = moe__route_threads(width, 1) / 32;
+    return (int32_t)moe__align_up((uint64_t)each * 2, 16) + warps * 8 * 32 * moe__experts_per_lane(width) +
+           moe__sort_smem(warps, ids_end);
+}
+
+// Tiles of the router's product, at most two CTAs an SM.
+static int32_t moe__router_ctas(int32_t tokens, int32_t width, int32_t sms)
+{
+    int32_t side = tokens <= 256 ? 16 : 32, tiles = (width + 1) / 2;
+    if (tokens > 8) {
+        int32_t across = (width + side - 1) / side, down = (tokens + side - 1) / side;
+        tiles = down > 2 * sms / across ? 2 * sms : down * across;
+    }
+    return moe__min32(tiles, 2 * sms);
+}
+
+static void moe__instance_make(moe__instance *out, const char *entry, const char *name, const char *parameter,
+                               int32_t value, int32_t arch, size_t args_bytes, int32_t threads, int32_t smem_bytes)
+{
+    moe__text label = moe__text_make(out->name, sizeof out->name);
+    moe__text defines = moe__text_make(out->defines, sizeof out->defines);
+    memset(out, 0, sizeof *out);
+    out->entry = entry;
+    out->args_bytes = (int32_t)args_bytes;
+    out->threads = threads;
+    out->smem_bytes = smem_bytes;
+    moe__text_format(&label, "%s%d_sm%d", name, value, arch);
+    moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
+}
+
+// The instances that a plan runs, each at its place in out [MOE__KERNELS]; entry NULL where it runs none.
+static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t arch,
+                                  moe__instance *out)
+{
+    int32_t width = moe__routing_width(&layer->routing, layer->num_experts), lanes = moe__experts_per_lane(width);
+    int32_t slots = layer->routing.top_k + layer->routing.extra_slots, one = moe__one_tokens(width, arch);
+    int32_t ids_end = layer->num_experts + layer->routing.special_experts + layer->routing.extra_slots;
+    memset(out, 0, MOE__KERNELS * sizeof out[0]);
+    if (one > 0) // fewer tokens are fewer a CTA
+        moe__instance_make(&out[MOE__KERNEL_ROUTE_ONE], "moe_k_route_one", "route_one_e", "EXPERTS_PER_LANE", lanes,
+                           arch, sizeof(moe__route_one_args), moe__route_threads(width, 1),
+                           moe__route_one_smem(width, ids_end, slots, one, moe__one_ctas(one, arch)));
+    if (desc->max_tokens > one) {
+        moe__instance_make(&out[MOE__KERNEL_ROUTE], "moe_k_route", "route_e", "EXPERTS_PER_LANE", lanes, arch,
+                           sizeof(moe__route_args), moe__route_threads(width, 0), moe__route_smem(width, ids_end));
+        moe__instance_make(&out[MOE__KERNEL_SORT], "moe_k_sort", "sort", NULL, 0, arch, sizeof(moe__sort_args), 256,
+                           moe__sort_smem(256 / 32, ids_end));
+    }
+    for (int32_t bf16 = 0; bf16 < 2; bf16++)
+        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
+                           bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
+}
+#endif
+
+// >>plan  plans, checks, and execution on the CPU  A plan is a resolved copy of the layer with the offsets of a
 // workspace for max_tokens. One set of checks serves moe_execute() (without words), its stages and moe_execute_check().
 // Data that is refused is found before anything but out_faults is written.
 
@@ -10017,8 +12225,23 @@ typedef struct moe__workspace {
     uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_rows, mid, mid_shared, rows,
         scratch;
     uint64_t routing, routing_bytes; // per worker
+    uint64_t chunk_counts, chunk_faults; // CUDA
     uint64_t bytes;
 } moe__workspace;
+
+#if !defined(MOE_NO_CUDA)
+// What the stages launch. Members of the argument structs that no call changes are filled in.
+typedef struct moe__stages {
+    moe__cu_function kernel[MOE__KERNELS]; // NULL: not this plan's
+    int32_t threads[MOE__KERNELS];
+    int32_t one_tokens;                    // most tokens of one launch
+    int32_t pdl;                           // a launch may depend on the one before programmatically, in graphs too
+    moe__tokens_args tokens;
+    moe__permute_args permute;
+    moe__cu_ptr memory;                    // local_of_id [ids_end] on the device, or 0
+    uint64_t bytes;
+} moe__stages;
+#endif
 
 struct moe_plan {
     moe_context *ctx;
@@ -10031,6 +12254,9 @@ struct moe_plan {
     int32_t x_ld;              // floats: of a widened row
     int32_t *expert_of_block;  // [blocks] global id, behind this struct
     uint64_t self_bytes;
+#if !defined(MOE_NO_CUDA)
+    moe__stages stages;
+#endif
 };
 
 // ---- create ----
@@ -10120,6 +12346,38 @@ static int32_t moe__workspace_make(moe_plan *plan, moe_error *err)
     return MOE_OK;
 }
 
+#if !defined(MOE_NO_CUDA)
+// Tokens of one CTA, so that a wave of CTAs takes them all.
+static int32_t moe__chunk_tokens(int32_t tokens, int32_t sms)
+{
+    int32_t each = (int32_t)moe__align_up(((uint64_t)tokens + (uint64_t)sms - 1) / (uint64_t)sms, MOE__CHUNK_MIN);
+    return moe__min32(moe__max32(each, MOE__CHUNK_MIN), MOE__CHUNK_MAX);
+}
+
+// Fewer tokens than max_tokens never make more chunks than this.
+static int32_t moe__chunks_max(int32_t tokens, int32_t sms)
+{
+    int32_t least = (tokens + MOE__CHUNK_MAX - 1) / MOE__CHUNK_MAX;
+    int32_t most = (tokens + MOE__CHUNK_MIN - 1) / MOE__CHUNK_MIN;
+    return moe__max32(least, moe__min32(most, sms));
+}
+
+static int32_t moe__workspace_make_cuda(moe_plan *plan, moe_error *err)
+{
+    moe__workspace *ws = &plan->workspace;
+    uint64_t slots = (uint64_t)plan->desc.max_tokens * (uint64_t)plan->slots, *end = &ws->bytes;
+    uint64_t chunks = (uint64_t)moe__chunks_max(plan->desc.max_tokens, plan->ctx->cuda->sms);
+    if (plan->desc.max_tokens <= moe__one_tokens(plan->width, plan->ctx->cuda->arch)) slots = chunks = 0;
+    if (slots > INT32_MAX / 2 || !moe__workspace_area(end, &ws->ids, slots, 4, 1) ||
+        !moe__workspace_area(end, &ws->chunk_counts, chunks, (uint64_t)moe__counter_stride(plan->ids_end), 2) ||
+        !moe__workspace_area(end, &ws->chunk_faults, chunks, MOE_FAULTS, 4) ||
+        !moe__workspace_area(end, &ws->faults, 1, 1, 1)) // so that there always is one
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.max_tokens", "is %d: %D slots are more than the kernels count",
+                         plan->desc.max_tokens, (int64_t)slots);
+    return MOE_OK;
+}
+#endif
+
 // Everything of a plan but its own copies of the tables.
 static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, const moe_plan_desc *desc,
                                  moe_plan *plan, moe_error *err)
@@ -10140,8 +12398,38 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
     plan->blocks = plan->layout.blocks;
     plan->x_ld = moe__max32(plan->layout.expert.ld1, plan->layout.router_ld);
     if ((result = moe__plan_desc_resolve(&plan->desc, plan->layout.dtype, plan->slots, err)) != MOE_OK) return result;
+#if !defined(MOE_NO_CUDA)
+    if (ctx->desc.backend == MOE_BACKEND_CUDA) return moe__workspace_make_cuda(plan, err);
+#endif
     return moe__workspace_make(plan, err);
 }
+
+#if !defined(MOE_NO_CUDA)
+static void moe__plan_candidates_cuda(const moe_plan *plan, moe_plan_info *info)
+{
+    moe__instance instances[MOE__KERNELS];
+    int32_t arch = plan->ctx->cuda->arch, one = moe__one_tokens(plan->width, arch);
+    static const char *const stages[MOE__KERNELS] = { "route_one", "route", "sort", "", "" };
+    moe__instances_select(&plan->layer, &plan->desc, arch, instances);
+    info->num_candidates = MOE__KERNELS + 1;
+    for (int32_t i = 0; i < MOE__KERNELS; i++) {
+        moe_plan_candidate *c = &info->candidates[i];
+        moe__text name = moe__text_make(c->name, sizeof c->name), reason = moe__text_make(c->reason, sizeof c->reason);
+        c->chosen = instances[i].entry != NULL;
+        moe__text_string(&name, c->chosen ? instances[i].name : stages[i]);
+        if (c->chosen) continue;
+        if (i == MOE__KERNEL_ROUTE_ONE)
+            moe__text_format(&reason, "the router's width %d is more than %d: two launches", plan->width,
+                             MOE__ONE_WIDTH);
+        else
+            moe__text_format(&reason, "one launch takes up to %d tokens, max_tokens is %d", one,
+                             plan->desc.max_tokens);
+    }
+    strcpy(info->candidates[MOE__KERNELS].name, "gemm1, gemm2, finalize");
+    strcpy(info->candidates[MOE__KERNELS].reason,
+           "not in this version: CUDA runs moe_route, moe_permute and moe_router_logits");
+}
+#endif
 
 static void moe__plan_candidates(const moe_plan *plan, moe_plan_info *info)
 {
@@ -10171,6 +12459,12 @@ static void moe__plan_fill_info(const moe_plan *plan, moe_plan_info *info)
     info->slots = plan->slots;
     info->router_width = plan->width;
     info->local_experts = plan->blocks;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) {
+        moe__plan_candidates_cuda(plan, info);
+        return;
+    }
+#endif
     moe__plan_candidates(plan, info);
 }
 
@@ -10187,6 +12481,79 @@ MOE_API int32_t moe_plan_query(const moe_context *ctx, const moe_layer_desc *lay
     moe__plan_fill_info(&plan, info);
     return moe__ok(err);
 }
+
+#if !defined(MOE_NO_CUDA)
+static void moe__stages_fill(moe_plan *plan)
+{
+    const moe_routing_desc *r = &plan->layer.routing;
+    moe__tokens_args *t = &plan->stages.tokens;
+    moe__routing_args *a = &t->routing;
+    moe__permute_args *p = &plan->stages.permute;
+    t->num_experts = plan->layer.num_experts;
+    t->width = plan->width;
+    t->slots = plan->slots;
+    t->ids_end = plan->ids_end;
+    t->logits_dtype = plan->desc.logits_dtype;
+    t->ids_dtype = plan->desc.ids_dtype;
+    t->weights_dtype = plan->desc.weights_dtype;
+#define MOE__COPY(member) a->member = r->member
+    MOE__COPY(score); MOE__COPY(score_order); MOE__COPY(select); MOE__COPY(top_k); MOE__COPY(logit_multiplier);
+    MOE__COPY(logit_softcap); MOE__COPY(bias_rows); MOE__COPY(groups); MOE__COPY(groups_kept); MOE__COPY(group_rule);
+    MOE__COPY(group_excluded); MOE__COPY(renormalize); MOE__COPY(renormalize_epsilon); MOE__COPY(zero_sum);
+    MOE__COPY(scale); MOE__COPY(scale_on); MOE__COPY(per_expert_scale); MOE__COPY(forced_rows);
+    MOE__COPY(marked_token_lo); MOE__COPY(marked_token_hi); MOE__COPY(special_experts); MOE__COPY(special_kind);
+    MOE__COPY(extra_slots); MOE__COPY(extra_scored); MOE__COPY(extra_weight); MOE__COPY(sparse_mixer);
+    MOE__COPY(simulate); MOE__COPY(simulate_seed);
+#undef MOE__COPY
+    p->local_of_id = (const int32_t *)(uintptr_t)plan->stages.memory;
+    p->local_experts = plan->blocks;
+    p->local_first = plan->layer.parallel.expert_offset;
+    p->local_routed = plan->layer.parallel.local_experts;
+}
+
+// Where experts are local by a map, the kernels read it from a table.
+static int32_t moe__stages_upload(moe_plan *plan, moe_error *err)
+{
+    moe__stages *stages = &plan->stages;
+    const moe_allocator *allocator = &plan->ctx->desc.allocator;
+    uint64_t bytes = (uint64_t)plan->ids_end * sizeof(int32_t);
+    int32_t *table, result;
+    if (plan->layer.parallel.expert_map == NULL) return MOE_OK;
+    if ((table = (int32_t *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
+    for (int32_t id = 0; id < plan->ids_end; id++) table[id] = moe__layer_local(&plan->layer, id);
+    result = moe__device_make(plan->ctx, table, bytes, &stages->memory, err);
+    if (result == MOE_OK) stages->bytes = bytes;
+    moe__free(allocator, table, bytes);
+    return result;
+}
+
+// Kernels of the stages, compiled or from the cache, and what they read.
+static int32_t moe__stages_create(moe_plan *plan, moe_error *err)
+{
+    moe__stages *stages = &plan->stages;
+    const moe__cuda *cuda = plan->ctx->cuda;
+    moe__instance all[MOE__KERNELS], used[MOE__KERNELS];
+    moe__cu_function functions[MOE__KERNELS];
+    int32_t place[MOE__KERNELS], count = 0, result;
+    moe__instances_select(&plan->layer, &plan->desc, cuda->arch, all);
+    for (int32_t i = 0; i < MOE__KERNELS; i++) {
+        if (all[i].entry == NULL) continue;
+        place[count] = i;
+        used[count++] = all[i];
+    }
+    if ((result = moe__jit_load(plan->ctx, used, count, functions, err)) != MOE_OK ||
+        (result = moe__stages_upload(plan, err)) != MOE_OK)
+        return result;
+    for (int32_t i = 0; i < count; i++) {
+        stages->kernel[place[i]] = functions[i];
+        stages->threads[place[i]] = used[i].threads;
+    }
+    stages->one_tokens = moe__one_tokens(plan->width, cuda->arch);
+    stages->pdl = cuda->arch >= 90 && cuda->driver_version >= 12030; // graphs have such edges since 12.3
+    moe__stages_fill(plan);
+    return MOE_OK;
+}
+#endif
 
 MOE_API int32_t moe_plan_create(moe_context *ctx, const moe_layer_desc *layer, const moe_plan_desc *desc,
                                 moe_plan **out, moe_error *err)
@@ -10214,8 +12581,14 @@ MOE_API int32_t moe_plan_create(moe_context *ctx, const moe_layer_desc *layer, c
         int32_t local = moe__layer_local(&plan->layer, id);
         if (local >= 0) plan->expert_of_block[local] = id;
     }
+#if !defined(MOE_NO_CUDA)
+    if (ctx->desc.backend == MOE_BACKEND_CUDA && (result = moe__stages_create(plan, err)) != MOE_OK) {
+        moe__free(&ctx->desc.allocator, plan, bytes);
+        return result;
+    }
+#endif
     moe__log(ctx, MOE_LOG_INFO, "plan for %d tokens: %s kernels, %U bytes of workspace", plan->desc.max_tokens,
-             moe__isa_names[ctx->isa], plan->workspace.bytes);
+             ctx->desc.backend == MOE_BACKEND_CUDA ? "CUDA" : moe__isa_names[ctx->isa], plan->workspace.bytes);
     *out = plan;
     return moe__ok(err);
 }
@@ -10233,7 +12606,11 @@ MOE_API int32_t moe_plan_get_info(const moe_plan *plan, moe_plan_info *info, moe
 
 MOE_API void moe_plan_destroy(moe_plan *plan)
 {
-    if (plan != NULL) moe__free(&plan->ctx->desc.allocator, plan, plan->self_bytes);
+    if (plan == NULL) return;
+#if !defined(MOE_NO_CUDA)
+    if (plan->stages.memory != 0) moe__device_free(plan->ctx, plan->stages.memory, plan->stages.bytes);
+#endif
+    moe__free(&plan->ctx->desc.allocator, plan, plan->self_bytes);
 }
 
 // ---- checks ----
@@ -10282,6 +12659,18 @@ static int32_t moe__same_layout(const moe__layout *a, const moe__layout *b)
            memcmp(a->table_count, b->table_count, sizeof a->table_count) == 0;
 }
 
+// The experts that are local, and where, are the same for both; ids end at the same number.
+static int32_t moe__same_locals(const moe_layer_desc *a, const moe_layer_desc *b)
+{
+    const moe_parallel_desc *p = &a->parallel, *q = &b->parallel;
+    if (p->local_experts != q->local_experts || p->omit_common != q->omit_common ||
+        a->routing.special_experts != b->routing.special_experts || a->routing.extra_slots != b->routing.extra_slots)
+        return 0;
+    if (p->expert_map == NULL || q->expert_map == NULL)
+        return p->expert_map == q->expert_map && p->expert_offset == q->expert_offset;
+    return memcmp(p->expert_map, q->expert_map, (size_t)a->num_experts * sizeof(int32_t)) == 0;
+}
+
 // Two layers are of one shape when their packed layouts are, and the same experts and slices are local.
 static int32_t moe__check_weights(const moe_plan *plan, const moe_weights *weights, moe_error *err)
 {
@@ -10302,7 +12691,7 @@ static int32_t moe__check_weights(const moe_plan *plan, const moe_weights *weigh
     if (moe__layer_is_gated(a) != moe__layer_is_gated(b) || !moe__same_layout(&weights->layout, &plan->layout))
         return moe__fail(err, MOE_ERROR_ARGUMENT, "weights",
                          "are of a layer with other biases, shared experts, tables or slices than the plan's");
-    for (int32_t id = 0; id < plan->ids_end; id++)
+    for (int32_t id = moe__same_locals(a, b) ? plan->ids_end : 0; id < plan->ids_end; id++) // a map may say the same
         if (moe__layer_local(a, id) != moe__layer_local(b, id))
             return moe__fail(err, MOE_ERROR_ARGUMENT, "weights",
                              "have other local experts than the plan: expert %d is at %d, not %d",
@@ -10327,36 +12716,15 @@ static moe__router moe__run_router(const moe_plan *plan, const moe_weights *weig
     return router;
 }
 
-// What every call needs; places the workspace.
-static int32_t moe__run_begin(moe__run *run, const moe_plan *plan, const moe_weights *weights,
-                              const moe_execute_args *args, moe_error *err)
+static int32_t moe__run_place(moe__run *run, moe_error *err)
 {
-    const uint32_t legal =
-        MOE_EXECUTE_ACCUMULATE | MOE_EXECUTE_ROWS_OUT | MOE_EXECUTE_PDL_IN | MOE_EXECUTE_ID_E_IS_NONE;
-    const moe__workspace *ws;
-    int32_t result;
-    if (plan == NULL) return moe__fail_null(err, "plan");
-    if (weights == NULL) return moe__fail_null(err, "weights");
-    if (args == NULL) return moe__fail_null(err, "args");
-    run->plan = plan;
-    run->weights = weights;
-    ws = &plan->workspace;
-    if ((result = moe__copy_desc(&run->args, sizeof run->args, args, "args", err)) != MOE_OK ||
-        (result = moe__check_weights(plan, weights, err)) != MOE_OK)
-        return result;
-    if ((run->args.flags & ~legal) != 0)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.flags", "is %u: it must be moe_execute_flags", run->args.flags);
-    if (run->args.num_tokens < 0 || run->args.num_tokens > plan->desc.max_tokens)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.num_tokens", "is %d: it must be 0..%d, the plan's max_tokens",
-                         run->args.num_tokens, plan->desc.max_tokens);
+    const moe__workspace *ws = &run->plan->workspace;
     if (run->args.workspace == NULL) return moe__fail_null(err, "args.workspace");
     if ((uintptr_t)run->args.workspace % 256 != 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "args.workspace", "is not aligned to 256 bytes");
     if (run->args.workspace_bytes < ws->bytes)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "args.workspace_bytes", "is %U: this plan needs %U",
                          run->args.workspace_bytes, ws->bytes);
-    run->tokens = run->args.num_tokens;
-    run->router = moe__run_router(plan, weights);
     run->memory = (unsigned char *)run->args.workspace;
     run->ids = (int32_t *)(void *)(run->memory + ws->ids);
     run->slot_weights = (float *)(void *)(run->memory + ws->weights);
@@ -10366,6 +12734,31 @@ static int32_t moe__run_begin(moe__run *run, const moe_plan *plan, const moe_wei
     run->faults = (uint32_t *)(void *)(run->memory + ws->faults);
     run->x = (float *)(void *)(run->memory + ws->x);
     return MOE_OK;
+}
+
+// What every call needs; places the workspace.
+static int32_t moe__run_begin(moe__run *run, const moe_plan *plan, const moe_weights *weights,
+                              const moe_execute_args *args, moe_error *err)
+{
+    const uint32_t legal =
+        MOE_EXECUTE_ACCUMULATE | MOE_EXECUTE_ROWS_OUT | MOE_EXECUTE_PDL_IN | MOE_EXECUTE_ID_E_IS_NONE;
+    int32_t result;
+    if (plan == NULL) return moe__fail_null(err, "plan");
+    if (weights == NULL) return moe__fail_null(err, "weights");
+    if (args == NULL) return moe__fail_null(err, "args");
+    run->plan = plan;
+    run->weights = weights;
+    if ((result = moe__copy_desc(&run->args, sizeof run->args, args, "args", err)) != MOE_OK ||
+        (result = moe__check_weights(plan, weights, err)) != MOE_OK)
+        return result;
+    if ((run->args.flags & ~legal) != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.flags", "is %u: it must be moe_execute_flags", run->args.flags);
+    if (run->args.num_tokens < 0 || run->args.num_tokens > plan->desc.max_tokens)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "args.num_tokens", "is %d: it must be 0..%d, the plan's max_tokens",
+                         run->args.num_tokens, plan->desc.max_tokens);
+    run->tokens = run->args.num_tokens;
+    run->router = moe__run_router(plan, weights);
+    return moe__run_place(run, err);
 }
 
 static int32_t moe__check_stride(int64_t *stride, int32_t width, const char *member, moe_error *err)
@@ -10533,13 +12926,13 @@ static int32_t moe__run_route(const moe__run *run, int32_t token, int32_t worker
     float *logits = (float *)(void *)(scratch + plan->workspace.routing_bytes) - plan->width;
     int64_t id = args->token_ids == NULL ? -1 : moe__load_id(args->token_ids, plan->desc.ids_dtype, token);
     char member[64];
-    int32_t result = moe__check_token_id(run, token, faults, err);
+    int32_t bias_row = -1, result = moe__check_token_id(run, token, faults, err);
     if (result != MOE_OK) return result;
     if (plan->layer.routing.simulate == MOE_SIMULATE_OFF)
         for (int32_t e = 0; e < plan->width; e++)
             logits[e] = moe__load(args->logits, plan->desc.logits_dtype, token * args->logits_stride + e);
-    if (moe__routing_token(&run->router, logits, token, id, args->bias_index == NULL ? -1 : args->bias_index[token],
-                           scratch, ids, weights) == MOE__ROUTED)
+    if (args->bias_index != NULL && plan->layer.routing.bias_rows > 0) bias_row = args->bias_index[token];
+    if (moe__routing_token(&run->router, logits, token, id, bias_row, scratch, ids, weights) == MOE__ROUTED)
         return MOE_OK;
     faults[MOE_FAULT_NAN_LOGITS]++;
     for (int32_t e = 0; e < plan->width && err != NULL; e++)
@@ -10592,6 +12985,44 @@ static int32_t moe__check_counts(const moe__run *run, uint32_t *faults, moe_erro
     return MOE_OK;
 }
 
+#if !defined(MOE_NO_CUDA)
+static int32_t moe__check_aligned(const void *pointer, int32_t bytes, const char *member, moe_error *err)
+{
+    if ((uintptr_t)pointer % (uintptr_t)bytes == 0) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is not aligned to its elements of %d bytes", bytes);
+}
+
+// On the device nothing is read to be checked: addresses must be multiples of the elements' size.
+static int32_t moe__check_device(const moe__run *run, moe_error *err)
+{
+    const moe_execute_args *a = &run->args;
+    const moe_plan_desc *d = &run->plan->desc;
+    int32_t id = moe_dtype_bits(d->ids_dtype) / 8, weight = moe_dtype_bits(d->weights_dtype) / 8;
+    int32_t packed = a->input_mode == MOE_INPUT_PACKED, result;
+    if ((result = moe__check_aligned(a->logits, moe_dtype_bits(d->logits_dtype) / 8, "args.logits", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->ids, packed ? 4 : id, "args.ids", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->weights, weight, "args.weights", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->token_ids, id, "args.token_ids", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->x, moe_dtype_bits(d->x_dtype) / 8, "args.x", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->bias_index, 4, "args.bias_index", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->num_tokens_dev, 4, "args.num_tokens_dev", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_ids, 4, "args.out_ids", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_weights, 4, "args.out_weights", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_expert_counts, 4, "args.out_expert_counts", err)) != MOE_OK)
+        return result;
+    return moe__check_aligned(a->out_faults, 4, "args.out_faults", err);
+}
+
+// moe_execute_check() of a CUDA plan: what the stages would refuse, and then what this version does.
+static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
+{
+    int32_t result = moe__check_device(run, err);
+    if (result != MOE_OK) return result;
+    return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "is of the CUDA back end, which in this version runs "
+                     "moe_route(), moe_permute() and moe_router_logits(); use MOE_BACKEND_CPU for the whole layer");
+}
+#endif
+
 MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                                   moe_error *err)
 {
@@ -10602,6 +13033,9 @@ MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weigh
     if ((result = moe__run_begin(&run, plan, weights, args, err)) != MOE_OK ||
         (result = moe__check_execute(&run, err)) != MOE_OK)
         return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return moe__check_cuda(&run, err);
+#endif
     if (moe__run_rows_mode(&run)) result = moe__check_counts(&run, faults, err);
     else if ((result = moe__check_tokens(&run, faults, err)) == MOE_OK)
         for (int32_t t = 0; t < run.tokens && result == MOE_OK; t++)
@@ -10846,7 +13280,193 @@ static int32_t moe__execute_rows(moe__run *run)
     return MOE_OK;
 }
 
-// ---- public calls ----
+// >>stages  the public calls of execution  On CUDA each enqueues one or two kernels: host arithmetic, then the driver.
+// Routing takes one launch up to moe__one_tokens() tokens, a cluster whose CTAs share their counts; beyond that a first
+// kernel routes chunks of tokens and counts them, a second adds the counts up and writes the tables, starting early by
+// programmatic dependent launch where the chip and the driver have it.
+
+#if !defined(MOE_NO_CUDA)
+static int32_t moe__stage_launch(const moe_plan *plan, int32_t kernel, int32_t ctas, int32_t cluster, int32_t pdl,
+                                 int32_t smem, void *args, void *stream)
+{
+    moe__cu_launch_config config;
+    moe__cu_launch_attribute attributes[2];
+    void *params[1];
+    params[0] = args;
+    memset(&config, 0, sizeof config);
+    config.gridDimX = (unsigned)ctas;
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+    config.blockDimX = (unsigned)plan->stages.threads[kernel];
+    config.sharedMemBytes = (unsigned)smem;
+    config.hStream = (moe__cu_stream)stream;
+    config.attrs = attributes;
+    if (cluster > 1) {
+        moe__cu_launch_attribute *a = &attributes[config.numAttrs++];
+        memset(a, 0, sizeof *a);
+        a->id = MOE__CU_ATTRIBUTE_CLUSTER;
+        a->value.cluster.x = (unsigned)cluster;
+        a->value.cluster.y = a->value.cluster.z = 1;
+    }
+    if (pdl) {
+        moe__cu_launch_attribute *a = &attributes[config.numAttrs++];
+        memset(a, 0, sizeof *a);
+        a->id = MOE__CU_ATTRIBUTE_PDL;
+        a->value.programmatic = 1;
+    }
+    return plan->ctx->cuda->cuLaunchKernelEx(&config, plan->stages.kernel[kernel], params, NULL);
+}
+
+static void moe__stage_tokens(const moe__run *run, moe__tokens_args *t)
+{
+    const moe_execute_args *a = &run->args;
+    const moe_weights *w = run->weights;
+    *t = run->plan->stages.tokens;
+    t->num_tokens_dev = a->num_tokens_dev;
+    t->num_tokens = a->num_tokens;
+    t->input_mode = a->input_mode;
+    t->out_ids = a->out_ids;
+    t->out_weights = a->out_weights;
+    t->end_is_none = (a->flags & MOE_EXECUTE_ID_E_IS_NONE) != 0;
+    if (a->input_mode != MOE_INPUT_LOGITS) {
+        t->ids = a->ids;
+        if (a->input_mode == MOE_INPUT_IDS) t->weights = a->weights;
+        return;
+    }
+    t->logits = a->logits;
+    t->logits_stride = a->logits_stride;
+    t->token_ids = a->token_ids;
+    if (t->routing.bias_rows > 0) t->bias_index = a->bias_index;
+    t->bias = (const float *)moe__device_table(w, MOE_TENSOR_SELECT_BIAS);
+    t->per_expert_scale = (const float *)moe__device_table(w, MOE_TENSOR_PER_EXPERT_SCALE);
+    t->forced_ids = (const int32_t *)moe__device_table(w, MOE_TENSOR_FORCED_IDS);
+    t->global_scale = (const float *)moe__device_table(w, MOE_TENSOR_ROUTER_GLOBAL_SCALE);
+}
+
+static void moe__stage_permute(const moe__run *run, const moe_permutation *p, moe__permute_args *a)
+{
+    *a = run->plan->stages.permute;
+    a->out_expert_counts = run->args.out_expert_counts;
+    a->out_faults = run->args.out_faults;
+    a->tile = p->tile;
+    a->row_of_slot = p->row_of_slot;
+    a->slot_of_row = p->slot_of_row;
+    a->expert_offsets = p->expert_offsets;
+    a->expert_counts = p->expert_counts;
+    a->tile_expert = p->tile_expert;
+    a->tile_limit = p->tile_limit;
+    a->num_tiles = p->num_tiles;
+    a->rows_max = (int32_t)moe_permutation_rows((int64_t)run->args.num_tokens * run->plan->slots, run->plan->blocks,
+                                                p->tile);
+}
+
+// Somebody wants what comes behind the ids and weights.
+static int32_t moe__stage_sorts(const moe__permute_args *a)
+{
+    return a->row_of_slot != NULL || a->slot_of_row != NULL || a->expert_offsets != NULL || a->expert_counts != NULL ||
+           a->tile_expert != NULL || a->tile_limit != NULL || a->num_tiles != NULL || a->out_expert_counts != NULL ||
+           a->out_faults != NULL;
+}
+
+static int32_t moe__stage_route_two(const moe__run *run, const moe__route_one_args *one, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe__workspace *ws = &plan->workspace;
+    int32_t tokens = run->args.num_tokens, pdl_in = (run->args.flags & MOE_EXECUTE_PDL_IN) != 0, result;
+    int32_t chunk = moe__chunk_tokens(tokens, plan->ctx->cuda->sms);
+    int32_t chunks = moe__max32(1, (tokens + chunk - 1) / chunk);
+    moe__route_args route;
+    moe__sort_args sort;
+    route.tokens = one->tokens;
+    if (route.tokens.out_ids == NULL) route.tokens.out_ids = run->ids;
+    route.chunk_counts = (uint16_t *)(void *)(run->memory + ws->chunk_counts);
+    route.chunk_faults = (uint32_t *)(void *)(run->memory + ws->chunk_faults);
+    route.chunk_tokens = chunk;
+    route.counts_stride = moe__counter_stride(plan->ids_end);
+    result = moe__stage_launch(plan, MOE__KERNEL_ROUTE, chunks, 1, pdl_in && plan->stages.pdl,
+                               moe__route_smem(plan->width, plan->ids_end), &route, stream);
+    if (result != 0 || !moe__stage_sorts(&one->permute)) return result;
+    sort.permute = one->permute;
+    sort.ids = route.tokens.out_ids;
+    sort.chunk_counts = route.chunk_counts;
+    sort.chunk_faults = route.chunk_faults;
+    sort.num_tokens_dev = run->args.num_tokens_dev;
+    sort.num_tokens = tokens;
+    sort.chunk_tokens = chunk;
+    sort.counts_stride = route.counts_stride;
+    sort.chunks = chunks;
+    sort.num_experts = plan->layer.num_experts;
+    sort.slots = plan->slots;
+    sort.ids_end = plan->ids_end;
+    sort.special_experts = plan->layer.routing.special_experts;
+    return moe__stage_launch(plan, MOE__KERNEL_SORT, chunks, 1, plan->stages.pdl,
+                             moe__sort_smem(plan->stages.threads[MOE__KERNEL_SORT] / 32, plan->ids_end), &sort, stream);
+}
+
+// K0: ids and weights, and every table that somebody wants.
+static int32_t moe__stage_route(const moe__run *run, const moe_permutation *p, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    moe__route_one_args one;
+    int32_t tokens = run->args.num_tokens, arch = plan->ctx->cuda->arch, ctas, entered, result;
+    if ((result = moe__check_device(run, NULL)) != MOE_OK) return result;
+    moe__stage_tokens(run, &one.tokens);
+    moe__stage_permute(run, p, &one.permute);
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    if (tokens > plan->stages.one_tokens || plan->stages.one_tokens == 0) {
+        result = moe__stage_route_two(run, &one, stream);
+    } else {
+        ctas = moe__one_ctas(tokens, arch);
+        result = moe__stage_launch(plan, MOE__KERNEL_ROUTE_ONE, ctas, ctas,
+                                   (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl,
+                                   moe__route_one_smem(plan->width, plan->ids_end, plan->slots, tokens, ctas), &one,
+                                   stream);
+    }
+    moe__cuda_leave(plan->ctx, entered);
+    return moe__cuda_result(result);
+}
+
+static int32_t moe__stage_permute_check(const moe_permutation *p)
+{
+    const void *const tables[] = { p->row_of_slot, p->slot_of_row, p->expert_offsets, p->expert_counts, p->tile_expert,
+                                   p->tile_limit, p->num_tiles };
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(tables); i++)
+        if ((uintptr_t)tables[i] % 4 != 0) return MOE_ERROR_ARGUMENT;
+    return MOE_OK;
+}
+
+static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe_router_desc *router = &plan->layer.router;
+    moe__router_args a;
+    int32_t entered, result = moe__check_device(run, NULL), bf16 = run->weights->device.router_bf16;
+    if (result != MOE_OK) return result;
+    if ((uintptr_t)out % 4 != 0) return MOE_ERROR_ARGUMENT;
+    a.x = run->args.x;
+    a.weight = moe__device_table(run->weights, MOE_TENSOR_ROUTER);
+    a.bias = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROUTER_BIAS);
+    a.input_scale = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROUTER_INPUT_SCALE);
+    a.num_tokens_dev = run->args.num_tokens_dev;
+    a.out = out;
+    a.out_faults = run->args.out_faults;
+    a.x_stride = run->args.x_stride;
+    a.num_tokens = run->args.num_tokens;
+    a.width = plan->width;
+    a.input_size = router->input_size;
+    a.ld = plan->layout.router_ld;
+    a.x_dtype = plan->desc.x_dtype;
+    a.rms_norm = router->rms_norm;
+    a.norm_epsilon = router->norm_epsilon;
+    a.input_multiplier = router->input_multiplier;
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    result = moe__stage_launch(plan, bf16 ? MOE__KERNEL_ROUTER_BF16 : MOE__KERNEL_ROUTER_F32,
+                               moe__router_ctas(a.num_tokens, a.width, plan->ctx->cuda->sms), 1,
+                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl, MOE__ROUTER_SMEM, &a,
+                               stream);
+    moe__cuda_leave(plan->ctx, entered);
+    return moe__cuda_result(result);
+}
+#endif
 
 MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                             void *stream)
@@ -10857,6 +13477,9 @@ MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, co
     if ((result = moe__run_begin(&run, plan, weights, args, NULL)) != MOE_OK ||
         (result = moe__check_execute(&run, NULL)) != MOE_OK)
         return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return moe__check_cuda(&run, NULL);
+#endif
     return moe__run_rows_mode(&run) ? moe__execute_rows(&run) : moe__execute_tokens(&run);
 }
 
@@ -10868,6 +13491,14 @@ MOE_API int32_t moe_route(const moe_plan *plan, const moe_weights *weights, cons
     if ((result = moe__run_begin(&run, plan, weights, args, NULL)) != MOE_OK ||
         (run.tokens > 0 && (result = moe__check_routing_input(&run, NULL)) != MOE_OK))
         return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) {
+        moe_permutation none;
+        memset(&none, 0, sizeof none);
+        none.tile = 1;
+        return moe__stage_route(&run, &none, stream);
+    }
+#endif
     run.args.x = NULL; // not widened
     return moe__run_route_phase(&run);
 }
@@ -10937,6 +13568,9 @@ MOE_API int32_t moe_router_logits(const moe_plan *plan, const moe_weights *weigh
     if (run.tokens == 0) return MOE_OK;
     if ((result = moe__check_x(&run, plan->layer.router.input_size, NULL)) != MOE_OK) return result;
     if (logits_out == NULL) return MOE_ERROR_ARGUMENT;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return moe__stage_router(&run, logits_out, stream);
+#endif
     result = moe__check_tokens(&run, faults, NULL);
     moe__run_report_faults(&run, faults);
     if (result != MOE_OK) return result;
@@ -10977,51 +13611,123 @@ static void moe__permute_tables(const moe_permutation *p, const int32_t *counts,
     if (p->num_tiles != NULL) p->num_tiles[0] = tiles;
 }
 
-MOE_API int32_t moe_permute(const moe_plan *plan, const moe_execute_args *args, const moe_permutation *out,
-                            void *stream)
+// What moe_permute() checks: LOGITS is a call like any other; IDS and PACKED do without weights and workspace.
+static int32_t moe__permute_begin(moe__run *run, moe_permutation *p, const moe_plan *plan, const moe_weights *weights,
+                                  const moe_execute_args *args, const moe_permutation *out)
 {
-    moe__run run;
-    moe_permutation p;
-    uint32_t faults[MOE_FAULTS] = { 0 };
-    int32_t counts[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS] = { 0 }, next[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS];
-    int32_t ids[MOE_MAX_SLOTS];
     int32_t result;
     int64_t rows_max;
-    (void)stream;
     if (plan == NULL || args == NULL || out == NULL) return MOE_ERROR_ARGUMENT;
-    run.plan = plan;
-    run.weights = NULL;
-    if ((result = moe__copy_desc(&run.args, sizeof run.args, args, "args", NULL)) != MOE_OK ||
-        (result = moe__copy_desc(&p, sizeof p, out, "out", NULL)) != MOE_OK)
-        return result;
-    run.tokens = run.args.num_tokens;
-    if (run.args.input_mode != MOE_INPUT_IDS && run.args.input_mode != MOE_INPUT_PACKED) return MOE_ERROR_ARGUMENT;
-    if (run.tokens < 0 || run.tokens > plan->desc.max_tokens || p.tile < 1 || (run.tokens > 0 && run.args.ids == NULL))
-        return MOE_ERROR_ARGUMENT;
-    rows_max = moe_permutation_rows((int64_t)run.tokens * plan->slots, plan->blocks, p.tile);
+    if (args->input_mode == MOE_INPUT_LOGITS) {
+        if ((result = moe__run_begin(run, plan, weights, args, NULL)) != MOE_OK) return result;
+    } else {
+        run->plan = plan;
+        run->weights = NULL;
+        if ((result = moe__copy_desc(&run->args, sizeof run->args, args, "args", NULL)) != MOE_OK ||
+            (weights != NULL && (result = moe__check_weights(plan, weights, NULL)) != MOE_OK))
+            return result;
+        run->tokens = run->args.num_tokens;
+        if (run->tokens < 0 || run->tokens > plan->desc.max_tokens) return MOE_ERROR_ARGUMENT;
+        if (plan->ctx->desc.backend == MOE_BACKEND_CUDA && (result = moe__run_place(run, NULL)) != MOE_OK)
+            return result;
+    }
+    if ((result = moe__copy_desc(p, sizeof *p, out, "out", NULL)) != MOE_OK) return result;
+    rows_max = moe_permutation_rows((int64_t)run->tokens * plan->slots, plan->blocks, p->tile);
     if (rows_max < 0 || rows_max > INT32_MAX) return MOE_ERROR_ARGUMENT;
-    result = moe__check_tokens(&run, faults, NULL);
-    for (int32_t t = 0; t < run.tokens && result != MOE_ERROR_ARGUMENT && faults[MOE_FAULT_COUNTS] == 0; t++) {
-        if (moe__check_ids(&run, t, ids, faults, NULL) != MOE_OK) result = MOE_ERROR_DATA;
+    if (run->tokens == 0 && run->args.input_mode >= MOE_INPUT_LOGITS && run->args.input_mode <= MOE_INPUT_PACKED)
+        return MOE_OK; // no row is read
+    if (run->args.input_mode == MOE_INPUT_IDS && run->args.weights == NULL) {
+        run->args.out_weights = NULL;
+        return run->args.ids == NULL ? MOE_ERROR_ARGUMENT : MOE_OK;
+    }
+    return moe__check_routing_input(run, NULL);
+}
+
+// Ids of one token: routed before, or the caller's.
+static int32_t moe__permute_ids(const moe__run *run, int32_t token, int32_t *ids, uint32_t *faults)
+{
+    if (run->args.input_mode != MOE_INPUT_LOGITS) return moe__check_ids(run, token, ids, faults, NULL);
+    memcpy(ids, run->ids + (int64_t)token * run->plan->slots, (size_t)run->plan->slots * sizeof ids[0]);
+    return MOE_OK;
+}
+
+// Slots per local expert into counts, and per routed expert where the caller asks; MOE_ERROR_DATA for the caller's ids.
+static int32_t moe__permute_count(moe__run *run, int32_t *counts)
+{
+    const moe_plan *plan = run->plan;
+    uint32_t faults[MOE_FAULTS] = { 0 };
+    int32_t ids[MOE_MAX_SLOTS], result = MOE_OK, bad;
+    if (run->args.input_mode != MOE_INPUT_LOGITS) result = moe__check_tokens(run, faults, NULL);
+    for (int32_t t = 0; t < run->tokens && faults[MOE_FAULT_COUNTS] == 0; t++) {
+        if ((bad = moe__permute_ids(run, t, ids, faults)) != MOE_OK) result = bad;
         for (int32_t j = 0; j < plan->slots && result == MOE_OK; j++) {
             int32_t local = moe__layer_local(&plan->layer, ids[j]);
             if (local >= 0) counts[local]++;
         }
     }
-    moe__run_report_faults(&run, faults);
-    if (result != MOE_OK) return result;
-    moe__permute_tables(&p, counts, plan->blocks, next);
-    for (int64_t r = 0; r < rows_max && p.slot_of_row != NULL; r++) p.slot_of_row[r] = -1;
-    for (int32_t t = 0; t < run.tokens; t++) {
-        moe__check_ids(&run, t, ids, faults, NULL);
+    if (run->args.input_mode != MOE_INPUT_LOGITS) moe__run_report_faults(run, faults);
+    return result;
+}
+
+// What routing would give, from the caller's ids and weights.
+static void moe__permute_outputs(const moe__run *run)
+{
+    const moe_execute_args *args = &run->args;
+    int32_t experts = run->plan->layer.num_experts, slots = run->plan->slots, ids[MOE_MAX_SLOTS];
+    float weights[MOE_MAX_SLOTS];
+    uint32_t faults[MOE_FAULTS] = { 0 };
+    if (args->out_expert_counts != NULL) memset(args->out_expert_counts, 0, (size_t)experts * sizeof(int32_t));
+    for (int32_t t = 0; t < run->tokens; t++) {
+        int64_t at = (int64_t)t * slots;
+        if (args->out_weights != NULL) {
+            moe__run_token(run, t, 0, ids, weights, faults, NULL);
+            memcpy(args->out_weights + at, weights, (size_t)slots * sizeof weights[0]);
+        }
+        moe__check_ids(run, t, ids, faults, NULL);
+        if (args->out_ids != NULL) memcpy(args->out_ids + at, ids, (size_t)slots * sizeof ids[0]);
+        for (int32_t j = 0; j < slots && args->out_expert_counts != NULL; j++)
+            if (ids[j] >= 0 && ids[j] < experts) args->out_expert_counts[ids[j]]++;
+    }
+}
+
+static int32_t moe__permute_cpu(moe__run *run, const moe_permutation *p)
+{
+    const moe_plan *plan = run->plan;
+    int32_t counts[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS] = { 0 }, next[MOE_MAX_EXPERTS + MOE_MAX_EXTRA_SLOTS];
+    int32_t ids[MOE_MAX_SLOTS], result = MOE_OK;
+    int64_t rows_max = moe_permutation_rows((int64_t)run->tokens * plan->slots, plan->blocks, p->tile);
+    uint32_t faults[MOE_FAULTS] = { 0 };
+    if (run->args.input_mode == MOE_INPUT_LOGITS) result = moe__run_route_phase(run);
+    if (result != MOE_OK || (result = moe__permute_count(run, counts)) != MOE_OK) return result;
+    if (run->args.input_mode != MOE_INPUT_LOGITS) moe__permute_outputs(run);
+    moe__permute_tables(p, counts, plan->blocks, next);
+    for (int64_t r = 0; r < rows_max && p->slot_of_row != NULL; r++) p->slot_of_row[r] = -1;
+    for (int32_t t = 0; t < run->tokens; t++) {
+        moe__permute_ids(run, t, ids, faults);
         for (int32_t j = 0; j < plan->slots; j++) {
             int32_t local = moe__layer_local(&plan->layer, ids[j]), slot = t * plan->slots + j;
-            if (local >= 0 && p.slot_of_row != NULL) p.slot_of_row[next[local]] = slot;
-            if (p.row_of_slot != NULL) p.row_of_slot[slot] = local < 0 ? -1 : next[local];
+            if (local >= 0 && p->slot_of_row != NULL) p->slot_of_row[next[local]] = slot;
+            if (p->row_of_slot != NULL) p->row_of_slot[slot] = local < 0 ? -1 : next[local];
             if (local >= 0) next[local]++;
         }
     }
     return MOE_OK;
+}
+
+MOE_API int32_t moe_permute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
+                            const moe_permutation *out, void *stream)
+{
+    moe__run run;
+    moe_permutation p;
+    int32_t result = moe__permute_begin(&run, &p, plan, weights, args, out);
+    (void)stream;
+    if (result != MOE_OK) return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA)
+        return (result = moe__stage_permute_check(&p)) != MOE_OK ? result : moe__stage_route(&run, &p, stream);
+#endif
+    run.args.x = NULL; // not widened
+    return moe__permute_cpu(&run, &p);
 }
 
 MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
@@ -11035,6 +13741,7 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
     hidden = plan->layer.hidden_size;
     if (run.args.input_mode != MOE_INPUT_IDS && run.args.input_mode != MOE_INPUT_PACKED) return MOE_ERROR_ARGUMENT;
     if ((run.args.flags & MOE_EXECUTE_ROWS_OUT) != 0 || !moe__is_float_dtype(rows_dtype)) return MOE_ERROR_ARGUMENT;
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return MOE_ERROR_UNSUPPORTED;
     if (run.tokens == 0) return MOE_OK;
     if (rows == NULL || row_of_slot == NULL) return MOE_ERROR_ARGUMENT;
     if ((result = moe__check_routing_input(&run, NULL)) != MOE_OK ||
@@ -11288,6 +13995,1375 @@ MOE_API int32_t moe_reference_layer(const moe_layer_desc *layer, const moe_refer
     MOE_FREE(ref.weight);
     return result == MOE_OK ? moe__ok(err) : result;
 }
+
+// >>kernels-begin  moe_kernels.cu.inc in pieces; written by `make embed`
+#if !defined(MOE_NO_CUDA)
+static const char *const moe__kernel_text[] = {
+"// -*- c++ -*-\n"
+"// >>how  moe_kernels.cu.inc - the device code of moe.h. CUDA C++17 that includes nothing; NVRTC, nvcc, clang and g++\n"
+"// accept it. `make embed` copies it into moe.h. A program is this whole text with one MOE_K_... (which entry) and its\n"
+"// MOE_P_... (parameters) defined.\n"
+"\n"
+"// >>types  fixed-width integers, small vectors\n"
+"\n"
+"typedef unsigned char u8;\n"
+"typedef unsigned short u16;\n"
+"typedef unsigned int u32;\n"
+"typedef unsigned long long u64;\n"
+"typedef signed char i8;\n"
+"typedef short i16;\n"
+"typedef int i32;\n"
+"typedef long long i64;\n"
+"typedef float f32;\n"
+"\n"
+"// >>ptx  one instruction each\n"
+"\n"
+"// >>args  one argument struct for each entry; moe.h has the same ones for the host. Pointers first, then 64-bit, then\n"
+"// 32-bit members. Enumerations are moe.h's public ones. A pointer that may be NULL says so.\n"
+"\n"
+"// Values of moe.h's enumerations.\n"
+"enum {\n"
+"    DTYPE_F32 = 1, DTYPE_BF16 = 2, DTYPE_F16 = 3, DTYPE_I32 = 14, DTYPE_I64 = 16,\n"
+"    INPUT_LOGITS = 1, INPUT_IDS = 2, INPUT_PACKED = 3,\n"
+"    SCORE_RAW = 1, SCORE_SOFTMAX = 2, SCORE_SIGMOID = 3, SCORE_SQRT_SOFTPLUS = 4,\n"
+"    SCORE_BEFORE_TOPK = 1, SCORE_AFTER_TOPK = 2,\n"
+"    SELECT_SCORE = 1, SELECT_LOGIT = 2,\n"
+"    GROUP_MAX = 1, GROUP_TOP2_SUM = 2, GROUP_EACH = 3,\n"
+"    EXCLUDED_NEG_INF = 0, EXCLUDED_ZERO = 1,\n"
+"    RENORMALIZE_OFF = 0, RENORMALIZE_SUM = 1, RENORMALIZE_CLAMP_MIN = 2,\n"
+"    ZERO_SUM_DIVIDE = 0, ZERO_SUM_ONE = 1,\n"
+"    SCALE_ON_WEIGHTS = 0, SCALE_ON_OUTPUT = 1,\n"
+"    SPECIAL_SKIP = 3,\n"
+"    SIMULATE_OFF = 0, SIMULATE_UNIFORM = 1, SIMULATE_ZIPF = 2, SIMULATE_ONE_HOT = 3, SIMULATE_ROUND_ROBIN = 4,\n"
+"    FAULT_NAN_LOGITS = 0, FAULT_IDS = 1, FAULT_TOKEN_IDS = 2, FAULT_COUNTS = 3\n"
+"};\n"
+"\n"
+"// A resolved moe_routing_desc.\n"
+"struct routing_args {\n"
+"    i32 score, score_order, select, top_k;\n"
+"    f32 logit_multiplier, logit_softcap;\n"
+"    i32 bias_rows, groups, groups_kept, group_rule, group_excluded, renormalize;\n"
+"    f32 renormalize_epsilon;\n"
+"    i32 zero_sum;\n"
+"    f32 scale;\n"
+"    i32 scale_on, per_expert_scale, forced_rows, marked_token_lo, marked_token_hi;\n"
+"    i32 special_experts, special_kind, extra_slots, extra_scored;\n"
+"    f32 extra_weight, sparse_mixer;\n"
+"    i32 simulate;\n"
+"    u32 simulate_seed;\n"
+"}; // 112 bytes\n"
+"\n"
+"// Where ids and weights of tokens come from and go to.\n"
+"struct tokens_args {\n"
+"    const void *logits;          // [T, logits_stride]; LOGITS, not simulated\n"
+"    const void *ids;             // [T, slots]; IDS and PACKED\n"
+"    const void *weights;         // [T, slots]; IDS; NULL: out_weights is NULL too\n"
+"    const void *token_ids;       // [T] ids_dtype, or NULL\n"
+"    const i32 *bias_index;       // [T] or NULL\n"
+"    const i32 *num_tokens_dev;   // [1] or NULL\n"
+"    const f32 *bias;             // [bias_rows, E + S]\n"
+"    const f32 *per_expert_scale; // [E + S]\n"
+"    const i32 *forced_ids;       // [forced_rows, top_k]\n"
+"    const f32 *global_scale;     // [1] multiplies routing.scale, or NULL\n"
+"    i32 *out_ids;                // [T, slots]; moe_k_route_one: or NULL\n"
+"    f32 *out_weights;            // [T, slots] or NULL\n"
+"    i64 logits_stride;\n"
+"    i32 num_tokens;\n"
+"    i32 num_experts;             // E\n"
+"    i32 width;                   // of the router: E + S + scored extra slots\n"
+"    i32 slots;                   // top_k + extra_slots\n"
+"    i32 ids_end;                 // E + S + X: ids are 0..ids_end - 1\n"
+"    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n"
+"    i32 logits_dtype, ids_dtype, weights_dtype;\n"
+"    i32 end_is_none;             // MOE_EXECUTE_ID_E_IS_NONE\n"
+"    routing_args routing;\n"
+"}; // 256 bytes\n"
+"\n"
+"// The tables of moe_permutation, each of them NULL where nobody wants it, and which experts are local.\n"
+"struct permute_args {\n"
+"    i32 *row_of_slot;      // [T, slots]\n"
+"    i32 *slot_of_row;      // [rows_max]\n"
+"    i32 *expert_offsets;   // [local_experts + 1]\n"
+"    i32 *expert_counts;    // [local_experts]\n"
+"    i32 *tile_expert;      // [rows_max / tile]\n"
+"    i32 *tile_limit;       // [rows_max / tile]\n",
+"    i32 *num_tiles;        // [1]\n"
+"    i32 *out_expert_counts; // [E]\n"
+"    u32 *out_faults;       // [4]\n"
+"    const i32 *local_of_id; // [ids_end] local expert or -1; NULL: the range below\n"
+"    i32 tile;\n"
+"    i32 rows_max;\n"
+"    i32 local_experts;     // with matrices here: routed ones, then the always-on ones\n"
+"    i32 local_first;       // range: ids local_first .. local_first + local_routed - 1 are local experts 0, 1, ...;\n"
+"    i32 local_routed;      // ids from E + S on are the local experts behind them, as many as there are left\n"
+"    i32 reserved;\n"
+"}; // 104 bytes\n"
+"\n"
+"// How they are launched. R = 32 MOE_P_EXPERTS_PER_LANE >= width (4, 8, 12, 16, 32 or 64 a lane; any with IDS and\n"
+"// PACKED). T = num_tokens of the host, C CTAs, W warps a CTA, S = ids_end rounded up to 8. Dynamic shared memory in\n"
+"// bytes:\n"
+"//\n"
+"//   entry                threads                grid = C                     shared memory\n"
+"//   moe_k_route_one      256; R > 512: 128      1..8, one cluster            I + W (8 R + 2 S) + 16 S + 256,\n"
+"//                                               T <= 1024                    I = 2 ceil(T / C) slots rounded up to 16\n"
+"//   moe_k_route          512; R > 512: 128      ceil(T / chunk_tokens)       8 W R + 4 S + 256\n"
+"//   moe_k_sort           256                    the same, at least 1         2 W S + 16 S + 256\n"
+"//   moe_k_router_logits  256                    any; good: 2 an SM, but      41,472\n"
+"//                                               not more than tiles (>>router)\n"
+"//\n"
+"// moe_k_route triggers its dependents, and moe_k_sort waits for it (programmatic launch). Good chunks: T over the\n"
+"// number of SMs, rounded up to 16.\n"
+"\n"
+"// moe_k_route_one. Grid = cluster = 1..8 CTAs.\n"
+"struct route_one_args {\n"
+"    tokens_args tokens;\n"
+"    permute_args permute;\n"
+"};\n"
+"\n"
+"// moe_k_route. Chunk c is tokens [c chunk_tokens, (c + 1) chunk_tokens); a CTA does one chunk.\n"
+"struct route_args {\n"
+"    tokens_args tokens;  // out_ids is not NULL\n"
+"    u16 *chunk_counts;   // [chunks, counts_stride] slots of each id\n"
+"    u32 *chunk_faults;   // [chunks, 4]\n"
+"    i32 chunk_tokens;    // at most 1024\n"
+"    i32 counts_stride;   // ids_end rounded up to 8\n"
+"};\n"
+"\n"
+"// moe_k_sort. One CTA for each chunk, at least one.\n"
+"struct sort_args {\n"
+"    permute_args permute;\n"
+"    const i32 *ids;            // [T, slots] as moe_k_route has left them\n"
+"    const u16 *chunk_counts;\n"
+"    const u32 *chunk_faults;\n"
+"    const i32 *num_tokens_dev; // [1] or NULL\n"
+"    i32 num_tokens, chunk_tokens, counts_stride, chunks;\n"
+"    i32 num_experts, slots, ids_end, special_experts;\n"
+"};\n"
+"\n"
+"// moe_k_router_logits.\n"
+"struct router_args {\n"
+"    const void *x;             // [T, x_stride]\n"
+"    const void *weight;        // [width, ld] f32, or bf16 with MOE_P_BF16; zeros behind input_size\n"
+"    const f32 *bias;           // [width] or NULL\n"
+"    const f32 *input_scale;    // [input_size] or NULL\n"
+"    const i32 *num_tokens_dev; // [1] or NULL\n"
+"    f32 *out;                  // [T, width]\n"
+"    u32 *out_faults;           // [4] or NULL\n"
+"    i64 x_stride;\n"
+"    i32 num_tokens, width, input_size;\n"
+"    i32 ld;                    // input_size rounded up to 32\n"
+"    i32 x_dtype, rms_norm;\n"
+"    f32 norm_epsilon, input_multiplier;\n"
+"}; // 96 bytes\n"
+"\n"
+"// >>math  the functions of moe.h's >>math, operation by operation  Products that are added to are plain: every compiler\n"
+"// of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
+"\n"
+"#define INF_F32 from_bits(0x7f800000u)\n"
+"\n"
+"DI f32 abs_f32(f32 x) { return from_bits(bits(x) & 0x7fffffffu); }\n"
+"DI bool is_nan(f32 x) { return x != x; }\n"
+"DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
+"DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
+"DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
+"\n"
+"DI f32 exp_f32(f32 x)\n"
+"{\n"
+"    const f32 magic = 12582912.0f;\n"
+"    f32 n, r, q;\n"
+"    i32 k;\n"
+"    if (!(x < 89.0f)) return is_nan(x) \? x : INF_F32;\n"
+"    if (x < -104.0f) return 0;\n"
+"    n = fmaf(x, 1.44269502f, magic);\n",
+"    k = (i32)(bits(n) - bits(magic));\n"
+"    n = n - magic;\n"
+"    r = fmaf(n, -0.693147182f, x);\n"
+"    r = fmaf(n, 1.90465421e-9f, r);\n"
+"    q = 0.00139406149f;\n"
+"    q = fmaf(q, r, 0.00836882833f);\n"
+"    q = fmaf(q, r, 0.0416664034f);\n"
+"    q = fmaf(q, r, 0.166665196f);\n"
+"    q = fmaf(q, r, 0.5f);\n"
+"    r = fmaf(r * r, q, r) + 1.0f;\n"
+"    if (k >= -125 && k <= 126) return from_bits(bits(r) + ((u32)k << 23));\n"
+"    n = from_bits((u32)(k / 2 + 127) << 23);\n"
+"    return r * n * from_bits((u32)(k - k / 2 + 127) << 23);\n"
+"}\n"
+"\n"
+"DI f32 log1p_f32(f32 x)\n"
+"{\n"
+"    f32 f, q, k;\n"
+"    u32 e;\n"
+"    if (!(x >= 0)) return from_bits(0x7fc00000u);\n"
+"    if (!(x < INF_F32)) return x;\n"
+"    e = (bits(1.0f + x) - 0x3f3504f3u) & 0xff800000u;\n"
+"    k = (f32)(e >> 23);\n"
+"    f = from_bits(bits(x) - e);\n"
+"    f = f + (e < 0x10000000u \? from_bits(0x3f800000u - e) - 1.0f : -1.0f);\n"
+"    q = 0.067491293f;\n"
+"    q = fmaf(q, f, -0.11672435f);\n"
+"    q = fmaf(q, f, 0.118847661f);\n"
+"    q = fmaf(q, f, -0.124060042f);\n"
+"    q = fmaf(q, f, 0.142202079f);\n"
+"    q = fmaf(q, f, -0.166679934f);\n"
+"    q = fmaf(q, f, 0.20002076f);\n"
+"    q = fmaf(q, f, -0.250000089f);\n"
+"    q = fmaf(q, f, 0.333333135f);\n"
+"    q = fmaf(q, f, -0.5f);\n"
+"    f = fmaf(f * f, q, f);\n"
+"    return fmaf(k, 0.693147182f, fmaf(k, -1.90465421e-9f, f));\n"
+"}\n"
+"\n"
+"DI f32 tanh_f32(f32 x)\n"
+"{\n"
+"    f32 a = abs_f32(x), s, q;\n"
+"    if (a < 0.6f) {\n"
+"        s = x * x;\n"
+"        q = -0.00589796668f;\n"
+"        q = fmaf(q, s, 0.0207986254f);\n"
+"        q = fmaf(q, s, -0.0537847169f);\n"
+"        q = fmaf(q, s, 0.133319363f);\n"
+"        q = fmaf(q, s, -0.333332986f);\n"
+"        return fmaf(x * s, q, x);\n"
+"    }\n"
+"    q = 1.0f - 2.0f / (exp_f32(2.0f * a) + 1.0f);\n"
+"    return x < 0 \? -q : q;\n"
+"}\n"
+"\n"
+"DI f32 sigmoid_f32(f32 x)\n"
+"{\n"
+"    f32 e = exp_f32(-abs_f32(x));\n"
+"    return (x < 0 \? e : 1.0f) / (1.0f + e);\n"
+"}\n"
+"\n"
+"DI f32 softplus_f32(f32 x)\n"
+"{\n"
+"    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n"
+"    return x > 0 \? x + tail : tail;\n"
+"}\n"
+"\n"
+"DI f32 sqrt_softplus_f32(f32 x) { return x < -20.0f \? exp_f32(0.5f * x) : sqrt_rn(softplus_f32(x)); }\n"
+"\n"
+"DI f32 bf16_f32(u16 value) { return from_bits((u32)value << 16); }\n"
+"\n"
+"// Element `at` of an array of f32, bf16 or f16.\n"
+"DI f32 load_float(const void *data, i32 dtype, i64 at)\n"
+"{\n"
+"    if (dtype == DTYPE_F32) return ((const f32 *)data)[at];\n"
+"    u16 half = ((const u16 *)data)[at];\n"
+"    return dtype == DTYPE_BF16 \? bf16_f32(half) : cvt_f16(half);\n"
+"}\n"
+"\n"
+"// The sum of 32 lanes in the order of moe.h: lane ^ 16, ^ 8, ^ 4, ^ 2, ^ 1. Every lane gets it.\n"
+"DI f32 lanes_sum(f32 x)\n"
+"{\n"
+"    for (u32 step = 16; step > 0; step /= 2) x = x + shfl_xor(x, step);\n"
+"    return x;\n"
+"}\n"
+"\n"
+"// Unsigned numbers that order as floats do, -0 equal to +0. Only NaN gives 0.\n"
+"DI u32 order_of(f32 x)\n"
+"{\n"
+"    u32 b = bits(x + 0.0f);\n"
+"    return b ^ ((u32)((i32)b >> 31) | 0x80000000u);\n"
+"}\n"
+"\n"
+"DI f32 of_order(u32 key) { return from_bits(key >> 31 != 0 \? key ^ 0x80000000u : ~key); }\n"
+"\n"
+"// >>routing  logits -> experts and weights of a token  A warp routes a token, as moe.h's >>routing does: what that says\n"
+"// about sums, ties and -inf holds here, and where data is legal all bits are the same. Data that it refuses: a logit or\n"
+"// a key that is NaN or +inf counts as -inf, so that it sorts last; the token is counted in MOE_FAULT_NAN_LOGITS and\n"
+"// routed all the same. A token without a row in the forced table or the bias gets ids -1 and weights 0. An id outside\n"
+"// its range becomes -1 with weight 0.\n"
+"//\n"
+"//   registers     key[P], P = MOE_P_EXPERTS_PER_LANE: expert e lies in lane e % 32, register e / 32\n"
+"//   shared memory two rows of 32 P words a warp: the logits behind multiplier and soft cap; keys of groups, flags\n"
+"//   slots         slot s lies in lane s % 32, register s / 32 (40 at most)\n"
+"\n"
+"#ifndef MOE_P_EXPERTS_PER_LANE\n"
+"#define MOE_P_EXPERTS_PER_LANE 8\n"
+"#endif\n"
+"\n"
+"#define PER_LANE MOE_P_EXPERTS_PER_LANE\n"
+"#define KEY_NEG_INF 0x007fffffu // order_of(-inf)\n"
+"#define KEY_ZERO 0x80000000u    // order_of(0)\n"
+"\n"
+"struct warp_rows {\n"
+"    f32 *logit;\n"
+"    u32 *key;\n"
+"};\n"
+"\n"
+"struct token_slots {\n",
+"    i32 id[2];\n"
+"    f32 weight[2];\n"
+"};\n"
+"\n"
+"// What a softmax over a row needs to score one of its elements again.\n"
+"struct softmax_sum {\n"
+"    f32 best, sum;\n"
+"};\n"
+"\n"
+"// The first `count` lanes from `first` on get the places of the `count` largest keys, best first, of equal ones the\n"
+"// lowest place; those keys become 0. Keys that may not be chosen are 0.\n"
+"template <int N> DI void top_k(u32 (&key)[N], i32 first, i32 count, i32 &chosen)\n"
+"{\n"
+"    for (i32 j = first; j < first + count; j++) {\n"
+"        u32 top = key[0], place = lane();\n"
+"#pragma unroll\n"
+"        for (u32 i = 1; i < N; i++) {\n"
+"            place = key[i] > top \? lane() + 32 * i : place;\n"
+"            top = max_u32(top, key[i]);\n"
+"        }\n"
+"        u32 best = redux_max(top);\n"
+"        u32 at = redux_min(top == best \? place : 0xffffffffu);\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < N; i++) key[i] = at == lane() + 32 * i \? 0 : key[i];\n"
+"        if ((i32)lane() == j) chosen = (i32)at;\n"
+"    }\n"
+"}\n"
+"\n"
+"// x[i] = element lane + 32 i of `width` ones; -inf behind them.\n"
+"template <class T> DI void load_row(const T *row, u32 width, T none, T (&x)[PER_LANE])\n"
+"{\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) {\n"
+"        u32 e = lane() + 32 * i;\n"
+"        x[i] = e < width \? row[e] : none;\n"
+"    }\n"
+"}\n"
+"\n"
+"// The logits of a token behind multiplier and soft cap, into x and rows.logit. Says whether one was NaN or +inf.\n"
+"DI bool route_logits(const tokens_args &a, i64 token, const warp_rows &rows, f32 (&x)[PER_LANE])\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    const u32 width = (u32)a.width;\n"
+"    const i64 at = token * a.logits_stride;\n"
+"    bool bad = false;\n"
+"    if (a.logits_dtype == DTYPE_F32) {\n"
+"        load_row((const f32 *)a.logits + at, width, -INF_F32, x);\n"
+"    } else {\n"
+"        u16 half[PER_LANE];\n"
+"        load_row((const u16 *)a.logits + at, width, (u16)(a.logits_dtype == DTYPE_BF16 \? 0xff80 : 0xfc00), half);\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = a.logits_dtype == DTYPE_BF16 \? bf16_f32(half[i]) : cvt_f16(half[i]);\n"
+"    }\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) {\n"
+"        if (lane() + 32 * i < width && r.logit_multiplier != 1) x[i] = x[i] * r.logit_multiplier;\n"
+"        bool wrong = !(x[i] < INF_F32);\n"
+"        bad |= wrong;\n"
+"        if (wrong && !(r.logit_softcap > 0)) x[i] = -INF_F32;\n"
+"        rows.logit[lane() + 32 * i] = x[i];\n"
+"    }\n"
+"    if (r.logit_softcap > 0) { // rolled: rare, and long\n"
+"        for (u32 e = lane(); e < width; e += 32) {\n"
+"            f32 v = rows.logit[e];\n"
+"            rows.logit[e] = v < INF_F32 \? r.logit_softcap * tanh_f32(v / r.logit_softcap) : -INF_F32;\n"
+"        }\n"
+"        load_row(rows.logit, width, -INF_F32, x);\n"
+"    }\n"
+"    warp_sync();\n"
+"    return ballot(bad) != 0;\n"
+"}\n"
+"\n"
+"// The score of x; with softmax, in the row that `s` was made of.\n"
+"DI f32 score_of(i32 score, f32 x, const softmax_sum &s)\n"
+"{\n"
+"    if (score == SCORE_SIGMOID) return sigmoid_f32(x);\n"
+"    if (score == SCORE_SQRT_SOFTPLUS) return sqrt_softplus_f32(x);\n"
+"    if (score != SCORE_SOFTMAX) return x;\n"
+"    f32 e = s.best == -INF_F32 \? 0 : exp_f32(x - s.best);\n"
+"    return s.sum > 0 \? e / s.sum : e;\n"
+"}\n"
+"\n"
+"// Scores of a row, in place, where `all`; else only what score_of() needs.\n"
+"DI softmax_sum route_scores(i32 score, bool all, f32 (&x)[PER_LANE])\n"
+"{\n"
+"    softmax_sum s = { 0, 0 };\n"
+"    if (score == SCORE_SOFTMAX) {\n"
+"        u32 top = KEY_NEG_INF;\n"
+"        f32 sum = 0;\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) top = max_u32(top, order_of(x[i]));\n"
+"        s.best = of_order(redux_max(top));\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) {\n"
+"            x[i] = s.best == -INF_F32 \? 0 : exp_f32(x[i] - s.best);\n"
+"            sum = sum + x[i];\n"
+"        }\n"
+"        s.sum = lanes_sum(sum);\n"
+"        if (all && s.sum > 0) {\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < PER_LANE; i++) x[i] = x[i] / s.sum;\n"
+"        }\n"
+"    } else if (all && score == SCORE_SIGMOID) {\n"
+"#pragma unroll\n",
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = sigmoid_f32(x[i]);\n"
+"    } else if (all && score == SCORE_SQRT_SOFTPLUS) {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = sqrt_softplus_f32(x[i]);\n"
+"    }\n"
+"    return s;\n"
+"}\n"
+"\n"
+"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n"
+"DI u32 group_rank(const u32 *key, u32 size, bool two)\n"
+"{\n"
+"    u32 first = KEY_NEG_INF, second = KEY_NEG_INF;\n"
+"    for (u32 i = 0; i < size; i++) {\n"
+"        u32 k = key[i];\n"
+"        if (k > first) { second = first; first = k; }\n"
+"        else if (k > second) second = k;\n"
+"    }\n"
+"    return two \? order_of(of_order(first) + of_order(second)) : first;\n"
+"}\n"
+"\n"
+"// The same for groups of 32, which are a register each, into rows.key[group].\n"
+"DI void group_ranks_32(const u32 (&key)[PER_LANE], u32 groups, bool two, u32 *rank)\n"
+"{\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) {\n"
+"        if (i >= groups) break;\n"
+"        u32 first = redux_max(key[i]), value = first;\n"
+"        if (two) {\n"
+"            u32 equal = ballot(key[i] == first);\n"
+"            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n"
+"            value = order_of(of_order(first) + of_order(second));\n"
+"        }\n"
+"        if (lane() == 0) rank[i] = value;\n"
+"    }\n"
+"}\n"
+"\n"
+"// rows.key[g] becomes 1 for the groups that are kept, from their ranks there.\n"
+"template <int N> DI void keep_groups(u32 groups, i32 kept, u32 *rank)\n"
+"{\n"
+"    u32 key[N];\n"
+"    i32 unused = 0;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < N; i++) key[i] = lane() + 32 * i < groups \? rank[lane() + 32 * i] : 0;\n"
+"    top_k(key, 0, kept, unused);\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < N; i++)\n"
+"        if (lane() + 32 * i < groups) rank[lane() + 32 * i] = key[i] == 0;\n"
+"}\n"
+"\n"
+"// Ranks groups; the keys of those that are not kept become the excluded value.\n"
+"DI void route_groups(const tokens_args &a, const warp_rows &rows, u32 (&key)[PER_LANE])\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    const u32 experts = (u32)a.num_experts, groups = (u32)r.groups, size = experts / groups;\n"
+"    const u32 inverse = (1u << 21) / size + 1; // e * inverse >> 21 is e / size for e < 2048\n"
+"    const u32 excluded = r.group_excluded == EXCLUDED_ZERO \? KEY_ZERO : KEY_NEG_INF;\n"
+"    const bool two = r.group_rule == GROUP_TOP2_SUM;\n"
+"    if (size == 32) {\n"
+"        group_ranks_32(key, groups, two, rows.key);\n"
+"        warp_sync();\n"
+"    } else {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
+"        warp_sync();\n"
+"        for (u32 base = 0; base < groups; base += 32) { // ranks overwrite keys that have been read\n"
+"            u32 g = base + lane(), rank = g < groups \? group_rank(rows.key + g * size, size, two) : 0;\n"
+"            warp_sync();\n"
+"            if (g < groups) rows.key[g] = rank;\n"
+"            warp_sync();\n"
+"        }\n"
+"    }\n"
+"    if (groups <= 32) keep_groups<1>(groups, r.groups_kept, rows.key);\n"
+"    else keep_groups<PER_LANE>(groups, r.groups_kept, rows.key);\n"
+"    warp_sync();\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) {\n"
+"        u32 e = lane() + 32 * i;\n"
+"        if (e < experts && rows.key[e * inverse >> 21] == 0) key[i] = excluded;\n"
+"    }\n"
+"    warp_sync();\n"
+"}\n"
+"\n"
+"// top_k / groups of each group, in group order.\n"
+"DI void route_each_group(const tokens_args &a, const warp_rows &rows, u32 (&key)[PER_LANE], i32 &chosen)\n"
+"{\n"
+"    const i32 groups = a.routing.groups, size = a.num_experts / groups, each = a.routing.top_k / groups;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
+"    for (i32 g = 0; g < groups; g++) {\n"
+"        u32 low = (u32)(g * size), high = low + (u32)size;\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) {\n"
+"            u32 e = lane() + 32 * i;\n"
+"            key[i] = e >= low && e < high \? rows.key[e] : 0; // what this lane wrote\n"
+"        }\n"
+"        top_k(key, g * each, each, chosen);\n"
+"    }\n"
+"}\n"
+"\n",
+"// Lane j < top_k gets the j-th expert. x: what ranks, behind which the bias is added. Says whether a key was NaN or\n"
+"// +inf.\n"
+"DI bool route_choose(const tokens_args &a, i32 bias_row, const warp_rows &rows, f32 (&x)[PER_LANE], i32 &chosen)\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    const u32 ranked = (u32)(a.num_experts + r.special_experts);\n"
+"    u32 key[PER_LANE];\n"
+"    bool bad = false;\n"
+"    if (r.bias_rows > 0) {\n"
+"        f32 bias[PER_LANE];\n"
+"        load_row(a.bias + (i64)bias_row * ranked, ranked, 0.0f, bias);\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = x[i] + bias[i];\n"
+"    }\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) {\n"
+"        bool wrong = !(x[i] < INF_F32), there = lane() + 32 * i < ranked;\n"
+"        bad |= wrong && there;\n"
+"        key[i] = !there \? 0 : wrong \? KEY_NEG_INF : order_of(x[i]);\n"
+"    }\n"
+"    if (r.groups > 1 && r.group_rule == GROUP_EACH) {\n"
+"        route_each_group(a, rows, key, chosen);\n"
+"    } else {\n"
+"        if (r.groups > 1) route_groups(a, rows, key);\n"
+"        top_k(key, 0, r.top_k, chosen);\n"
+"    }\n"
+"    return ballot(bad) != 0;\n"
+"}\n"
+"\n"
+"// PhiMoE: k times the best of the rest, weighted by a softmax over those of the rest that are close to it.\n"
+"DI void route_sparse_mixer(const tokens_args &a, const warp_rows &rows, token_slots &s)\n"
+"{\n"
+"    const u32 ranked = (u32)(a.num_experts + a.routing.special_experts);\n"
+"    const f32 threshold = 2.0f * a.routing.sparse_mixer;\n"
+"    f32 *rest = (f32 *)rows.key;\n"
+"    for (u32 e = lane(); e < ranked; e += 32) rest[e] = rows.logit[e];\n"
+"    for (i32 j = 0; j < a.routing.top_k; j++) {\n"
+"        u32 best = 0, place = lane();\n"
+"        for (u32 e = lane(); e < ranked; e += 32) {\n"
+"            u32 key = order_of(rest[e]);\n"
+"            if (key > best) { best = key; place = e; }\n"
+"        }\n"
+"        u32 most = redux_max(best), id = redux_min(best == most \? place : 0xffffffffu);\n"
+"        warp_sync();\n"
+"        f32 top = rest[id], sum = 0;\n"
+"        for (u32 e = lane(); e < ranked; e += 32) {\n"
+"            f32 logit = rows.logit[e], size = abs_f32(logit), far = (top - logit) / (size > top \? size : top);\n"
+"            sum = sum + (far > threshold || top == -INF_F32 \? 0 : exp_f32(rest[e] - top));\n"
+"        }\n"
+"        sum = lanes_sum(sum);\n"
+"        if ((i32)lane() == j) {\n"
+"            s.id[0] = (i32)id;\n"
+"            s.weight[0] = sum > 0 \? 1.0f / sum : 0;\n"
+"        }\n"
+"        warp_sync();\n"
+"        if (lane() == id % 32) rest[id] = -INF_F32;\n"
+"    }\n"
+"    warp_sync();\n"
+"}\n"
+"\n"
+"// Scores of the chosen, and of the always-on experts where the router scores them; renormalised.\n"
+"DI void route_weights(const tokens_args &a, const warp_rows &rows, softmax_sum sum_of_row, token_slots &s)\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    const u32 n = (u32)(r.top_k + (r.extra_scored \? r.extra_slots : 0));\n"
+"    const bool second = n > 32;\n"
+"    f32 x[2], w[2] = { 0, 0 };\n"
+"    for (u32 h = 0; h < 2; h++) x[h] = lane() + 32 * h < n \? rows.logit[s.id[h]] : -INF_F32;\n"
+"    if (r.score_order == SCORE_AFTER_TOPK && r.score == SCORE_SOFTMAX) {\n"
+"        f32 best = of_order(redux_max(max_u32(order_of(x[0]), order_of(x[1]))));\n"
+"        f32 sum = best == -INF_F32 \? 0 : exp_f32(x[0] - best);\n"
+"        if (second) sum = sum + (best == -INF_F32 \? 0 : exp_f32(x[1] - best));\n"
+"        sum_of_row.best = best;\n"
+"        sum_of_row.sum = lanes_sum(sum);\n"
+"    }\n"
+"    w[0] = score_of(r.score, x[0], sum_of_row);\n"
+"    if (second) w[1] = score_of(r.score, x[1], sum_of_row);\n"
+"    for (u32 h = 0; h < 2; h++)\n"
+"        if (lane() + 32 * h >= n || w[h] == -INF_F32) w[h] = 0;\n"
+"    if (r.renormalize != RENORMALIZE_OFF) {\n"
+"        f32 sum = lanes_sum(0.0f + w[0] + w[1]), divisor = sum;\n"
+"        if (r.renormalize == RENORMALIZE_SUM) divisor = sum + r.renormalize_epsilon;\n"
+"        else if (sum < r.renormalize_epsilon) divisor = r.renormalize_epsilon;\n"
+"        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n"
+"        if (w[0] != 0) w[0] = w[0] / divisor;\n",
+"        if (second && w[1] != 0) w[1] = w[1] / divisor;\n"
+"    }\n"
+"    for (u32 h = 0; h < 2; h++)\n"
+"        if (lane() + 32 * h < n) s.weight[h] = w[h];\n"
+"}\n"
+"\n"
+"// Pseudo-random 32 bits of (seed, token, draw): splitmix64's finaliser.\n"
+"DI u32 route_random(u32 seed, i64 token, i32 draw)\n"
+"{\n"
+"    u64 z = (((u64)seed << 32) ^ ((u64)token << 6 | (u64)draw)) + 0x9e3779b97f4a7c15ull;\n"
+"    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;\n"
+"    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;\n"
+"    return (u32)((z ^ (z >> 31)) >> 32);\n"
+"}\n"
+"\n"
+"// Weight of expert e in a draw: nothing behind the last one, and for those drawn before.\n"
+"DI u32 draw_weight(const tokens_args &a, const u32 *drawn, u32 e)\n"
+"{\n"
+"    if (e >= (u32)a.num_experts || drawn[e] != 0) return 0;\n"
+"    return a.routing.simulate == SIMULATE_ZIPF \? 0x1000000u / (e + 1) : 1;\n"
+"}\n"
+"\n"
+"// Draws without replacement, by integers. 32 experts at a time: the first whose running sum passes the number drawn.\n"
+"DI void route_simulate(const tokens_args &a, i64 token, const warp_rows &rows, i32 &chosen)\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    const u32 experts = (u32)a.num_experts;\n"
+"    u32 *drawn = rows.key, total = 0;\n"
+"    if (r.simulate == SIMULATE_ROUND_ROBIN)\n"
+"        chosen = (i32)(((u64)token * (u64)r.top_k + lane()) % experts);\n"
+"    else chosen = (i32)lane();\n"
+"    if (r.simulate != SIMULATE_UNIFORM && r.simulate != SIMULATE_ZIPF) return;\n"
+"    for (u32 e = lane(); e < experts; e += 32) {\n"
+"        drawn[e] = 0;\n"
+"        total += draw_weight(a, drawn, e);\n"
+"    }\n"
+"    total = redux_add(total); // below 2^28\n"
+"    for (i32 j = 0; j < r.top_k; j++) {\n"
+"        u32 at = (u32)((u64)route_random(r.simulate_seed, token, j) * total >> 32), id = 0, mine = 0;\n"
+"        for (u32 base = 0; base < experts; base += 32) {\n"
+"            u32 running = mine = draw_weight(a, drawn, base + lane());\n"
+"            for (u32 step = 1; step < 32; step *= 2) {\n"
+"                u32 below = shfl_up(running, step);\n"
+"                if (lane() >= step) running += below;\n"
+"            }\n"
+"            u32 past = ballot(at < running);\n"
+"            if (past != 0) { id = base + ffs(past) - 1; break; }\n"
+"            at -= shfl(running, 31);\n"
+"        }\n"
+"        total -= shfl(mine, id % 32);\n"
+"        if (lane() == id % 32) drawn[id] = 1; // only this lane reads it\n"
+"        if ((i32)lane() == j) chosen = (i32)id;\n"
+"    }\n"
+"}\n"
+"\n"
+"// Scores, choice and weights of a token that is not simulated. forced: its row of the forced table, or NULL. Says\n"
+"// whether a logit or a key was NaN or +inf.\n"
+"DI bool route_run(const tokens_args &a, i64 token, const i32 *forced, i32 bias_row, const warp_rows &rows,\n"
+"                  token_slots &s)\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    f32 x[PER_LANE];\n"
+"    softmax_sum sum = { 0, 0 };\n"
+"    bool bad = route_logits(a, token, rows, x);\n"
+"    if (r.sparse_mixer > 0) {\n"
+"        route_sparse_mixer(a, rows, s);\n"
+"        return bad;\n"
+"    }\n"
+"    if (r.score_order == SCORE_BEFORE_TOPK && (r.score == SCORE_SOFTMAX || (r.select == SELECT_SCORE && !forced)))\n"
+"        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, x);\n"
+"    if (forced != nullptr) {\n"
+"        if ((i32)lane() < r.top_k) s.id[0] = forced[lane()];\n"
+"    } else {\n"
+"        if (r.score_order == SCORE_BEFORE_TOPK && r.score == SCORE_SOFTMAX && r.select == SELECT_LOGIT)\n"
+"            load_row(rows.logit, (u32)a.width, -INF_F32, x); // the softmax has taken their place\n"
+"        bad |= route_choose(a, bias_row, rows, x, s.id[0]);\n"
+"    }\n"
+"    route_weights(a, rows, sum, s);\n"
+"    return bad;\n"
+"}\n"
+"\n"
+"// Scales, special experts, faults: what is done to every slot at the end.\n"
+"DI void route_finish(const tokens_args &a, bool lost, token_slots &s)\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    f32 scale = a.global_scale != nullptr \? r.scale * *a.global_scale : r.scale;\n"
+"    for (u32 h = 0; h < 2; h++) {\n"
+"        i32 slot = (i32)(lane() + 32 * h);\n"
+"        if (slot >= a.slots) break;\n"
+"        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n",
+"        if (slot >= r.top_k && !r.extra_scored) continue;\n"
+"        if (r.scale_on == SCALE_ON_WEIGHTS) s.weight[h] = s.weight[h] * scale;\n"
+"        if (slot >= r.top_k) continue;\n"
+"        if (r.per_expert_scale) s.weight[h] = s.weight[h] * a.per_expert_scale[s.id[h]];\n"
+"        if (s.id[h] >= a.num_experts && r.special_kind == SPECIAL_SKIP) { s.id[h] = -1; s.weight[h] = 0; }\n"
+"    }\n"
+"}\n"
+"\n"
+"DI i64 load_id(const void *ids, i32 dtype, i64 at)\n"
+"{\n"
+"    return dtype == DTYPE_I64 \? ((const i64 *)ids)[at] : ((const i32 *)ids)[at];\n"
+"}\n"
+"\n"
+"// Routes one token from its logits. Returns 1 << MOE_FAULT_... of what was wrong.\n"
+"DI u32 route_token(const tokens_args &a, i64 token, const warp_rows &rows, token_slots &s)\n"
+"{\n"
+"    const routing_args &r = a.routing;\n"
+"    const i64 token_id = a.token_ids == nullptr \? -1 : load_id(a.token_ids, a.ids_dtype, token);\n"
+"    const bool marked = token_id >= r.marked_token_lo && token_id < r.marked_token_hi;\n"
+"    const i32 *forced = nullptr;\n"
+"    i32 bias_row = r.bias_rows == 2 && marked;\n"
+"    bool lost = false, bad = false;\n"
+"    for (u32 h = 0; h < 2; h++) {\n"
+"        i32 slot = (i32)(lane() + 32 * h);\n"
+"        s.id[h] = slot < r.top_k \? -1 : a.num_experts + r.special_experts + slot - r.top_k;\n"
+"        s.weight[h] = slot < r.top_k \? 1.0f / (f32)r.top_k : r.extra_weight;\n"
+"    }\n"
+"    if (a.bias_index != nullptr && r.bias_rows > 0) {\n"
+"        bias_row = a.bias_index[token];\n"
+"        lost = bias_row < 0 || bias_row >= r.bias_rows;\n"
+"    }\n"
+"    if (r.forced_rows > 0 && !marked) {\n"
+"        if (token_id < 0 || token_id >= r.forced_rows) lost = true;\n"
+"        else forced = a.forced_ids + token_id * r.top_k;\n"
+"    }\n"
+"    if (r.simulate != SIMULATE_OFF) {\n"
+"        i32 chosen = 0;\n"
+"        route_simulate(a, token, rows, chosen);\n"
+"        if ((i32)lane() < r.top_k) s.id[0] = chosen;\n"
+"        if (lost) s = { { -1, -1 }, { 0, 0 } };\n"
+"        return lost \? 1u << FAULT_TOKEN_IDS : 0;\n"
+"    }\n"
+"    if (!lost) bad = route_run(a, token, forced, bias_row, rows, s);\n"
+"    route_finish(a, lost, s);\n"
+"    return lost \? 1u << FAULT_TOKEN_IDS : bad \? 1u << FAULT_NAN_LOGITS : 0;\n"
+"}\n"
+"\n"
+"// The caller's ids and weights of one token. Returns how many of its ids are out of range.\n"
+"DI u32 read_token(const tokens_args &a, i64 token, token_slots &s)\n"
+"{\n"
+"    u32 wrong = 0;\n"
+"    for (u32 h = 0; h < 2; h++) {\n"
+"        i32 slot = (i32)(lane() + 32 * h);\n"
+"        i64 at = token * a.slots + slot, id = -1;\n"
+"        bool there = slot < a.slots, outside;\n"
+"        u32 packed = 0;\n"
+"        s.weight[h] = 0;\n"
+"        if (there && a.input_mode == INPUT_PACKED) {\n"
+"            packed = ((const u32 *)a.ids)[at];\n"
+"            id = (i16)(u16)(packed >> 16);\n"
+"        } else if (there) {\n"
+"            id = load_id(a.ids, a.ids_dtype, at);\n"
+"        }\n"
+"        if (a.end_is_none && id == a.ids_end) id = -1;\n"
+"        outside = id < -1 || id >= a.ids_end;\n"
+"        wrong += popc(ballot(outside));\n"
+"        s.id[h] = outside \? -1 : (i32)id;\n"
+"        if (s.id[h] < 0) continue;\n"
+"        if (a.input_mode == INPUT_PACKED) s.weight[h] = bf16_f32((u16)packed);\n"
+"        else if (a.weights != nullptr) s.weight[h] = load_float(a.weights, a.weights_dtype, at);\n"
+"    }\n"
+"    return wrong;\n"
+"}\n"
+"\n"
+"// Ids and weights of one token, by input mode, to where they go; adds to this warp's faults.\n"
+"DI void do_token(const tokens_args &a, i64 token, const warp_rows &rows, token_slots &s, u32 (&faults)[4])\n"
+"{\n"
+"    if (a.input_mode == INPUT_LOGITS) {\n"
+"        u32 fault = route_token(a, token, rows, s);\n"
+"        faults[FAULT_NAN_LOGITS] += fault >> FAULT_NAN_LOGITS & 1;\n"
+"        faults[FAULT_TOKEN_IDS] += fault >> FAULT_TOKEN_IDS & 1;\n"
+"    } else {\n"
+"        faults[FAULT_IDS] += read_token(a, token, s);\n"
+"    }\n"
+"    for (u32 h = 0; h < 2; h++) {\n"
+"        i32 slot = (i32)(lane() + 32 * h);\n"
+"        if (slot >= a.slots) break;\n"
+"        if (a.out_ids != nullptr) a.out_ids[token * a.slots + slot] = s.id[h];\n"
+"        if (a.out_weights != nullptr) a.out_weights[token * a.slots + slot] = s.weight[h];\n"
+"    }\n",
+"    warp_sync(); // the next token overwrites the rows\n"
+"}\n"
+"\n"
+"// >>permute  slots in expert order  A counting sort, stable: tokens stay in order inside an expert. Every warp has a\n"
+"// run of neighbouring slots and counts ids in 16-bit counters of its own; counters become the places of its slots among\n"
+"// those of the CTA; CTAs (of the cluster, or one a chunk) and experts are then added up. moe.h's moe_permute() gives\n"
+"// the same tables.\n"
+"//\n"
+"//   u16 counter[W][S]  per warp and id: its slots; then those of the CTA's warps before; then where its next one goes\n"
+"//   u32 own[S]         per id: slots of this CTA\n"
+"//   u32 all[S]         per id: slots of all CTAs\n"
+"//   i32 row[S]         per id: slots of the CTAs before; then the row of this CTA's first slot, -1 where not local\n"
+"//   u32 first[S + 8]   per local expert: first row; behind the last one the end\n"
+"\n"
+"struct sort_memory {\n"
+"    u16 *counter;\n"
+"    u32 *own, *all;\n"
+"    i32 *row;\n"
+"    u32 *first;\n"
+"    u32 *scan;   // [32] sums of warps\n"
+"    u32 *faults; // [4]\n"
+"    u32 stride;  // S\n"
+"};\n"
+"\n"
+"// Lays them out from `memory` on (16-aligned); returns what is behind.\n"
+"DI u8 *sort_layout(u8 *memory, u32 ids_end, sort_memory &m)\n"
+"{\n"
+"    m.stride = (ids_end + 7) / 8 * 8;\n"
+"    m.counter = (u16 *)memory;\n"
+"    m.own = (u32 *)(memory + 2 * m.stride * (ntid() / 32));\n"
+"    m.all = m.own + m.stride;\n"
+"    m.row = (i32 *)(m.all + m.stride);\n"
+"    m.first = m.all + 2 * m.stride;\n"
+"    m.scan = m.first + m.stride + 8;\n"
+"    m.faults = m.scan + 32;\n"
+"    return (u8 *)(m.faults + 24);\n"
+"}\n"
+"\n"
+"// Local expert of an id, or -1.\n"
+"DI i32 local_of(const permute_args &p, i32 id, i32 experts, i32 special)\n"
+"{\n"
+"    if (p.local_of_id != nullptr) return p.local_of_id[id];\n"
+"    if (id < experts) {\n"
+"        i32 local = id - p.local_first;\n"
+"        return local >= 0 && local < p.local_routed \? local : -1;\n"
+"    }\n"
+"    i32 local = p.local_routed + id - experts - special;\n"
+"    return id >= experts + special && local < p.local_experts \? local : -1;\n"
+"}\n"
+"\n"
+"// Adds the warp's 32 ids (-1: none) to its counters. Returns what each slot's counter was, lower lanes of the same id\n"
+"// included.\n"
+"DI u32 count_ids(u16 *counter, i32 id)\n"
+"{\n"
+"    u32 same = match_any((u32)id), below = popc(same & ((1u << lane()) - 1)), before = 0;\n"
+"    if (id >= 0) before = counter[id];\n"
+"    warp_sync();\n"
+"    if (id >= 0 && below == 0) counter[id] = (u16)(before + popc(same));\n"
+"    warp_sync();\n"
+"    return before + below;\n"
+"}\n"
+"\n"
+"DI void clear_words(u32 *word, u32 n)\n"
+"{\n"
+"    for (u32 i = tid(); i < n; i += ntid()) word[i] = 0;\n"
+"}\n"
+"\n"
+"// Counters of each id become sums over the warps before; own[id] their sum.\n"
+"DI void sum_warps(const sort_memory &m, u32 ids_end)\n"
+"{\n"
+"    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
+"        u32 sum = 0;\n"
+"        for (u32 w = 0; w < ntid() / 32; w++) {\n"
+"            u32 count = m.counter[w * m.stride + id];\n"
+"            m.counter[w * m.stride + id] = (u16)sum;\n"
+"            sum += count;\n"
+"        }\n"
+"        m.own[id] = sum;\n"
+"    }\n"
+"}\n"
+"\n"
+"// value[0 .. n) becomes the sum of those before it, each rounded up to `tile`; value[n] the sum of all.\n"
+"DI void scan_tiles(u32 *value, u32 n, u32 tile, u32 *scan)\n"
+"{\n"
+"    const u32 each = (n + ntid() - 1) / ntid(), begin = tid() * each < n \? tid() * each : n;\n"
+"    const u32 end = begin + each < n \? begin + each : n, warps = ntid() / 32;\n"
+"    u32 sum = 0, running, before = 0;\n"
+"    for (u32 i = begin; i < end; i++) {\n"
+"        u32 count = value[i], padded = tile == 1 \? count : (count + tile - 1) / tile * tile;\n"
+"        value[i] = sum;\n"
+"        sum += padded;\n"
+"    }\n"
+"    running = sum;\n"
+"    for (u32 step = 1; step < 32; step *= 2) {\n"
+"        u32 below = shfl_up(running, step);\n"
+"        if (lane() >= step) running += below;\n"
+"    }\n"
+"    if (lane() == 31) scan[warp()] = running;\n"
+"    cta_sync();\n"
+"    for (u32 w = 0; w < warps; w++) before += w < warp() \? scan[w] : 0;\n"
+"    before += running - sum;\n"
+"    for (u32 i = begin; i < end; i++) value[i] += before;\n",
+"    if (tid() == ntid() - 1) value[n] = before + sum;\n"
+"    cta_sync();\n"
+"}\n"
+"\n"
+"// From all[id] and row[id]: first row of each local expert, first row of this CTA for each id. A thread takes the ids\n"
+"// that it wrote. first[] is zero before.\n"
+"DI void place_experts(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special)\n"
+"{\n"
+"    const u32 local_experts = (u32)p.local_experts;\n"
+"    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
+"        i32 local = local_of(p, (i32)id, experts, special);\n"
+"        if (local >= 0) m.first[local] = m.all[id];\n"
+"    }\n"
+"    cta_sync();\n"
+"    scan_tiles(m.first, local_experts, (u32)p.tile, m.scan);\n"
+"    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
+"        i32 local = local_of(p, (i32)id, experts, special);\n"
+"        m.row[id] = local >= 0 \? m.row[id] + (i32)m.first[local] : -1;\n"
+"    }\n"
+"}\n"
+"\n"
+"// The expert that has row `at`, of those before `experts` the last one that starts at or before it.\n"
+"DI u32 expert_of_row(const u32 *first, u32 experts, u32 at)\n"
+"{\n"
+"    u32 low = 0, high = experts;\n"
+"    while (high - low > 1) {\n"
+"        u32 middle = (low + high) / 2;\n"
+"        if (first[middle] <= at) low = middle;\n"
+"        else high = middle;\n"
+"    }\n"
+"    return low;\n"
+"}\n"
+"\n"
+"// Tables that do not depend on single slots; CTA `part` of `parts` writes its share. An expert's last tile is limited\n"
+"// by the thread of its id, the others by threads of tiles.\n"
+"DI void write_tables(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special, u32 part,\n"
+"                     u32 parts)\n"
+"{\n"
+"    const u32 local_experts = (u32)p.local_experts, tile = (u32)p.tile, end = m.first[local_experts];\n"
+"    const u32 thread = part * ntid() + tid(), threads = parts * ntid();\n"
+"    for (u32 id = thread; id < ids_end; id += threads) {\n"
+"        i32 local = local_of(p, (i32)id, experts, special);\n"
+"        if ((i32)id < experts && p.out_expert_counts != nullptr) p.out_expert_counts[id] = (i32)m.all[id];\n"
+"        if (local < 0) continue;\n"
+"        u32 next = m.first[local + 1], limit = m.first[local] + m.all[id];\n"
+"        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n"
+"        if (p.tile_limit != nullptr && m.all[id] > 0) p.tile_limit[next / tile - 1] = (i32)limit;\n"
+"        if (p.slot_of_row != nullptr)\n"
+"            for (u32 at = limit; at < next; at++) p.slot_of_row[at] = -1;\n"
+"    }\n"
+"    if (p.tile_expert != nullptr || p.tile_limit != nullptr)\n"
+"        for (u32 at = thread * tile; at < end; at += threads * tile) {\n"
+"            u32 e = expert_of_row(m.first, local_experts, at);\n"
+"            if (p.tile_expert != nullptr) p.tile_expert[at / tile] = (i32)e;\n"
+"            if (p.tile_limit != nullptr && at + tile < m.first[e + 1]) p.tile_limit[at / tile] = (i32)(at + tile);\n"
+"        }\n"
+"    if (p.expert_offsets != nullptr)\n"
+"        for (u32 e = thread; e <= local_experts; e += threads) p.expert_offsets[e] = (i32)m.first[e];\n"
+"    if (p.slot_of_row != nullptr)\n"
+"        for (u32 at = end + thread; at < (u32)p.rows_max; at += threads) p.slot_of_row[at] = -1;\n"
+"    if (thread == 0 && p.num_tiles != nullptr) p.num_tiles[0] = (i32)(end / tile);\n"
+"}\n"
+"\n"
+"// Rows of the warp's next 32 slots; `id` of the slot in this lane, -1 where it has none.\n"
+"DI void place_slots(const permute_args &p, const sort_memory &m, u16 *counter, i64 slot, bool there, i32 id)\n"
+"{\n"
+"    u32 before = count_ids(counter, id);\n"
+"    i32 row = id >= 0 \? m.row[id] : -1;\n"
+"    if (row >= 0) row += (i32)before;\n"
+"    if (!there) return;\n"
+"    if (p.row_of_slot != nullptr) p.row_of_slot[slot] = row;\n"
+"    if (p.slot_of_row != nullptr && row >= 0) p.slot_of_row[row] = (i32)slot;\n"
+"}\n"
+"\n"
+"// >>router  the router's own product  logits = W (x norm scale multiplier) + bias in fp32, in the order of moe.h's dot\n"
+"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n",
+"// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
+"//\n"
+"//   T         CTA tile, tokens x experts   half-warp   weights                       x\n"
+"//   up to 8   8 x 2                        1 x 1       ring of 16 stages of 256 k    registers, straight from memory\n"
+"//   to 256    16 x 16                      4 x 4       2 stages of 64 k, cp.async    the same stages, behind the norm\n"
+"//   more      32 x 32                      8 x 8\n"
+"//\n"
+"// A CTA takes tiles cta, cta + ncta, ... Rows of a stage are 16 words longer than their contents, so that neighbouring\n"
+"// experts, which the two halves of a warp read, lie in different banks. 41,472 bytes of shared memory, 256 threads.\n"
+"\n"
+"#ifndef MOE_P_BF16\n"
+"#define MOE_P_BF16 0\n"
+"#endif\n"
+"\n"
+"#if MOE_P_BF16\n"
+"typedef u16 router_weight;\n"
+"DI f32 widen_weight(router_weight w) { return bf16_f32(w); }\n"
+"#else\n"
+"typedef f32 router_weight;\n"
+"DI f32 widen_weight(router_weight w) { return w; }\n"
+"#endif\n"
+"\n"
+"enum {\n"
+"    ROUTER_FEW = 8,          // tokens\n"
+"    ROUTER_SOME = 256,\n"
+"    ROUTER_RING = 16,        // stages\n"
+"    ROUTER_RING_K = 256,\n"
+"    ROUTER_K = 64,\n"
+"    ROUTER_PAD = 16,\n"
+"    ROUTER_STAGES = 40960    // bytes of both; norms lie behind them\n"
+"};\n"
+"\n"
+"DI u32 lane16() { return tid() % 16; }\n"
+"\n"
+"// The sum of 16 lanes in the order of moe.h: lane + 8, + 4, + 2, + 1. All 16 get it.\n"
+"DI f32 lanes16_sum(f32 x)\n"
+"{\n"
+"    for (u32 step = 8; step > 0; step /= 2) x = x + shfl_xor(x, step);\n"
+"    return x;\n"
+"}\n"
+"\n"
+"DI f32 router_x(const router_args &a, u32 token, u32 k)\n"
+"{\n"
+"    return k < (u32)a.input_size \? load_float(a.x, a.x_dtype, (i64)token * a.x_stride + k) : 0;\n"
+"}\n"
+"\n"
+"// 1 / sqrt(mean of squares + epsilon) of a token, by 16 threads; 1 without norm.\n"
+"DI f32 router_norm(const router_args &a, u32 token)\n"
+"{\n"
+"    f32 sum = 0;\n"
+"    if (!a.rms_norm) return 1;\n"
+"#pragma unroll 8\n"
+"    for (u32 k = lane16(); k < (u32)a.ld; k += 16) {\n"
+"        f32 x = router_x(a, token, k);\n"
+"        sum = fmaf(x, x, sum);\n"
+"    }\n"
+"    return 1.0f / sqrt_rn(lanes16_sum(sum) / (f32)a.input_size + a.norm_epsilon);\n"
+"}\n"
+"\n"
+"DI f32 router_scaled(const router_args &a, f32 x, f32 norm, u32 k)\n"
+"{\n"
+"    f32 scale = a.input_scale != nullptr && k < (u32)a.input_size \? a.input_scale[k] : 1;\n"
+"    return x * norm * scale * a.input_multiplier;\n"
+"}\n"
+"\n"
+"// Weights [first, first + rows) x [k0, k0 + STAGE_K) into a stage, by all threads; zeros where there are none.\n"
+"template <u32 STAGE_K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 rows, u32 k0)\n"
+"{\n"
+"    const u32 piece = 16 / sizeof(router_weight), pieces = STAGE_K / piece;\n"
+"    const router_weight *w = (const router_weight *)a.weight;\n"
+"    for (u32 i = tid(); i < rows * pieces; i += ntid()) {\n"
+"        u32 row = i / pieces, k = k0 + i % pieces * piece;\n"
+"        bool there = first + row < (u32)a.width && k < (u32)a.ld;\n"
+"        cp_async_16(stage + row * (STAGE_K + ROUTER_PAD) + i % pieces * piece,\n"
+"                    there \? w + (i64)(first + row) * a.ld + k : w, there \? 16 : 0);\n"
+"    }\n"
+"}\n"
+"\n"
+"DI void router_store(const router_args &a, f32 sum, u32 token, u32 expert, u32 tokens)\n"
+"{\n"
+"    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n"
+"    a.out[(i64)token * a.width + expert] = a.bias == nullptr \? sum : sum + a.bias[expert];\n"
+"}\n"
+"\n"
+"// Two experts, up to 8 tokens: a warp has a token, its halves an expert each.\n"
+"DI void router_few(const router_args &a, u32 first, u32 tokens)\n"
+"{\n"
+"    const u32 stage_words = 2 * (ROUTER_RING_K + ROUTER_PAD), steps = ROUTER_RING_K / 16;\n"
+"    const u32 chunks = ((u32)a.ld + ROUTER_RING_K - 1) / ROUTER_RING_K, half = lane() / 16, token = warp();\n"
+"    router_weight *ring = (router_weight *)smem();\n"
+"    f32 sum = 0, norm = 1, x[steps], next[steps];\n"
+"    for (u32 c = 0; c < ROUTER_RING - 1; c++) {\n"
+"        if (c < chunks) load_weights<ROUTER_RING_K>(a, ring + c * stage_words, first, 2, c * ROUTER_RING_K);\n"
+"        cp_async_commit();\n"
+"    }\n",
+"    if (token < tokens) norm = router_norm(a, token);\n"
+"#pragma unroll\n"
+"    for (u32 s = 0; s < steps; s++) next[s] = token < tokens \? router_x(a, token, 16 * s + lane16()) : 0;\n"
+"    for (u32 c = 0; c < chunks; c++) {\n"
+"        const u32 k0 = c * ROUTER_RING_K, left = ((u32)a.ld - k0) / 16, ahead = c + ROUTER_RING - 1;\n"
+"        const router_weight *w = ring + c % ROUTER_RING * stage_words + half * (ROUTER_RING_K + ROUTER_PAD) + lane16();\n"
+"        cp_async_wait<ROUTER_RING - 2>();\n"
+"        cta_sync();\n"
+"        if (ahead < chunks)\n"
+"            load_weights<ROUTER_RING_K>(a, ring + ahead % ROUTER_RING * stage_words, first, 2, ahead * ROUTER_RING_K);\n"
+"        cp_async_commit();\n"
+"        if (token >= tokens) continue;\n"
+"#pragma unroll\n"
+"        for (u32 s = 0; s < steps; s++) {\n"
+"            u32 k = k0 + 16 * s + lane16();\n"
+"            x[s] = router_scaled(a, next[s], norm, k);\n"
+"            next[s] = router_x(a, token, k + ROUTER_RING_K);\n"
+"        }\n"
+"#pragma unroll\n"
+"        for (u32 s = 0; s < steps; s++)\n"
+"            if (s < left) sum = fmaf(x[s], widen_weight(w[16 * s]), sum);\n"
+"    }\n"
+"    cp_async_wait<0>();\n"
+"    cta_sync();\n"
+"    if (token < tokens) router_store(a, lanes16_sum(sum), token, first + half, tokens);\n"
+"}\n"
+"\n"
+"// 4 TM tokens from `first_token` on x 4 TN experts from `first` on. Warp w has tokens (w % 4) TM ..., its half h\n"
+"// experts (w / 4) 2 TN + h, + 2, + 4, ...\n"
+"template <u32 TM, u32 TN> DI void router_tile(const router_args &a, u32 first_token, u32 first, u32 tokens)\n"
+"{\n"
+"    const u32 row = ROUTER_K + ROUTER_PAD, chunks = ((u32)a.ld + ROUTER_K - 1) / ROUTER_K;\n"
+"    const u32 token0 = warp() % 4 * TM, expert0 = warp() / 4 * 2 * TN + lane() / 16;\n"
+"    const u32 my_k = tid() % ROUTER_K, my_row = tid() / ROUTER_K;\n"
+"    f32 *norms = (f32 *)(smem() + ROUTER_STAGES), *x_stage = (f32 *)smem(), sum[TM][TN], next[TM];\n"
+"    router_weight *w_stage = (router_weight *)(x_stage + 2 * 4 * TM * row);\n"
+"    for (u32 i = tid() / 16; i < 4 * TM; i += 16) {\n"
+"        f32 norm = router_norm(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
+"        if (lane16() == 0) norms[i] = norm;\n"
+"    }\n"
+"    for (u32 i = 0; i < TM; i++)\n"
+"        for (u32 j = 0; j < TN; j++) sum[i][j] = 0;\n"
+"    cta_sync();\n"
+"    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
+"        const u32 k = c * ROUTER_K + my_k;\n"
+"        if (c < chunks) {\n"
+"            load_weights<ROUTER_K>(a, w_stage + c % 2 * 4 * TN * row, first, 4 * TN, c * ROUTER_K);\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < TM; i++) {\n"
+"                u32 token = first_token + my_row + 4 * i;\n"
+"                next[i] = token < tokens \? router_x(a, token, k) : 0;\n"
+"            }\n"
+"        }\n"
+"        cp_async_commit();\n"
+"        if (c > 0) {\n"
+"            const u32 steps = c < chunks \? ROUTER_K / 16 : ((u32)a.ld - (chunks - 1) * ROUTER_K) / 16;\n"
+"            const f32 *x = x_stage + ((c - 1) % 2 * 4 * TM + token0) * row + lane16();\n"
+"            const router_weight *w = w_stage + ((c - 1) % 2 * 4 * TN + expert0) * row + lane16();\n"
+"            for (u32 s = 0; s < steps; s++) {\n"
+"                f32 xs[TM], ws[TN];\n"
+"#pragma unroll\n"
+"                for (u32 i = 0; i < TM; i++) xs[i] = x[i * row + 16 * s];\n"
+"#pragma unroll\n"
+"                for (u32 j = 0; j < TN; j++) ws[j] = widen_weight(w[2 * j * row + 16 * s]);\n"
+"#pragma unroll\n"
+"                for (u32 i = 0; i < TM; i++)\n"
+"#pragma unroll\n"
+"                    for (u32 j = 0; j < TN; j++) sum[i][j] = fmaf(xs[i], ws[j], sum[i][j]);\n"
+"            }\n"
+"        }\n"
+"        if (c < chunks) {\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < TM; i++)\n"
+"                x_stage[(c % 2 * 4 * TM + my_row + 4 * i) * row + my_k] =\n"
+"                    router_scaled(a, next[i], norms[my_row + 4 * i], k);\n"
+"        }\n"
+"        cp_async_wait<0>();\n"
+"        cta_sync();\n"
+"    }\n"
+"    for (u32 i = 0; i < TM; i++)\n"
+"#pragma unroll\n"
+"        for (u32 j = 0; j < TN; j++)\n",
+"            router_store(a, lanes16_sum(sum[i][j]), first_token + token0 + i, first + expert0 + 2 * j, tokens);\n"
+"}\n"
+"\n"
+"// >>entry  kernels\n"
+"\n"
+"#if PER_LANE > 16\n"
+"#define ROUTE_ONE_THREADS 128\n"
+"#define ROUTE_THREADS 128\n"
+"#else\n"
+"#define ROUTE_ONE_THREADS 256\n"
+"#define ROUTE_THREADS 512\n"
+"#endif\n"
+"\n"
+"// Tokens of this call. A count on the device that is not within 0..num_tokens is a fault, and nothing is routed.\n"
+"DI u32 count_tokens(const i32 *num_tokens_dev, i32 num_tokens, u32 &fault)\n"
+"{\n"
+"    i32 tokens = num_tokens_dev == nullptr \? num_tokens : *num_tokens_dev;\n"
+"    bool wrong = tokens < 0 || tokens > num_tokens;\n"
+"    fault = wrong;\n"
+"    return wrong \? 0 : (u32)tokens;\n"
+"}\n"
+"\n"
+"#if defined(MOE_K_ROUTE_ONE) || defined(MOE_K_ALL)\n"
+"\n"
+"// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
+"// run of those.\n"
+"//\n"
+"//   route      warps: token -> ids, weights; ids to shared memory, counters           | CTA barrier\n"
+"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n"
+"//   exchange   every CTA reads the others' totals -> totals of all, of those before   | cluster barrier (waited last)\n"
+"//   place      experts -> rows, then each warp its slots; tables shared out by CTA\n"
+"//\n"
+"//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n"
+"MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
+"{\n"
+"    const u32 warps = ntid() / 32, slots = (u32)a.tokens.slots, ids_end = (u32)a.tokens.ids_end;\n"
+"    const u32 ctas = MOE_ARCH >= 90 \? cluster_size() : 1, rank = MOE_ARCH >= 90 \? cluster_rank() : 0;\n"
+"    const i32 experts = a.tokens.num_experts, special = a.tokens.routing.special_experts;\n"
+"    const u32 room = ((u32)a.tokens.num_tokens + ctas - 1) / ctas * slots;\n"
+"    u16 *ids = (u16 *)smem();\n"
+"    u32 faults[4] = { 0, 0, 0, 0 };\n"
+"    sort_memory m;\n"
+"    warp_rows rows;\n"
+"    u8 *behind = sort_layout(smem() + (room * 2 + 15) / 16 * 16, ids_end, m);\n"
+"    u16 *counter = m.counter + warp() * m.stride;\n"
+"    rows.logit = (f32 *)behind + warp() * 64 * PER_LANE;\n"
+"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
+"    clear_words((u32 *)m.counter, warps * m.stride / 2);\n"
+"    clear_words(m.first, m.stride + 8);\n"
+"    clear_words(m.faults, 4);\n"
+"    cta_sync();\n"
+"    grid_wait();\n"
+"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
+"    if (rank != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
+"    const u32 each = (tokens + ctas - 1) / ctas, begin = rank * each;\n"
+"    const u32 mine = begin < tokens \? (tokens - begin < each \? tokens - begin : each) : 0;\n"
+"    const u32 per_warp = (mine + warps - 1) / warps;\n"
+"    const u32 from = warp() * per_warp < mine \? warp() * per_warp : mine;\n"
+"    const u32 to = from + per_warp < mine \? from + per_warp : mine;\n"
+"    for (u32 t = from; t < to; t++) {\n"
+"        token_slots s;\n"
+"        do_token(a.tokens, (i64)(begin + t), rows, s, faults);\n"
+"        for (u32 h = 0; h < 2 && 32 * h < slots; h++) {\n"
+"            u32 slot = lane() + 32 * h;\n"
+"            i32 id = slot < slots \? s.id[h] : -1;\n"
+"            if (slot < slots) ids[t * slots + slot] = (u16)id;\n"
+"            count_ids(counter, id);\n"
+"        }\n"
+"    }\n"
+"    if (lane() == 0)\n"
+"        for (u32 f = 0; f < 4; f++)\n"
+"            if (faults[f] != 0) red_add(&m.faults[f], faults[f]);\n"
+"    cta_sync();\n"
+"    sum_warps(m, ids_end);\n"
+"    if (ctas > 1) cluster_sync();\n"
+"    else cta_sync();\n"
+"    u32 fault = 0;\n"
+"    if (tid() < 4)\n"
+"        for (u32 c = 0; c < ctas; c++) fault += ctas > 1 \? ld_cluster(mapa(&m.faults[tid()], c)) : m.faults[tid()];\n"
+"    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
+"        u32 before = 0, all = m.own[id];\n"
+"        for (u32 c = 0; c < ctas && ctas > 1; c++) {\n"
+"            u32 count = c == rank \? 0 : ld_cluster(mapa(&m.own[id], c));\n"
+"            all += count;\n"
+"            before += c < rank \? count : 0;\n"
+"        }\n",
+"        m.row[id] = (i32)before;\n"
+"        m.all[id] = all;\n"
+"    }\n"
+"    if (ctas > 1) cluster_arrive();\n"
+"    place_experts(a.permute, m, ids_end, experts, special);\n"
+"    cta_sync();\n"
+"    write_tables(a.permute, m, ids_end, experts, special, rank, ctas);\n"
+"    if (rank == 0 && tid() < 4 && a.permute.out_faults != nullptr) a.permute.out_faults[tid()] = fault;\n"
+"    for (u32 at = from * slots; at < to * slots; at += 32) {\n"
+"        bool there = at + lane() < to * slots;\n"
+"        i32 id = there \? (i32)(i16)ids[at + lane()] : -1;\n"
+"        place_slots(a.permute, m, counter, (i64)begin * slots + at + lane(), there, id);\n"
+"    }\n"
+"    if (ctas > 1) cluster_wait();\n"
+"}\n"
+"\n"
+"#endif\n"
+"\n"
+"#if defined(MOE_K_ROUTE) || defined(MOE_K_ALL)\n"
+"\n"
+"// First half of K0 for many tokens: a CTA routes a chunk of neighbouring tokens, a warp one token after the other, and\n"
+"// leaves behind how often each id occurs in it.\n"
+"//\n"
+"//   shared memory: u32 count[S], u32 fault[4], two rows a warp. At most 128 registers (255 for P > 16).\n"
+"MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
+"{\n"
+"    const u32 stride = (u32)a.counts_stride, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
+"    u32 faults[4] = { 0, 0, 0, 0 }, *count = (u32 *)smem(), *fault = count + stride;\n"
+"    warp_rows rows;\n"
+"    rows.logit = (f32 *)(fault + 64) + warp() * 64 * PER_LANE;\n"
+"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
+"    clear_words(count, stride + 4);\n"
+"    cta_sync();\n"
+"    grid_wait();\n"
+"    grid_launch();\n"
+"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
+"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
+"    const u32 begin = cta() * chunk_tokens, end = begin + chunk_tokens < tokens \? begin + chunk_tokens : tokens;\n"
+"    for (u32 t = begin + warp(); t < end; t += ntid() / 32) {\n"
+"        token_slots s;\n"
+"        do_token(a.tokens, (i64)t, rows, s, faults);\n"
+"        for (u32 h = 0; h < 2 && 32 * h < slots; h++)\n"
+"            if (lane() + 32 * h < slots && s.id[h] >= 0) red_add(&count[s.id[h]], 1);\n"
+"    }\n"
+"    if (lane() == 0)\n"
+"        for (u32 f = 0; f < 4; f++)\n"
+"            if (faults[f] != 0) red_add(&fault[f], faults[f]);\n"
+"    cta_sync();\n"
+"    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n"
+"    for (u32 i = tid(); i < stride / 2; i += ntid()) pairs[i] = count[2 * i] | count[2 * i + 1] << 16;\n"
+"    if (tid() < 4) a.chunk_faults[4 * cta() + tid()] = fault[tid()];\n"
+"}\n"
+"\n"
+"#endif\n"
+"\n"
+"#if defined(MOE_K_SORT) || defined(MOE_K_ALL)\n"
+"\n"
+"// Sums of the chunks' counters: all chunks into m.all, those before this CTA's into m.row. A thread takes two ids of\n"
+"// every G-th chunk, so that a warp reads lines.\n"
+"DI void sum_chunks(const sort_args &a, const sort_memory &m)\n"
+"{\n"
+"    const u32 pairs = (u32)a.counts_stride / 2, chunks = (u32)a.chunks;\n"
+"    const u32 groups = pairs < ntid() \? ntid() / pairs : 1, step = pairs < ntid() \? pairs : ntid();\n"
+"    const u32 group = pairs < ntid() \? tid() / pairs : 0;\n"
+"    const u32 *counts = (const u32 *)a.chunk_counts;\n"
+"    for (u32 pair = tid() % step; pair < pairs && group < groups; pair += step) {\n"
+"        u32 low = 0, high = 0, low_before = 0, high_before = 0;\n"
+"#pragma unroll 8\n"
+"        for (u32 c = group; c < chunks; c += groups) {\n"
+"            u32 two = counts[(i64)c * pairs + pair];\n"
+"            low += two & 0xffff;\n"
+"            high += two >> 16;\n"
+"            low_before += c < cta() \? two & 0xffff : 0;\n"
+"            high_before += c < cta() \? two >> 16 : 0;\n"
+"        }\n"
+"        red_add(&m.all[2 * pair], low);\n"
+"        red_add(&m.all[2 * pair + 1], high);\n"
+"        red_add((u32 *)&m.row[2 * pair], low_before);\n"
+"        red_add((u32 *)&m.row[2 * pair + 1], high_before);\n"
+"    }\n"
+"    for (u32 i = tid(); i < 4 * chunks && cta() == 0; i += ntid())\n"
+"        if (a.chunk_faults[i] != 0) red_add(&m.faults[i % 4], a.chunk_faults[i]);\n"
+"}\n"
+"\n"
+"// Second half of K0: a CTA places the slots of a chunk, each of its warps a run of them.\n"
+"//\n",
+"//   sum     threads: pairs of ids; counters of all chunks -> all, row\n"
+"//   count   warps: their slots -> counter; threads: ids; counters over warps   | CTA barriers between\n"
+"//   place   experts -> rows, then each warp its slots; tables shared out by CTA\n"
+"//\n"
+"//   shared memory: sort_memory. At most 64 registers.\n"
+"MOE_ENTRY(moe_k_sort, sort_args, 256, 4)\n"
+"{\n"
+"    const u32 warps = ntid() / 32, slots = (u32)a.slots, ids_end = (u32)a.ids_end;\n"
+"    u32 wrong;\n"
+"    sort_memory m;\n"
+"    sort_layout(smem(), ids_end, m);\n"
+"    u16 *counter = m.counter + warp() * m.stride;\n"
+"    clear_words((u32 *)m.counter, warps * m.stride / 2 + 4 * m.stride + 8);\n"
+"    clear_words(m.faults, 4);\n"
+"    cta_sync();\n"
+"    grid_wait();\n"
+"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
+"    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
+"    const u32 mine = (left < (u32)a.chunk_tokens \? left : (u32)a.chunk_tokens) * slots;\n"
+"    const u32 per_warp = (mine + 32 * warps - 1) / (32 * warps) * 32;\n"
+"    const u32 from = warp() * per_warp < mine \? warp() * per_warp : mine;\n"
+"    const u32 to = from + per_warp < mine \? from + per_warp : mine;\n"
+"    const i32 *ids = a.ids + (i64)begin * slots;\n"
+"    sum_chunks(a, m);\n"
+"    for (u32 at = from; at < to; at += 32) count_ids(counter, at + lane() < to \? ids[at + lane()] : -1);\n"
+"    cta_sync();\n"
+"    sum_warps(m, ids_end);\n"
+"    place_experts(a.permute, m, ids_end, a.num_experts, a.special_experts);\n"
+"    cta_sync();\n"
+"    write_tables(a.permute, m, ids_end, a.num_experts, a.special_experts, cta(), ncta());\n"
+"    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr) a.permute.out_faults[tid()] = m.faults[tid()];\n"
+"    for (u32 at = from; at < to; at += 32) {\n"
+"        bool there = at + lane() < to;\n"
+"        place_slots(a.permute, m, counter, (i64)begin * slots + at + lane(), there, there \? ids[at + lane()] : -1);\n"
+"    }\n"
+"}\n"
+"\n"
+"#endif\n"
+"\n"
+"#if defined(MOE_K_ROUTER_LOGITS) || defined(MOE_K_ALL)\n"
+"\n"
+"// Tiles of >>router, experts fastest. At most 128 registers.\n"
+"MOE_ENTRY(moe_k_router_logits, router_args, 256, 2)\n"
+"{\n"
+"    u32 wrong;\n"
+"    grid_wait();\n"
+"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong), bound = (u32)a.num_tokens;\n"
+"    const u32 side = bound <= ROUTER_SOME \? 16 : 32, width = (u32)a.width;\n"
+"    if (cta() == 0 && tid() < 4 && a.out_faults != nullptr) a.out_faults[tid()] = tid() == FAULT_COUNTS \? wrong : 0;\n"
+"    if (bound <= ROUTER_FEW) {\n"
+"        for (u32 first = 2 * cta(); first < width; first += 2 * ncta()) router_few(a, first, tokens);\n"
+"        return;\n"
+"    }\n"
+"    const u32 across = (width + side - 1) / side, tiles = across * ((tokens + side - 1) / side);\n"
+"    for (u32 tile = cta(); tile < tiles; tile += ncta()) {\n"
+"        if (side == 16) router_tile<4, 4>(a, tile / across * side, tile % across * side, tokens);\n"
+"        else router_tile<8, 8>(a, tile / across * side, tile % across * side, tokens);\n"
+"    }\n"
+"}\n"
+"\n"
+"#endif\n",
+};
+
+static const char *const *moe__kernel_pieces(int32_t *count)
+{
+    *count = MOE__ARRAY_COUNT(moe__kernel_text);
+    return moe__kernel_text;
+}
+
+static const char *moe__kernel_digest(void)
+{
+    return "a9bc843f06fdbba8ecc4aba070d94252b3be81e6a1f3173294f71399b9ee7075";
+}
+#endif
+// >>kernels-end
 
 #endif // MOE__IMPLEMENTED
 #endif // MOE_IMPLEMENTATION

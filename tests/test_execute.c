@@ -547,19 +547,20 @@ TEST(the_stages_check_their_arguments)
     a = f.args;
     a.input_mode = MOE_INPUT_IDS;
     a.ids = f.args.out_ids;
-    CHECK_EQ(moe_permute(f.plan, &a, &p, NULL), MOE_OK);
-    CHECK_EQ(moe_permute(NULL, &a, &p, NULL), MOE_ERROR_ARGUMENT);
-    CHECK_EQ(moe_permute(f.plan, NULL, &p, NULL), MOE_ERROR_ARGUMENT);
-    CHECK_EQ(moe_permute(f.plan, &a, NULL, NULL), MOE_ERROR_ARGUMENT);
-    CHECK_EQ(moe_permute(f.plan, &f.args, &p, NULL), MOE_ERROR_ARGUMENT); // logits
+    CHECK_EQ(moe_permute(f.plan, NULL, &a, &p, NULL), MOE_OK);
+    CHECK_EQ(moe_permute(NULL, NULL, &a, &p, NULL), MOE_ERROR_ARGUMENT);
+    CHECK_EQ(moe_permute(f.plan, NULL, NULL, &p, NULL), MOE_ERROR_ARGUMENT);
+    CHECK_EQ(moe_permute(f.plan, NULL, &a, NULL, NULL), MOE_ERROR_ARGUMENT);
+    CHECK_EQ(moe_permute(f.plan, NULL, &f.args, &p, NULL), MOE_ERROR_ARGUMENT); // LOGITS needs weights
+    CHECK_EQ(moe_permute(f.plan, f.weights, &f.args, &p, NULL), MOE_OK);
     p.tile = 0;
-    CHECK_EQ(moe_permute(f.plan, &a, &p, NULL), MOE_ERROR_ARGUMENT);
+    CHECK_EQ(moe_permute(f.plan, NULL, &a, &p, NULL), MOE_ERROR_ARGUMENT);
     p.tile = 8;
     a.num_tokens = 10;
-    CHECK_EQ(moe_permute(f.plan, &a, &p, NULL), MOE_ERROR_ARGUMENT);
+    CHECK_EQ(moe_permute(f.plan, NULL, &a, &p, NULL), MOE_ERROR_ARGUMENT);
     a.num_tokens = 9;
     f.args.out_ids[4] = 12;
-    CHECK_EQ(moe_permute(f.plan, &a, &p, NULL), MOE_ERROR_DATA);
+    CHECK_EQ(moe_permute(f.plan, NULL, &a, &p, NULL), MOE_ERROR_DATA);
     f.args.out_ids[4] = 0;
     // finalize
     a.weights = f.args.out_weights;
@@ -572,6 +573,67 @@ TEST(the_stages_check_their_arguments)
     CHECK_EQ(moe_finalize(f.plan, f.weights, &a, rows, MOE_DTYPE_F32, NULL, NULL), MOE_ERROR_ARGUMENT);
     a.out = NULL;
     CHECK_EQ(moe_finalize(f.plan, f.weights, &a, rows, MOE_DTYPE_F32, row_of_slot, NULL), MOE_ERROR_ARGUMENT);
+    fixture_close(&f);
+}
+
+// LOGITS gives what moe_route() and then moe_permute() of its ids give; IDS and PACKED report what they read.
+TEST(permuting_logits_routes_and_sorts_in_one)
+{
+    fixture f = { 0 };
+    moe_execute_args a;
+    moe_permutation p, q;
+    int32_t rows[2][36], slots[2][256], offsets[2][13], counts[2][12], ids[36], expert_counts[12];
+    float weights[36];
+    moe_error err;
+    f.layer = small_layer(MOE_FORMAT_F32, MOE_ACTIVATION_SWIGLU);
+    REQUIRE_OK(fixture_open(&f, &err));
+    memset(&p, 0, sizeof p);
+    p.tile = 8;
+    q = p;
+    p.row_of_slot = rows[0];
+    p.slot_of_row = slots[0];
+    p.expert_offsets = offsets[0];
+    p.expert_counts = counts[0];
+    q.row_of_slot = rows[1];
+    q.slot_of_row = slots[1];
+    q.expert_offsets = offsets[1];
+    q.expert_counts = counts[1];
+    REQUIRE(moe_permutation_rows(36, 12, 8) <= 256);
+    memset(slots, 0x55, sizeof slots);
+    CHECK_EQ(moe_route(f.plan, f.weights, &f.args, NULL), MOE_OK);
+    memcpy(ids, f.args.out_ids, sizeof ids);
+    memcpy(weights, f.args.out_weights, sizeof weights);
+    memcpy(expert_counts, f.args.out_expert_counts, sizeof expert_counts);
+    a = f.args;
+    a.input_mode = MOE_INPUT_IDS;
+    a.ids = ids;
+    a.weights = NULL;
+    a.workspace = NULL;
+    memset(f.args.out_ids, 0xff, sizeof ids);
+    memset(f.args.out_weights, 0x55, sizeof weights);
+    memset(f.args.out_expert_counts, 0xff, sizeof expert_counts);
+    CHECK_EQ(moe_permute(f.plan, NULL, &a, &p, NULL), MOE_OK);
+    CHECK_EQ(moe__f32_bits(f.args.out_weights[35]), 0x55555555u); // no weights were given
+    CHECK(memcmp(ids, f.args.out_ids, sizeof ids) == 0);
+    CHECK(memcmp(expert_counts, f.args.out_expert_counts, sizeof expert_counts) == 0);
+    a.weights = weights;
+    memset(f.args.out_weights, 0xff, sizeof weights);
+    CHECK_EQ(moe_permute(f.plan, f.weights, &a, &p, NULL), MOE_OK);
+    CHECK(memcmp(weights, f.args.out_weights, sizeof weights) == 0);
+    memset(f.args.out_ids, 0xff, sizeof ids);
+    memset(f.args.out_weights, 0xff, sizeof weights);
+    memset(f.args.out_expert_counts, 0xff, sizeof expert_counts);
+    CHECK_EQ(moe_permute(f.plan, f.weights, &f.args, &q, NULL), MOE_OK);
+    CHECK(memcmp(rows[0], rows[1], sizeof rows[0]) == 0);
+    CHECK(memcmp(slots[0], slots[1], (size_t)moe_permutation_rows(36, 12, 8) * 4) == 0);
+    CHECK(memcmp(offsets[0], offsets[1], sizeof offsets[0]) == 0);
+    CHECK(memcmp(counts[0], counts[1], sizeof counts[0]) == 0);
+    CHECK(memcmp(ids, f.args.out_ids, sizeof ids) == 0);
+    CHECK(memcmp(weights, f.args.out_weights, sizeof weights) == 0);
+    CHECK(memcmp(expert_counts, f.args.out_expert_counts, sizeof expert_counts) == 0);
+    a = f.args;
+    a.workspace_bytes = 16;
+    CHECK_EQ(moe_permute(f.plan, f.weights, &a, &q, NULL), MOE_ERROR_ARGUMENT);
     fixture_close(&f);
 }
 
@@ -660,6 +722,7 @@ TEST_MAIN(
     T(the_plan_keeps_its_own_expert_map)
     T(plan_create_fails_cleanly_when_memory_is_out)
     T(the_stages_check_their_arguments)
+    T(permuting_logits_routes_and_sorts_in_one)
     T(a_layer_without_a_router_refuses_router_logits)
     T(the_reference_checks_its_arguments)
 )

@@ -694,7 +694,7 @@ TEST(permutation_tables_agree_with_each_other)
         p.num_tiles = &num_tiles;
         f.args.input_mode = MOE_INPUT_IDS;
         f.args.ids = f.args.out_ids;
-        CHECK_EQ(moe_permute(f.plan, &f.args, &p, NULL), MOE_OK);
+        CHECK_EQ(moe_permute(f.plan, NULL, &f.args, &p, NULL), MOE_OK);
         CHECK(num_tiles * tile <= rows_max);
         CHECK_EQ(offsets[E], num_tiles * tile);
         for (int s = 0; s < T * K; s++) {

@@ -868,7 +868,7 @@ static void check_permutation(const moe_plan *plan, int32_t first, int32_t local
     p.tile_expert = tile_expert;
     p.tile_limit = tile_limit;
     p.num_tiles = &tiles;
-    REQUIRE(moe_permute(plan, &a, &p, NULL) == MOE_OK);
+    REQUIRE(moe_permute(plan, NULL, &a, &p, NULL) == MOE_OK);
     for (int32_t e = 0; e < local; e++) {
         int32_t begin = row;
         CHECK_EQ(offsets[e], begin);
