@@ -1692,6 +1692,14 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 // >>sys files  whole files  Mapped, read, or written under a temporary name and renamed. Paths are UTF-8 everywhere.
 // Called by the checkpoint reader and by saved weights; nothing else touches the file system.
 #if defined(MOE__WINDOWS)
+#  ifdef __cplusplus
+extern "C" {
+#  endif
+__declspec(dllimport) unsigned long __stdcall GetLastError(void);
+#  ifdef __cplusplus
+}
+#  endif
+
 // UTF-8 -> UTF-16; bytes that are no UTF-8 become U+FFFD, which names no file.
 static const wchar_t *moe__wide(wchar_t *wide, const char *path)
 {
@@ -1714,6 +1722,8 @@ static const wchar_t *moe__wide(wchar_t *wide, const char *path)
     return wide;
 }
 
+static int32_t moe__last_error(void) { return (int32_t)GetLastError(); }
+static int32_t moe__error_is_missing(int32_t number) { return number == 2 || number == 3; }
 #endif
 
 #ifndef MOE_NO_FILES
@@ -1784,14 +1794,11 @@ __declspec(dllimport) int __stdcall MoveFileExW(const wchar_t *from, const wchar
 __declspec(dllimport) int __stdcall DeleteFileW(const wchar_t *name);
 __declspec(dllimport) int __stdcall CreateDirectoryW(const wchar_t *name, struct _SECURITY_ATTRIBUTES *security);
 __declspec(dllimport) unsigned long __stdcall GetFileAttributesW(const wchar_t *name);
-__declspec(dllimport) unsigned long __stdcall GetLastError(void);
 __declspec(dllimport) unsigned long __stdcall GetCurrentProcessId(void);
 #  ifdef __cplusplus
 }
 #  endif
 
-static int32_t moe__last_error(void) { return (int32_t)GetLastError(); }
-static int32_t moe__error_is_missing(int32_t number) { return number == 2 || number == 3; }
 static uint32_t moe__process_id(void) { return (uint32_t)GetCurrentProcessId(); }
 
 MOE__UNUSED static moe__path_kind moe__path_look(const char *path)
@@ -7444,11 +7451,11 @@ static void *moe__library_open(const char *path, moe__attempts *attempts)
     wchar_t wide[MOE__PATH_MAX];
     // An absolute path: its own folder is searched for what it needs; a name: the system's folder, then the path's.
     void *library = LoadLibraryExW(moe__wide(wide, path), NULL, moe__path_is_absolute(path) ? 8 : 0);
-    if (library == NULL && moe__error_is_missing((int32_t)GetLastError() == 126 ? 2 : (int32_t)GetLastError()))
-        moe__attempt_missing(attempts, path);
-    else if (library == NULL)
-        moe__attempt_unusable(attempts, path, "cannot be loaded (system error %d)", (int32_t)GetLastError());
-    return library;
+    int32_t number = library == NULL ? moe__last_error() : 0;
+    if (library != NULL) return library;
+    if (number == 126 || moe__error_is_missing(number)) moe__attempt_missing(attempts, path); // 126: no such module
+    else moe__attempt_unusable(attempts, path, "cannot be loaded (system error %d)", number);
+    return NULL;
 }
 
 static int32_t moe__library_symbol(void *library, const char *name, void *function)
@@ -12182,7 +12189,7 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     out->threads = threads;
     out->smem_bytes = smem_bytes;
     moe__text_format(&label, "%s%d_sm%d", name, value, arch);
-    moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
+    if (parameter != NULL) moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
 }
 
 // The instances that a plan runs, each at its place in out [MOE__KERNELS]; entry NULL where it runs none.
