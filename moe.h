@@ -12143,7 +12143,8 @@ static int32_t moe__experts_per_lane(int32_t width)
 // Threads and shared memory as moe_kernels.cu.inc's >>args says.
 static int32_t moe__route_threads(int32_t width, int32_t one)
 {
-    return moe__experts_per_lane(width) > 16 ? 128 : one ? 256 : 512;
+    int32_t lanes = moe__experts_per_lane(width);
+    return lanes > 16 ? 128 : one ? 256 : lanes > 8 ? 512 : 1024;
 }
 
 static int32_t moe__counter_stride(int32_t ids_end) { return (int32_t)moe__align_up((uint64_t)ids_end, 8); }
