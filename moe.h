@@ -8330,14 +8330,14 @@ static void moe__compile_task(void *arg, int32_t index)
         build->compiled = jit->nvrtc.nvrtcCompileProgram(build->program, options.count, options.option);
 }
 
-// The compiler's own words: all of them line by line for the log hook, the first ones in the message.
+// The compiler's own words: the first lines for the log hook, the very first ones in the message.
 static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build, moe_error *err)
 {
     const moe__nvrtc *nvrtc = &ctx->jit->nvrtc;
     const moe_allocator *allocator = &ctx->desc.allocator;
     size_t size = 0;
     char *log = NULL;
-    int32_t result;
+    int32_t result, lines = 0;
     if (build->program != NULL && nvrtc->nvrtcGetProgramLogSize(build->program, &size) == 0 && size > 1)
         log = (char *)moe__alloc(allocator, size);
     if (log != NULL && nvrtc->nvrtcGetProgramLog(build->program, log) != 0) log[0] = 0;
@@ -8345,7 +8345,7 @@ static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build
     result = moe__fail(err, MOE_ERROR_COMPILE, "", "kernel %s for %s does not compile with NVRTC %d.%d: %s%s%s",
                        build->instance->name, build->chip, nvrtc->version / 1000, nvrtc->version % 1000 / 10,
                        nvrtc->nvrtcGetErrorString(build->compiled), log != NULL ? ": " : "", log != NULL ? log : "");
-    for (char *line = log; line != NULL && *line != 0;) {
+    for (char *line = log; line != NULL && *line != 0 && lines < 40; lines++) {
         char *end = line;
         while (*end != 0 && *end != '\n') end++;
         if (*end != 0) *end++ = 0;
@@ -13907,10 +13907,10 @@ static int32_t moe__ahead_begin(moe__ahead *ahead, const moe_precompile_desc *de
     context.backend = MOE_BACKEND_CPU;
     context.allocator = ahead->desc.allocator;
     context.threads = ahead->desc.threads;
-    context.log = ahead->desc.log;
-    context.log_user = ahead->desc.log_user;
-    if ((result = moe_context_create(&context, &ahead->ctx, err)) != MOE_OK ||
-        (result = moe__jit_open(ahead->ctx, &ahead->desc.jit, err)) != MOE_OK)
+    if ((result = moe_context_create(&context, &ahead->ctx, err)) != MOE_OK) return result;
+    ahead->ctx->desc.log = ahead->desc.log; // from here on: nobody asked for a back end
+    ahead->ctx->desc.log_user = ahead->desc.log_user;
+    if ((result = moe__jit_open(ahead->ctx, &ahead->desc.jit, err)) != MOE_OK)
         return result;
     ahead->capacity = ahead->desc.num_chips * ahead->desc.num_layers * MOE__KERNELS + 1;
     ahead->instances = (moe__instance *)moe__alloc(&ahead->ctx->desc.allocator,
