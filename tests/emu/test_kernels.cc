@@ -469,3 +469,34 @@ MOE_ENTRY(k_convert, test_args, 32, 1)
     ok &= cvt_bf16x2(1.00390625f, 1.01171875f) == 0x3f823f80;
     a.out[lane()] = ok;
 }
+
+// A box of 8 x 32 words of a 16 x 64 tensor that begins at (-8, 60): in, out again. 1: read before it is there.
+MOE_ENTRY(k_tensor, test_args, 32, 1)
+{
+    u64 *bar = (u64 *)(smem() + 8192);
+    const u32 *s = (const u32 *)smem();
+    const tensor_map *map = (const tensor_map *)a.flag;
+    if (lane() == 0) {
+        mbar_init(bar, 1);
+        fence_mbar_init();
+    }
+    cta_sync();
+    if (lane() == 0) {
+        mbar_arrive_expect_tx(bar, 1024);
+        tma_load_2d(smem(), map, -8, 60, bar);
+    }
+    if (!a.broken) mbar_wait(bar, 0);
+    u32 ok = 1, row = lane() % 8;
+    for (u32 x = 0; x < 32; x++) {
+        u32 v = s[((row * 128 + x * 4) ^ row << 4) / 4];
+        ok &= v == (x >= 8 && x < 24 && row < 4 ? (60 + row) * 16 + x - 8 : 0);
+    }
+    cta_sync();
+    if (lane() == 0) {
+        tma_store_2d(map, -8, 60, smem());
+        bulk_commit();
+        bulk_wait<0>();
+        ok &= a.in[60 * 16] == 60 * 16 && a.in[1023] == 1023;
+    }
+    a.out[lane()] = ok;
+}
