@@ -1,5 +1,5 @@
-// What completes later: cp.async, bulk and tensor copies, st.async. Each completes at a moment that the generator picks,
-// or when it is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
+// What completes later: cp.async, bulk and tensor copies, st.async. Each completes when the generator says so, or
+// when it is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
 #include "engine.h"
 
 #include <stdio.h>
@@ -421,7 +421,8 @@ static const u64 TENSOR_MAGIC = 0x656d7574656e736full;
 enum { TENSOR_F32 = 7, TENSOR_BF16 = 9, TENSOR_TYPES = 13 };
 
 bool emu_tensor_map_encode(void *map, int type, uint32_t rank, void *base, const uint64_t *dims,
-                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int, int fill)
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                           int interleave, int swizzle, int, int fill)
 {
     static const u8 sizes[TENSOR_TYPES] = { 1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4 };
     tensor_map m = {};

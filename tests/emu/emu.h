@@ -86,8 +86,8 @@ bool emu_done(emu_op *op);                          // lets the device work a li
 
 // What cuTensorMapEncodeTiled() writes into its 128 bytes here; its arguments and enumerations. False: not legal.
 bool emu_tensor_map_encode(void *map, int type, uint32_t rank, void *base, const uint64_t *dims,
-                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion,
-                           int fill);
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                           int interleave, int swizzle, int promotion, int fill);
 
 // Reports since the process began, and the text of the last one ("" if none).
 int emu_reports();

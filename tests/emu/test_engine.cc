@@ -205,6 +205,7 @@ static const one_case cases[] = {
     { &k_cluster__emu, 8, 4, 4, "is not in shared memory" },
     { &k_cluster__emu, 8, 4, 5, "without cluster_arrive" },
     { &k_cluster__emu, 8, 4, 6, "without cluster_wait" },
+    { &k_cluster__emu, 8, 4, 7, "ends, not ordered after the access" },
     { &k_push__emu, 4, 2, 0, nullptr },
     { &k_push__emu, 4, 2, 1, "" },
     { &k_push__emu, 4, 2, 2, "" },

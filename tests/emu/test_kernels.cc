@@ -276,7 +276,8 @@ MOE_ENTRY(k_bulk_wait, test_args, 32, 1)
 // ---- clusters -------------------------------------------------------------------------------------------------------
 
 // Reads the neighbour's shared memory. 1: no barrier before; 2: none after, so that the neighbour may have ended; 3: a
-// rank that is not there; 4: behind its end; 5: wait without arrive; 6: arrives twice
+// rank that is not there; 4: behind its end; 5: wait without arrive; 6: arrives twice; 7: ends after the neighbour has
+// read, which only a relaxed counter says
 MOE_ENTRY(k_cluster, test_args, 64, 1)
 {
     u32 *s = (u32 *)smem(), m = (u32)a.broken;
@@ -287,7 +288,12 @@ MOE_ENTRY(k_cluster, test_args, 64, 1)
     else cluster_sync();
     u32 next = (cluster_rank() + 1) % cluster_size();
     a.out[cta() * 64 + tid()] = ld_cluster(mapa(s + tid() + (m == 4 ? 3100 : 0), m == 3 ? cluster_size() : next));
-    if (m != 2) cluster_sync();
+    if (m == 7) {
+        red_add(a.flag, 1);
+        while (tid() == 0 && ld_relaxed(a.flag) != ncta() * 64) {}
+    } else if (m != 2) {
+        cluster_sync();
+    }
 }
 
 // Pushes to the neighbour by st_async, a copy and an arrival. 1: too few bytes expected; 2: no wait for the cluster's
