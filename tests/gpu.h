@@ -174,7 +174,7 @@ typedef struct gpu_driver {
     int (*graph_destroy)(void *graph);
     int (*copy_async)(moe__cu_ptr to, const void *from, size_t bytes, void *stream);
     void (*log_begin)(void);                // of the emulated driver alone: NULL elsewhere
-    size_t (*log_end)(char *text, size_t bytes); // the calls since, a line each
+    const char *(*log_end)(void);           // the calls since, a line each
     int (*leaks)(char *text, size_t bytes); // of the emulated driver alone: how many things live
     int (*init)(unsigned flags);
 } gpu_driver;
