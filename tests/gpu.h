@@ -174,7 +174,7 @@ typedef struct gpu_driver {
     int (*graph_destroy)(void *graph);
     int (*copy_async)(moe__cu_ptr to, const void *from, size_t bytes, void *stream);
     void (*log_begin)(void);                // of the emulated driver alone: NULL elsewhere
-    size_t (*log_end)(char *text, size_t bytes); // the calls since, a line each
+    const char *(*log_end)(void);           // the calls since, a line each
     int (*leaks)(char *text, size_t bytes); // of the emulated driver alone: how many things live
     int (*init)(unsigned flags);
 } gpu_driver;
@@ -526,7 +526,7 @@ TEST_UNUSED static const char *answer_differs(const answer *a, const answer *b)
     }
     for (int i = 0; i < ANSWER_PARTS; i++) {
         size_t n = a->words[i];
-        if ((i == ANSWER_TILE_EXPERT || i == ANSWER_TILE_LIMIT) && a->part[ANSWER_TILES][0] < n)
+        if (n > 0 && (i == ANSWER_TILE_EXPERT || i == ANSWER_TILE_LIMIT) && a->part[ANSWER_TILES][0] < n)
             n = a->part[ANSWER_TILES][0];
         for (size_t j = 0; j < n; j++) {
             if (a->part[i][j] == b->part[i][j]) continue;
