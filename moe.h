@@ -41,8 +41,10 @@
 //     >>numeric  bf16, f16                     >>sys      files             >>math       exp, log1p, tanh, erf, sqrt
 //     >>json     reader                        >>routing  top-k, presets    >>layer      validation
 //     >>infer    config.json -> layer          >>checkpoint  safetensors    >>context    threads, instruction sets
-//     >>layout   packed weights                >>weights  set, seal, save   >>cpu        kernels
-//     >>plan     execute and its stages        >>reference  the oracle      >>history    changes, licence
+//     >>cuda     driver, NVRTC                 >>jit      compile, cache    >>layout     packed weights
+//     >>weights  set, seal, save               >>cpu      kernels           >>instances  kernels of a plan
+//     >>plan     execute and its stages        >>stages   on CUDA           >>ahead      compile without a GPU
+//     >>reference  the oracle                  >>kernels  their text        >>history    changes, licence
 //
 // ---------------------------------------------------------------------------------------------------------------------
 // >>manual
@@ -66,6 +68,7 @@
 //     MOE_NO_THREADS       one thread, no thread library            MOE_NO_CPU_SIMD   scalar kernels only
 //     MOE_NO_FILES         no file access; implies NO_CHECKPOINT    MOE_NO_CHECKPOINT no safetensors
 //     MOE_NO_CONFIG        no JSON; implies NO_CHECKPOINT           MOE_MALLOC, MOE_FREE  default allocator
+//     MOE_NO_CUDA          no GPU code at all                       MOE_NO_ENV        no variable of the environment
 //     MOE_ASSERT           internal invariants; empty by default
 //     -ffast-math is refused: it changes results. Other optimisation options do not. Results are those of the default
 //     rounding mode with denormals: a thread that sets FTZ or DAZ gets other bits.
@@ -106,6 +109,29 @@
 //     slice of the shared experts; what cannot be sliced (GEMM 2's bias, special and constant experts) is added by
 //     tp_rank 0.
 //
+// CUDA
+//     MOE_BACKEND_CUDA opens the driver (libcuda.so.1, nvcuda.dll; 12.0 or later, compute capability 8.0 or later) when
+//     the context is created, and NVRTC (12.0 or later) when a kernel has to be compiled: nothing of CUDA is needed to
+//     build. Before glibc 2.34 link -ldl. NVRTC is looked for where the system looks, in CUDA_HOME, CUDA_PATH, the
+//     usual folders of toolkits and NVIDIA's Python wheels, that of the driver's major version first. What was tried is
+//     in the message, at length in the log. Both stay loaded until the process ends. MOE_BACKEND_AUTO is the CPU.
+//     The device's primary context is retained, or the caller's CUcontext taken, which must outlive this library's;
+//     it is made current around calls of the driver only where it is not. Kernels are compiled and loaded by
+//     moe_plan_create(), never later; that may happen while another thread captures a stream.
+//
+// CACHE
+//     Compiled kernels are kept in a folder: desc.jit.cache_dir, else MOE_CACHE_DIR, $XDG_CACHE_HOME/moe,
+//     $HOME/.cache/moe (~/Library/Caches/moe, %LOCALAPPDATA%\moe), else in memory only. An entry's name and contents
+//     hold the SHA-256 of the kernels' text, options and chip; NVRTC's version is noted but not part of it, so that a
+//     warm start opens no NVRTC. A folder or file counts only if it belongs to this user or root, nobody else can write it,
+//     and no link leads to it from the cache folder on; whatever is wrong is a miss. Where nothing can be written,
+//     kernels stay in memory, and the log says so once. No locks: any number of processes may share a folder, and it
+//     may be deleted at any time. Nothing is deleted by itself: moe_cache_trim(). moe_jit_precompile() fills a folder
+//     without a GPU; as desc.jit.seed_dir it serves from a read-only image. moe_jit_export() makes C of kernels.
+//
+// ENVIRONMENT    desc wins; not read at all by a process with more rights than its user
+//     MOE_CACHE_DIR  folder    MOE_CACHE  rw, ro, off    MOE_CUDA_LIB, MOE_NVRTC_LIB  absolute paths: no other is tried
+//
 // STAGES ON CUDA
 //     A CUDA context runs moe_route(), moe_permute() and moe_router_logits(); this version has no GEMM kernels, so
 //     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there; moe_execute_check() and the plan's candidates
@@ -123,7 +149,7 @@
 //     Pure functions and functions of const objects: any thread, at any time. moe_weights_set_tensor(): several
 //     threads, if for different experts. moe_execute(): several threads with one plan and one set of weights, each with
 //     a workspace of its own; on the CPU such calls take turns on the context's pool of threads. A parallel_for hook
-//     replaces that pool.
+//     replaces that pool. Plans of one CUDA context are created in turns; kernels are compiled on its pool.
 //
 // ERRORS
 //     A call returns MOE_OK (0) or a negative moe_result, and fills the caller's moe_error with the member at fault,
@@ -670,8 +696,8 @@ typedef struct moe_context_desc {
     uint32_t struct_size;
     int32_t backend;              // moe_backend
     int32_t device;               // ordinal; the CPU has device 0
-    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for packing weights and
-    // compiling kernels. 0: one per core, with CUDA 8 at most.
+    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for compiling kernels.
+    // 0: one per core, with CUDA 8 at most.
     int32_t threads;
     void *cuda_context;           // CUcontext of the caller's; NULL: the device's primary one
     moe_allocator allocator;      // both functions or none; none: malloc and free
@@ -745,15 +771,15 @@ typedef struct moe_precompile_desc {
     moe_allocator allocator;      // as in moe_context_desc
     void (*log)(void *user, int32_t level, const char *text); // nullable
     void *log_user;
-    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel, on the caller's thread
+    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel; the caller's thread
     void *progress_user;
     uint32_t reserved[8];
 } moe_precompile_desc;
 
 // Fills the cache folder. Kernels that lie there already are not compiled again.
 MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err);
-// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also hold
-// "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
+// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also
+// hold "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
 MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err);
 // Removes entries, those written first, until at most max_bytes are left; 0: all. cache_dir NULL: the default one. Safe
 // while others use the folder.
@@ -8070,8 +8096,8 @@ static int32_t moe__nvrtc_open(const moe_context *ctx, const char *wanted, int32
                      out->version / 1000, out->version % 1000 / 10, driver, ctx->cuda->driver_version % 1000 / 10);
         return MOE_OK;
     }
-    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can compile "
-                     "for compute capability %d.%d; %s", arch / 10, arch % 10,
+    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can "
+                     "compile for compute capability %d.%d; %s", arch / 10, arch % 10,
                      moe__attempts_list(&attempts, list, sizeof list));
 }
 
@@ -8489,8 +8515,8 @@ static int32_t moe__kernel_load(moe_context *ctx, const moe__build *build, moe__
 // An entry is a header and a cubin, named <instance>-<chip>-<half of its key>.bin in v1/<16 digits of the kernels'
 // digest>/. Its name only finds it: magic, key, length and the payload's SHA-256 decide. Anything wrong is a miss.
 enum {
-    MOE__ENTRY_HEADER = 88,            // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
-    MOE__ENTRY_MAX = 64 << 20,         // bytes of a cubin
+    MOE__ENTRY_HEADER = 88,    // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
+    MOE__ENTRY_MAX = 64 << 20, // bytes of a cubin
     MOE__ENTRY_FORMAT = 1
 };
 
@@ -8561,9 +8587,11 @@ static void moe__cache_trouble(const moe_context *ctx, const char *path, const c
 {
     if (ctx->jit->quiet) return;
     ctx->jit->quiet = 1;
-    if (number != 0) moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path,
-                              what, number);
-    else moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+    if (number == 0)
+        moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+    else
+        moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path, what,
+                 number);
 }
 
 #if defined(_WIN32)
@@ -14121,7 +14149,8 @@ MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_er
     if (dir[0] == 0) return moe__fail(err, MOE_ERROR_ARGUMENT, "cache_dir", "is NULL, and there is no default folder");
     if ((fd = moe__folder_step(-1, dir, 0, &why)) < 0) {
         if (why == NULL && errno == ENOENT) return moe__ok(err);
-        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir, why != NULL ? why : "cannot be opened");
+        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir,
+                         why != NULL ? why : "cannot be opened");
     }
     close(fd);
     if ((result = moe__path_join(format, dir, "v1", err)) != MOE_OK) return result;
@@ -14823,6 +14852,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = 0; i < PER_LANE; i++) row[lane() + 32 * i] = x[i];\n"
 "    for (u32 e = lane(); e < width; e += 32) row[e] = f(row[e]); // what this lane wrote\n"
 "    load_row(row, width, -INF_F32, x);\n"
+"    warp_sync(); // other lanes may write the row again\n"
 "}\n"
 "\n"
 "// x[i] / d for x within 0..d. Quotients that might be denormal take the long way.\n"
@@ -14886,8 +14916,8 @@ static const char *const moe__kernel_text[] = {
 "        if (i >= groups) break;\n"
 "        u32 first = redux_max(key[i]), value = first;\n"
 "        if (two) {\n"
-"            u32 equal = ballot(key[i] == first);\n"
-"            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n",
+"            u32 equal = ballot(key[i] == first);\n",
+"            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n"
 "            value = order_of(of_order(first) + of_order(second));\n"
 "        }\n"
 "        if (lane() == 0) rank[i] = value;\n"
@@ -14984,10 +15014,10 @@ static const char *const moe__kernel_text[] = {
 "            }\n"
 "        }\n"
 "        top_k(key, part * count, count, chosen);\n"
-"    }\n"
+"    }\n",
 "    return ballot(bad) != 0;\n"
 "}\n"
-"\n",
+"\n"
 "// PhiMoE: k times the best of the rest, weighted by a softmax over those of the rest that are close to it.\n"
 "DI void route_sparse_mixer(const tokens_args &a, const warp_rows &rows, token_slots &s)\n"
 "{\n"
@@ -15069,8 +15099,8 @@ static const char *const moe__kernel_text[] = {
 "// Draws without replacement, by integers. 32 experts at a time: the first whose running sum passes the number drawn.\n"
 "DI void route_simulate(const tokens_args &a, i64 token, const warp_rows &rows, i32 &chosen)\n"
 "{\n"
-"    const routing_args &r = a.routing;\n"
-"    const u32 experts = (u32)a.num_experts;\n",
+"    const routing_args &r = a.routing;\n",
+"    const u32 experts = (u32)a.num_experts;\n"
 "    u32 *drawn = rows.key, total = 0;\n"
 "    if (r.simulate == SIMULATE_ROUND_ROBIN)\n"
 "        chosen = (i32)(((u64)token * (u64)r.top_k + lane()) % experts);\n"
@@ -15155,8 +15185,8 @@ static const char *const moe__kernel_text[] = {
 "    const bool marked = token_id >= r.marked_token_lo && token_id < r.marked_token_hi;\n"
 "    const i32 *forced = nullptr;\n"
 "    i32 bias_row = r.bias_rows == 2 && marked;\n"
-"    bool lost = false, bad = false;\n"
-"    for (u32 h = 0; h < 2; h++) {\n",
+"    bool lost = false, bad = false;\n",
+"    for (u32 h = 0; h < 2; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
 "        s.id[h] = slot < r.top_k \? -1 : a.num_experts + r.special_experts + slot - r.top_k;\n"
 "        s.weight[h] = slot < r.top_k \? 1.0f / (f32)r.top_k : r.extra_weight;\n"
@@ -15292,14 +15322,16 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// Counters of each id become sums over the warps before; own[id] their sum.\n"
-"DI void sum_warps(const sort_memory &m, u32 ids_end)\n"
+"template <u32 WARPS> DI void sum_warps(const sort_memory &m, u32 ids_end)\n"
 "{\n"
 "    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
-"        u32 sum = 0;\n"
-"        for (u32 w = 0; w < ntid() / 32; w++) {\n"
-"            u32 count = m.counter[w * m.stride + id];\n"
+"        u32 count[WARPS], sum = 0;\n"
+"#pragma unroll\n"
+"        for (u32 w = 0; w < WARPS; w++) count[w] = m.counter[w * m.stride + id];\n"
+"#pragma unroll\n"
+"        for (u32 w = 0; w < WARPS; w++) {\n"
 "            m.counter[w * m.stride + id] = (u16)sum;\n"
-"            sum += count;\n"
+"            sum += count[w];\n"
 "        }\n"
 "        m.own[id] = sum;\n"
 "    }\n"
@@ -15347,11 +15379,11 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"// The expert that has row `at`, of those before `experts` the last one that starts at or before it.\n"
+"// The expert that has row `at`, of those before `experts` the last one that starts at or before it.\n",
 "DI u32 expert_of_row(const u32 *first, u32 experts, u32 at)\n"
 "{\n"
 "    u32 low = 0, high = experts;\n"
-"    while (high - low > 1) {\n",
+"    while (high - low > 1) {\n"
 "        u32 middle = (low + high) / 2;\n"
 "        if (first[middle] <= at) low = middle;\n"
 "        else high = middle;\n"
@@ -15425,11 +15457,11 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "\n"
 "enum {\n"
-"    ROUTER_FEW = 8,          // tokens\n"
+"    ROUTER_FEW = 8,          // tokens\n",
 "    ROUTER_SOME = 256,\n"
 "    ROUTER_RING = 16,        // stages\n"
 "    ROUTER_RING_K = 256,\n"
-"    ROUTER_K = 64,\n",
+"    ROUTER_K = 64,\n"
 "    ROUTER_PAD = 16,\n"
 "    ROUTER_STAGES = 40960    // bytes of both; norms lie behind them\n"
 "};\n"
@@ -15516,11 +15548,11 @@ static const char *const moe__kernel_text[] = {
 "            next[s] = router_x(a, token, k + ROUTER_RING_K);\n"
 "        }\n"
 "#pragma unroll\n"
-"        for (u32 s = 0; s < steps; s++)\n"
+"        for (u32 s = 0; s < steps; s++)\n",
 "            if (s < left) sum = fmaf(x[s], widen_weight(w[16 * s]), sum);\n"
 "    }\n"
 "    cp_async_wait<0>();\n"
-"    cta_sync();\n",
+"    cta_sync();\n"
 "    if (token < tokens) router_store(a, lanes16_sum(sum), token, first + half, tokens);\n"
 "}\n"
 "\n"
@@ -15606,11 +15638,28 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#if defined(MOE_K_ROUTE_ONE) || defined(MOE_K_ALL)\n"
 "\n"
+"// Sums of a word of shared memory over the cluster's CTAs: of all, and of those before this one. Always 8 loads, all\n"
+"// under way at once.\n"
+"DI u32 cluster_sums(const u32 *own, u32 rank, u32 ctas, u32 &before)\n"
+"{\n"
+"    u32 all = 0, count[8];\n"
+"    before = 0;\n"
+"    if (ctas == 1) return *own;\n",
+"#pragma unroll\n"
+"    for (u32 c = 0; c < 8; c++) count[c] = ld_cluster(mapa(own, c < ctas \? c : rank));\n"
+"#pragma unroll\n"
+"    for (u32 c = 0; c < 8; c++) {\n"
+"        all += c < ctas \? count[c] : 0;\n"
+"        before += c < rank \? count[c] : 0;\n"
+"    }\n"
+"    return all;\n"
+"}\n"
+"\n"
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
 "//   route      warps: token -> ids, weights; ids to shared memory, counters           | CTA barrier\n"
-"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n",
+"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n"
 "//   exchange   every CTA reads the others' totals -> totals of all, of those before   | cluster barrier (waited last)\n"
 "//   place      experts -> rows, then each warp its slots; tables shared out by CTA\n"
 "//\n"
@@ -15655,21 +15704,14 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add(&m.faults[f], faults[f]);\n"
 "    cta_sync();\n"
-"    sum_warps(m, ids_end);\n"
+"    sum_warps<ROUTE_ONE_THREADS / 32>(m, ids_end);\n"
 "    if (ctas > 1) cluster_sync();\n"
 "    else cta_sync();\n"
-"    u32 fault = 0;\n"
-"    if (tid() < 4)\n"
-"        for (u32 c = 0; c < ctas; c++) fault += ctas > 1 \? ld_cluster(mapa(&m.faults[tid()], c)) : m.faults[tid()];\n"
+"    u32 fault = 0, before;\n"
+"    if (tid() < 4) fault = cluster_sums(&m.faults[tid()], rank, ctas, before);\n"
 "    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
-"        u32 before = 0, all = m.own[id];\n"
-"        for (u32 c = 0; c < ctas && ctas > 1; c++) {\n"
-"            u32 count = c == rank \? 0 : ld_cluster(mapa(&m.own[id], c));\n"
-"            all += count;\n"
-"            before += c < rank \? count : 0;\n"
-"        }\n"
+"        m.all[id] = cluster_sums(&m.own[id], rank, ctas, before);\n"
 "        m.row[id] = (i32)before;\n"
-"        m.all[id] = all;\n"
 "    }\n"
 "    if (ctas > 1) cluster_arrive();\n"
 "    place_experts(a.permute, m, ids_end, experts, special);\n"
@@ -15687,13 +15729,13 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "\n"
 "#if defined(MOE_K_ROUTE) || defined(MOE_K_ALL)\n"
-"\n"
+"\n",
 "// First half of K0 for many tokens: a CTA routes a chunk of neighbouring tokens, a warp one token after the other, and\n"
 "// leaves behind how often each id occurs in it.\n"
 "//\n"
 "//   shared memory: u32 count[S], u32 fault[4], two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
-"{\n",
+"{\n"
 "    const u32 stride = (u32)a.counts_stride, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
 "    u32 faults[4] = { 0, 0, 0, 0 }, *count = (u32 *)smem(), *fault = count + stride;\n"
 "    warp_rows rows;\n"
@@ -15735,13 +15777,21 @@ static const char *const moe__kernel_text[] = {
 "    const u32 *counts = (const u32 *)a.chunk_counts;\n"
 "    for (u32 pair = tid() % step; pair < pairs && group < groups; pair += step) {\n"
 "        u32 low = 0, high = 0, low_before = 0, high_before = 0;\n"
-"#pragma unroll 8\n"
-"        for (u32 c = group; c < chunks; c += groups) {\n"
-"            u32 two = counts[(i64)c * pairs + pair];\n"
-"            low += two & 0xffff;\n"
-"            high += two >> 16;\n"
-"            low_before += c < cta() \? two & 0xffff : 0;\n"
-"            high_before += c < cta() \? two >> 16 : 0;\n"
+"        for (u32 base = group; base < chunks; base += 32 * groups) { // 32 loads under way\n"
+"            u32 two[32];\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < 32; i++) {\n"
+"                u32 c = base + i * groups;\n"
+"                two[i] = c < chunks \? counts[(i64)c * pairs + pair] : 0;\n"
+"            }\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < 32; i++) {\n"
+"                u32 part = base + i * groups < cta() \? two[i] : 0;\n"
+"                low += two[i] & 0xffff;\n"
+"                high += two[i] >> 16;\n"
+"                low_before += part & 0xffff;\n"
+"                high_before += part >> 16;\n"
+"            }\n"
 "        }\n"
 "        red_add(&m.all[2 * pair], low);\n"
 "        red_add(&m.all[2 * pair + 1], high);\n"
@@ -15758,9 +15808,9 @@ static const char *const moe__kernel_text[] = {
 "//   count   warps: their slots -> counter; threads: ids; counters over warps   | CTA barriers between\n"
 "//   place   experts -> rows, then each warp its slots; tables shared out by CTA\n"
 "//\n"
-"//   shared memory: sort_memory. At most 64 registers.\n"
-"MOE_ENTRY(moe_k_sort, sort_args, 256, 4)\n"
-"{\n"
+"//   shared memory: sort_memory. At most 80 registers.\n"
+"MOE_ENTRY(moe_k_sort, sort_args, 256, 3)\n"
+"{\n",
 "    const u32 warps = ntid() / 32, slots = (u32)a.slots, ids_end = (u32)a.ids_end;\n"
 "    u32 wrong;\n"
 "    sort_memory m;\n"
@@ -15773,14 +15823,19 @@ static const char *const moe__kernel_text[] = {
 "    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
 "    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
 "    const u32 mine = (left < (u32)a.chunk_tokens \? left : (u32)a.chunk_tokens) * slots;\n"
-"    const u32 per_warp = (mine + 32 * warps - 1) / (32 * warps) * 32;\n",
+"    const u32 per_warp = (mine + 32 * warps - 1) / (32 * warps) * 32;\n"
 "    const u32 from = warp() * per_warp < mine \? warp() * per_warp : mine;\n"
 "    const u32 to = from + per_warp < mine \? from + per_warp : mine;\n"
 "    const i32 *ids = a.ids + (i64)begin * slots;\n"
+"    i32 next = from + lane() < to \? ids[from + lane()] : -1; // a step ahead of the loop\n"
 "    sum_chunks(a, m);\n"
-"    for (u32 at = from; at < to; at += 32) count_ids(counter, at + lane() < to \? ids[at + lane()] : -1);\n"
+"    for (u32 at = from; at < to; at += 32) {\n"
+"        i32 id = next;\n"
+"        next = at + 32 + lane() < to \? ids[at + 32 + lane()] : -1;\n"
+"        count_ids(counter, id);\n"
+"    }\n"
 "    cta_sync();\n"
-"    sum_warps(m, ids_end);\n"
+"    sum_warps<8>(m, ids_end);\n"
 "    place_experts(a.permute, m, ids_end, a.num_experts, a.special_experts);\n"
 "    cta_sync();\n"
 "    write_tables(a.permute, m, ids_end, a.num_experts, a.special_experts, cta(), ncta());\n"
@@ -15825,7 +15880,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "3cdcb4032c749a69c23aee3d6b40e9cabf456ca958b4711405010f851d660b0a";
+    return "d91cd898cc61300c6fdb07110e494ed1a8e46824cce532cf170998d326ad52a8";
 }
 #endif
 // >>kernels-end
