@@ -750,10 +750,11 @@ MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *i
 // ---- compiling ahead ------------------------------------------------------------------------------------------------
 
 typedef struct moe_jit_progress {
-    int32_t done, total; // kernels
-    int32_t cached;      // 1: it lay in the cache folder already
+    int32_t done;   // kernels
+    int32_t total;
+    int32_t cached; // 1: it lay in the cache folder already
     int32_t reserved;
-    uint64_t bytes;      // of its image
+    uint64_t bytes; // of its image
     const char *name;
     const char *chip;
 } moe_jit_progress;
