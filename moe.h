@@ -721,6 +721,44 @@ MOE_API int32_t moe_context_create(const moe_context_desc *desc, moe_context **o
 MOE_API void moe_context_destroy(moe_context *ctx);
 MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *info, moe_error *err);
 
+// ---- compiling ahead ------------------------------------------------------------------------------------------------
+
+typedef struct moe_jit_progress {
+    int32_t done, total; // kernels
+    int32_t cached;      // 1: it lay in the cache folder already
+    int32_t reserved;
+    uint64_t bytes;      // of its image
+    const char *name;
+    const char *chip;
+} moe_jit_progress;
+
+// Kernels of plans for these layers on these chips, of which none need be here: no driver is opened.
+typedef struct moe_precompile_desc {
+    uint32_t struct_size;
+    int32_t num_chips;
+    const char *const *chips;     // "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100f", "sm_120f"
+    const struct moe_layer_desc *layers; // as for moe_plan_create()
+    int32_t num_layers;
+    int32_t threads;              // that compile; 0: one per core
+    const struct moe_plan_desc *plan; // nullable: defaults
+    moe_jit_desc jit;             // cache_dir, nvrtc_library; the driver, images and the seed folder are not looked at
+    moe_allocator allocator;      // as in moe_context_desc
+    void (*log)(void *user, int32_t level, const char *text); // nullable
+    void *log_user;
+    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel, on the caller's thread
+    void *progress_user;
+    uint32_t reserved[8];
+} moe_precompile_desc;
+
+// Fills the cache folder. Kernels that lie there already are not compiled again.
+MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err);
+// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also hold
+// "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
+MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err);
+// Removes entries, those written first, until at most max_bytes are left; 0: all. cache_dir NULL: the default one. Safe
+// while others use the folder.
+MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_error *err);
+
 // ---- routing and layer: inference, validation -----------------------------------------------------------------------
 
 // Fills *out for a named method: top_k and every size are left 0 except where the method fixes them; the caller sets
@@ -1137,6 +1175,7 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #if !defined(MOE_NO_FILES) || !defined(MOE_NO_THREADS)
 #  include <errno.h>
 #endif
@@ -7428,8 +7467,7 @@ static void moe__attempt_unusable(moe__attempts *attempts, const char *path, con
 static const char *moe__attempts_list(const moe__attempts *attempts, char *list, size_t capacity)
 {
     moe__text text = moe__text_make(list, capacity);
-    moe__text_string(&text, "tried: ");
-    moe__text_string(&text, attempts->unusable_text);
+    if (attempts->unusable.length > 0) moe__text_format(&text, "tried: %s", attempts->unusable_text);
     if (attempts->missing.length > 0)
         moe__text_format(&text, "%snot there: %s", attempts->unusable.length > 0 ? "; " : "", attempts->missing_text);
     return list;
@@ -8292,14 +8330,14 @@ static void moe__compile_task(void *arg, int32_t index)
         build->compiled = jit->nvrtc.nvrtcCompileProgram(build->program, options.count, options.option);
 }
 
-// The compiler's own words: all of them line by line for the log hook, the first ones in the message.
+// The compiler's own words: the first lines for the log hook, the very first ones in the message.
 static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build, moe_error *err)
 {
     const moe__nvrtc *nvrtc = &ctx->jit->nvrtc;
     const moe_allocator *allocator = &ctx->desc.allocator;
     size_t size = 0;
     char *log = NULL;
-    int32_t result;
+    int32_t result, lines = 0;
     if (build->program != NULL && nvrtc->nvrtcGetProgramLogSize(build->program, &size) == 0 && size > 1)
         log = (char *)moe__alloc(allocator, size);
     if (log != NULL && nvrtc->nvrtcGetProgramLog(build->program, log) != 0) log[0] = 0;
@@ -8307,7 +8345,7 @@ static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build
     result = moe__fail(err, MOE_ERROR_COMPILE, "", "kernel %s for %s does not compile with NVRTC %d.%d: %s%s%s",
                        build->instance->name, build->chip, nvrtc->version / 1000, nvrtc->version % 1000 / 10,
                        nvrtc->nvrtcGetErrorString(build->compiled), log != NULL ? ": " : "", log != NULL ? log : "");
-    for (char *line = log; line != NULL && *line != 0;) {
+    for (char *line = log; line != NULL && *line != 0 && lines < 40; lines++) {
         char *end = line;
         while (*end != 0 && *end != '\n') end++;
         if (*end != 0) *end++ = 0;
@@ -8748,13 +8786,15 @@ static int32_t moe__cache_write(const moe_context *ctx, const moe__build *build)
 }
 #endif
 
-// An image of the caller's, by key and chip.
-static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_error *err)
+// An image of the caller's for this name of a chip.
+static int32_t moe__images_find(const moe_context *ctx, moe__build *build, const char *chip, moe_error *err)
 {
     const moe__jit *jit = ctx->jit;
+    unsigned char digest[32];
     char key[65];
     moe__text text = moe__text_make(key, sizeof key);
-    moe__text_hex(&text, build->key, 32);
+    moe__instance_key(build->instance, chip, digest);
+    moe__text_hex(&text, digest, 32);
     for (int32_t i = 0; i < jit->num_images; i++) {
         const moe_jit_image *image = &jit->images[i];
         int32_t result;
@@ -8764,6 +8804,16 @@ static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_e
         return result;
     }
     return MOE_OK;
+}
+
+// The chip's own image, else PTX with what instances for the chip rely on: clusters from 9.0 on.
+static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_error *err)
+{
+    int32_t result;
+    if (ctx->jit->num_images == 0) return MOE_OK;
+    result = moe__images_find(ctx, build, build->chip, err);
+    if (result != MOE_OK || build->image != NULL) return result;
+    return moe__images_find(ctx, build, ctx->cuda->arch >= 90 ? "compute_90" : "compute_80", err);
 }
 
 // The image of a place, or none.
@@ -13769,6 +13819,349 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
     return MOE_OK;
 }
 
+// >>ahead  compiling without a device  The same instances as plans choose, for chips that need not be here: into the
+// cache folder, or into a C file.
+#if !defined(MOE_NO_CUDA) && !defined(MOE_NO_FILES)
+
+// Kernels of a job, each once.
+typedef struct moe__ahead {
+    moe_context *ctx; // of the CPU: threads, allocator, log; no driver
+    moe_precompile_desc desc;
+    moe__instance *instances;
+    moe__build *builds;
+    int32_t count, capacity;
+} moe__ahead;
+
+static int32_t moe__ahead_check(const moe_precompile_desc *desc, moe_error *err)
+{
+    if (desc->num_chips < 1 || desc->chips == NULL)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.chips", "has no chip: name one at least, as \"sm_90a\"");
+    if (desc->num_layers < 1 || desc->layers == NULL)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.layers", "has no layer: give one at least");
+    if (desc->num_chips > 64 || desc->num_layers > 4096)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.num_layers", "is %d for %d chips: it must be 1..4096 for 1..64",
+                         desc->num_layers, desc->num_chips);
+    return MOE_OK;
+}
+
+// Compute capability of a chip in the list. PTX is for files only.
+static int32_t moe__ahead_chip(const char *chip, int32_t files_only, int32_t *arch, moe_error *err)
+{
+    int32_t ptx = 0;
+    *arch = chip != NULL ? moe__chip_arch(chip, &ptx) : 0;
+    if (*arch != 0 && (!ptx || (files_only && (*arch == 80 || *arch == 90)))) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.chips", "has %q: it must be sm_80, sm_86, sm_89, sm_90a, sm_100f, "
+                     "sm_120f or the like%s", chip != NULL ? chip : "NULL",
+                     files_only ? ", or compute_80 or compute_90 for PTX" : "");
+}
+
+static void moe__ahead_add(moe__ahead *ahead, const moe__instance *instance, const char *chip)
+{
+    moe__build *build = &ahead->builds[ahead->count];
+    ahead->instances[ahead->count] = *instance;
+    moe__build_init(build, &ahead->instances[ahead->count], chip);
+    for (int32_t i = 0; i < ahead->count; i++)
+        if (memcmp(ahead->builds[i].key, build->key, 32) == 0) return;
+    ahead->count++;
+}
+
+static int32_t moe__ahead_layer(moe__ahead *ahead, const moe_layer_desc *given, const char *chip, int32_t arch,
+                                moe_error *err)
+{
+    moe_layer_desc layer;
+    moe_plan_desc plan;
+    moe__instance instances[MOE__KERNELS];
+    int32_t result;
+    if ((result = moe__copy_desc(&layer, sizeof layer, given, "layer", err)) != MOE_OK ||
+        (result = moe__copy_desc(&plan, sizeof plan, ahead->desc.plan, "desc.plan", err)) != MOE_OK ||
+        (result = moe__layer_resolve(&layer, err)) != MOE_OK ||
+        (result = moe__plan_desc_resolve(&plan, MOE_DTYPE_BF16, layer.routing.top_k + layer.routing.extra_slots,
+                                         err)) != MOE_OK)
+        return result;
+    moe__instances_select(&layer, &plan, arch, instances);
+    for (int32_t i = 0; i < MOE__KERNELS; i++)
+        if (instances[i].entry != NULL) moe__ahead_add(ahead, &instances[i], chip);
+    return MOE_OK;
+}
+
+static void moe__ahead_end(moe__ahead *ahead)
+{
+    moe_context *ctx = ahead->ctx;
+    if (ctx == NULL) return;
+    for (int32_t i = 0; i < ahead->count; i++) moe__build_drop(ctx, &ahead->builds[i]);
+    moe__free(&ctx->desc.allocator, ahead->builds, (uint64_t)ahead->capacity * sizeof ahead->builds[0]);
+    moe__free(&ctx->desc.allocator, ahead->instances, (uint64_t)ahead->capacity * sizeof ahead->instances[0]);
+    moe_context_destroy(ctx);
+}
+
+// A context without a device, and the list of kernels. moe__ahead_end() undoes it, also after a failure.
+static int32_t moe__ahead_begin(moe__ahead *ahead, const moe_precompile_desc *desc, int32_t files_only, moe_error *err)
+{
+    moe_context_desc context;
+    int32_t result, arch;
+    memset(ahead, 0, sizeof *ahead);
+    memset(&context, 0, sizeof context);
+    if ((result = moe__copy_desc(&ahead->desc, sizeof ahead->desc, desc, "desc", err)) != MOE_OK ||
+        (result = moe__ahead_check(&ahead->desc, err)) != MOE_OK)
+        return result;
+    context.backend = MOE_BACKEND_CPU;
+    context.allocator = ahead->desc.allocator;
+    context.threads = ahead->desc.threads;
+    if ((result = moe_context_create(&context, &ahead->ctx, err)) != MOE_OK) return result;
+    ahead->ctx->desc.log = ahead->desc.log; // from here on: nobody asked for a back end
+    ahead->ctx->desc.log_user = ahead->desc.log_user;
+    if ((result = moe__jit_open(ahead->ctx, &ahead->desc.jit, err)) != MOE_OK)
+        return result;
+    ahead->capacity = ahead->desc.num_chips * ahead->desc.num_layers * MOE__KERNELS + 1;
+    ahead->instances = (moe__instance *)moe__alloc(&ahead->ctx->desc.allocator,
+                                                   (uint64_t)ahead->capacity * sizeof ahead->instances[0]);
+    ahead->builds = (moe__build *)moe__alloc(&ahead->ctx->desc.allocator,
+                                             (uint64_t)ahead->capacity * sizeof ahead->builds[0]);
+    if (ahead->instances == NULL || ahead->builds == NULL)
+        return moe__fail_memory(err, (uint64_t)ahead->capacity * sizeof ahead->builds[0]);
+    for (int32_t c = 0; c < ahead->desc.num_chips; c++) {
+        if ((result = moe__ahead_chip(ahead->desc.chips[c], files_only, &arch, err)) != MOE_OK) return result;
+        for (int32_t l = 0; l < ahead->desc.num_layers; l++)
+            if ((result = moe__ahead_layer(ahead, &ahead->desc.layers[l], ahead->desc.chips[c], arch, err)) != MOE_OK)
+                return result;
+    }
+    return MOE_OK;
+}
+
+static void moe__ahead_tell(const moe__ahead *ahead, int32_t done, const moe__build *build, int32_t cached)
+{
+    moe_jit_progress progress;
+    if (ahead->desc.progress == NULL) return;
+    memset(&progress, 0, sizeof progress);
+    progress.done = done;
+    progress.total = ahead->count;
+    progress.cached = cached;
+    progress.bytes = build->bytes;
+    progress.name = build->instance->name;
+    progress.chip = build->chip;
+    ahead->desc.progress(ahead->desc.progress_user, &progress);
+}
+
+// Compiles what is not there yet, as many kernels at a time as there are threads and all of one chip. `keep`: images
+// stay in memory; else they go to the cache folder.
+static int32_t moe__ahead_run(moe__ahead *ahead, int32_t keep, moe_error *err)
+{
+    moe_context *ctx = ahead->ctx;
+    moe__build *group[MOE__BUILDS_MAX];
+    int32_t most = moe__min32(ctx->desc.threads, MOE__BUILDS_MAX), done = 0, result = MOE_OK;
+    for (int32_t i = 0; i < ahead->count;) {
+        int32_t size = 0;
+        for (; i < ahead->count && size < most; i++) {
+            moe__build *build = &ahead->builds[i];
+            if (size > 0 && strcmp(group[0]->chip, build->chip) != 0) break;
+            if ((result = moe__jit_read(ctx, build, MOE__PLACE_CACHE, err)) != MOE_OK) return result;
+            if (build->image == NULL) {
+                group[size++] = build;
+                continue;
+            }
+            moe__ahead_tell(ahead, ++done, build, 1);
+            if (!keep) moe__build_drop(ctx, build);
+        }
+        if (size > 0 && (result = moe__jit_compile(ctx, group, size, err)) != MOE_OK) return result;
+        for (int32_t j = 0; j < size; j++) {
+            if (!keep && !moe__cache_write(ctx, group[j]))
+                return moe__fail(err, MOE_ERROR_FILE, "desc.jit.cache_dir", "is %q, which cannot be written or is not "
+                                 "to be trusted: the log says why", ctx->jit->cache_dir);
+            moe__ahead_tell(ahead, ++done, group[j], 0);
+            if (!keep) moe__build_drop(ctx, group[j]);
+        }
+    }
+    return MOE_OK;
+}
+
+MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err)
+{
+    moe__ahead ahead;
+    int32_t result = moe__ahead_begin(&ahead, desc, 0, err);
+    if (result == MOE_OK && (ahead.ctx->jit->cache_dir[0] == 0 || ahead.ctx->jit->cache_mode != MOE_CACHE_READ_WRITE))
+        result = moe__fail(err, MOE_ERROR_ARGUMENT, "desc.jit.cache_dir", "is needed: no folder is given or found, or "
+                           "desc.jit.cache_mode does not let it be written");
+    if (result == MOE_OK) result = moe__ahead_run(&ahead, 0, err);
+    moe__ahead_end(&ahead);
+    return result == MOE_OK ? moe__ok(err) : result;
+}
+
+static void moe__export_image(moe__text *text, const char *name, int32_t index, const moe__build *build)
+{
+    moe__text_format(text, "\n// %s for %s\nstatic const unsigned char %s_%d[] = {", build->instance->name, build->chip,
+                     name, index);
+    for (uint64_t i = 0; i < build->bytes; i++)
+        moe__text_format(text, "%s%d,", i % 28 == 0 ? "\n    " : "", (int32_t)build->image[i]);
+    moe__text_string(text, "\n};\n");
+}
+
+static void moe__export_table(moe__text *text, const char *name, const moe__ahead *ahead)
+{
+    moe__text_format(text, "\nenum { %s_count = %d };\nstatic const moe_jit_image %s[] = {\n", name, ahead->count,
+                     name);
+    for (int32_t i = 0; i < ahead->count; i++) {
+        moe__text_string(text, "    { \"");
+        moe__text_hex(text, ahead->builds[i].key, 32);
+        moe__text_format(text, "\", %s_%d, sizeof %s_%d },\n", name, i, name, i);
+    }
+    moe__text_string(text, "};\n");
+}
+
+static int32_t moe__export_write(const moe__ahead *ahead, const char *path, const char *name, moe_error *err)
+{
+    const moe_allocator *allocator = &ahead->ctx->desc.allocator;
+    uint64_t capacity = 4096;
+    moe__text text;
+    moe__span span;
+    char *data;
+    int32_t result;
+    for (int32_t i = 0; i < ahead->count; i++) capacity += ahead->builds[i].bytes * 5 + 1024;
+    if ((data = (char *)moe__alloc(allocator, capacity)) == NULL) return moe__fail_memory(err, capacity);
+    text = moe__text_make(data, (size_t)capacity);
+    moe__text_format(&text, "// Kernels of moe.h, text %s, written by moe_jit_export(). Include it behind moe.h\n"
+                     "// and set desc.jit.images to %s, num_images to %s_count.\n", moe__kernel_digest(), name, name);
+    for (int32_t i = 0; i < ahead->count; i++) moe__export_image(&text, name, i, &ahead->builds[i]);
+    moe__export_table(&text, name, ahead);
+    span.data = data;
+    span.size = text.length;
+    result = moe__file_write_atomic(path, &span, 1, err);
+    moe__free(allocator, data, capacity);
+    return result;
+}
+
+MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err)
+{
+    moe__ahead ahead;
+    int32_t result;
+    const char *c = name;
+    if (path == NULL) return moe__fail_null(err, "path");
+    if (name == NULL) return moe__fail_null(err, "name");
+    while ((*c >= 'a' && *c <= 'z') || (*c >= 'A' && *c <= 'Z') || *c == '_' || (c > name && *c >= '0' && *c <= '9'))
+        c++;
+    if (*c != 0 || c == name || c - name > 200)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "name", "is %q: it must be a C identifier of at most 200 characters",
+                         name);
+    result = moe__ahead_begin(&ahead, desc, 1, err);
+    if (result == MOE_OK) result = moe__ahead_run(&ahead, 1, err);
+    if (result == MOE_OK) result = moe__export_write(&ahead, path, name, err);
+    moe__ahead_end(&ahead);
+    return result == MOE_OK ? moe__ok(err) : result;
+}
+
+// ---- trimming ----
+
+#if !defined(_WIN32)
+enum { MOE__TRIM_TEMP_AGE = 3600 }; // seconds after which a temporary file is a leftover
+
+typedef struct moe__trim {
+    char path[MOE__PATH_MAX]; // of the oldest entry seen in this round
+    int64_t oldest;
+    uint64_t bytes;           // of all entries
+} moe__trim;
+
+static int32_t moe__trim_ends(const char *name, const char *ending)
+{
+    size_t length = strlen(name), tail = strlen(ending);
+    return length > tail && strcmp(name + length - tail, ending) == 0;
+}
+
+// Adds up one folder's entries and remembers the oldest; leftovers of killed writers are removed.
+static void moe__trim_folder(moe__trim *trim, const char *folder)
+{
+    DIR *dir = opendir(folder);
+    struct dirent *entry;
+    struct stat info;
+    char path[MOE__PATH_MAX];
+    while (dir != NULL && (entry = readdir(dir)) != NULL) {
+        if (moe__path_join(path, folder, entry->d_name, NULL) != MOE_OK || stat(path, &info) != 0 ||
+            !S_ISREG(info.st_mode))
+            continue;
+        if (moe__trim_ends(entry->d_name, ".tmp") && info.st_mtime + MOE__TRIM_TEMP_AGE < time(NULL)) unlink(path);
+        if (!moe__trim_ends(entry->d_name, ".bin")) continue;
+        trim->bytes += (uint64_t)info.st_size;
+        if (trim->path[0] != 0 && (int64_t)info.st_mtime >= trim->oldest) continue;
+        trim->oldest = (int64_t)info.st_mtime;
+        strcpy(trim->path, path);
+    }
+    if (dir != NULL) closedir(dir);
+}
+
+// All folders of this format: of this build and of others. Empty ones go.
+static void moe__trim_look(moe__trim *trim, const char *format)
+{
+    DIR *dir = opendir(format);
+    struct dirent *entry;
+    char path[MOE__PATH_MAX];
+    trim->bytes = 0;
+    trim->path[0] = 0;
+    while (dir != NULL && (entry = readdir(dir)) != NULL) {
+        if (strlen(entry->d_name) != 16 || moe__path_join(path, format, entry->d_name, NULL) != MOE_OK) continue;
+        moe__trim_folder(trim, path);
+        rmdir(path); // only if nothing is in it
+    }
+    if (dir != NULL) closedir(dir);
+}
+#endif
+
+MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_error *err)
+{
+#if defined(_WIN32)
+    (void)cache_dir;
+    (void)max_bytes;
+    return moe__fail(err, MOE_ERROR_UNSUPPORTED, "", "moe_cache_trim() is not there on Windows: delete the folder");
+#else
+    moe__trim trim;
+    char dir[MOE__PATH_MAX], format[MOE__PATH_MAX];
+    const char *why;
+    int32_t result;
+    int fd;
+    dir[0] = 0;
+    if ((result = moe__jit_path(dir, cache_dir, "cache_dir", err)) != MOE_OK) return result;
+    if (dir[0] == 0) moe__cache_default(dir);
+    if (dir[0] == 0) return moe__fail(err, MOE_ERROR_ARGUMENT, "cache_dir", "is NULL, and there is no default folder");
+    if ((fd = moe__folder_step(-1, dir, 0, &why)) < 0) {
+        if (why == NULL && errno == ENOENT) return moe__ok(err);
+        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir, why != NULL ? why : "cannot be opened");
+    }
+    close(fd);
+    if ((result = moe__path_join(format, dir, "v1", err)) != MOE_OK) return result;
+    for (;;) {
+        moe__trim_look(&trim, format);
+        if (trim.bytes <= max_bytes || trim.path[0] == 0) return moe__ok(err);
+        if (unlink(trim.path) != 0 && errno != ENOENT)
+            return moe__fail_file(err, MOE_ERROR_FILE, trim.path, "cannot be removed", (int32_t)errno);
+    }
+#endif
+}
+#else
+
+static int32_t moe__ahead_unsupported(moe_error *err)
+{
+    return moe__fail(err, MOE_ERROR_UNSUPPORTED, "", "this build leaves out CUDA or files (MOE_NO_CUDA, MOE_NO_FILES)");
+}
+
+MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err)
+{
+    (void)desc;
+    return moe__ahead_unsupported(err);
+}
+
+MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err)
+{
+    (void)desc;
+    (void)path;
+    (void)name;
+    return moe__ahead_unsupported(err);
+}
+
+MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_error *err)
+{
+    (void)cache_dir;
+    (void)max_bytes;
+    return moe__ahead_unsupported(err);
+}
+#endif
+
 // >>reference  the layer behind the routing, plainly  One thread, one token and slot after the other, every weight
 // through the caller's callback: no kernel, layout or table of >>cpu is used, only its statement of the order (see
 // there) and moe__activate(). tests/test_layer.c holds both to the same bits.
@@ -14114,7 +14507,8 @@ static const char *const moe__kernel_text[] = {
 "//   entry                threads                grid = C                     shared memory\n"
 "//   moe_k_route_one      256; R > 512: 128      1..8, one cluster            I + W (8 R + 2 S) + 16 S + 256,\n"
 "//                                               T <= 1024                    I = 2 ceil(T / C) slots rounded up to 16\n"
-"//   moe_k_route          512; R > 512: 128      ceil(T / chunk_tokens)       8 W R + 4 S + 256\n"
+"//   moe_k_route          1024; R > 256: 512;    ceil(T / chunk_tokens)       8 W R + 4 S + 256\n"
+"//                        R > 512: 128\n"
 "//   moe_k_sort           256                    the same, at least 1         2 W S + 16 S + 256\n"
 "//   moe_k_router_logits  256                    any; good: 2 an SM, but      41,472\n"
 "//                                               not more than tiles (>>router)\n"
@@ -14164,25 +14558,27 @@ static const char *const moe__kernel_text[] = {
 "    f32 norm_epsilon, input_multiplier;\n"
 "}; // 96 bytes\n"
 "\n"
-"// >>math  the functions of moe.h's >>math, operation by operation  Products that are added to are plain: every compiler\n"
-"// of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
+"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
+"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
+"// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
 "#define INF_F32 from_bits(0x7f800000u)\n"
 "\n"
 "DI f32 abs_f32(f32 x) { return from_bits(bits(x) & 0x7fffffffu); }\n"
-"DI bool is_nan(f32 x) { return x != x; }\n"
 "DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
 "DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
 "DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
-"\n"
+"\n",
+"// e^x without a branch, so that the exponentials of a row overlap: what moe.h returns early is what the limits give,\n"
+"// and of the products by two powers of two only the second rounds, if any does. Of no use for NaN.\n"
 "DI f32 exp_f32(f32 x)\n"
 "{\n"
 "    const f32 magic = 12582912.0f;\n"
 "    f32 n, r, q;\n"
 "    i32 k;\n"
-"    if (!(x < 89.0f)) return is_nan(x) \? x : INF_F32;\n"
-"    if (x < -104.0f) return 0;\n"
-"    n = fmaf(x, 1.44269502f, magic);\n",
+"    x = x < -104.0f \? -104.0f : x;\n"
+"    x = x > 89.0f \? 89.0f : x;\n"
+"    n = fmaf(x, 1.44269502f, magic);\n"
 "    k = (i32)(bits(n) - bits(magic));\n"
 "    n = n - magic;\n"
 "    r = fmaf(n, -0.693147182f, x);\n"
@@ -14193,17 +14589,14 @@ static const char *const moe__kernel_text[] = {
 "    q = fmaf(q, r, 0.166665196f);\n"
 "    q = fmaf(q, r, 0.5f);\n"
 "    r = fmaf(r * r, q, r) + 1.0f;\n"
-"    if (k >= -125 && k <= 126) return from_bits(bits(r) + ((u32)k << 23));\n"
-"    n = from_bits((u32)(k / 2 + 127) << 23);\n"
-"    return r * n * from_bits((u32)(k - k / 2 + 127) << 23);\n"
+"    return r * from_bits(((u32)(k >> 1) << 23) + 0x3f800000u) * from_bits(((u32)(k - (k >> 1)) << 23) + 0x3f800000u);\n"
 "}\n"
 "\n"
+"// log(1 + x) for x in 0..1.\n"
 "DI f32 log1p_f32(f32 x)\n"
 "{\n"
 "    f32 f, q, k;\n"
 "    u32 e;\n"
-"    if (!(x >= 0)) return from_bits(0x7fc00000u);\n"
-"    if (!(x < INF_F32)) return x;\n"
 "    e = (bits(1.0f + x) - 0x3f3504f3u) & 0xff800000u;\n"
 "    k = (f32)(e >> 23);\n"
 "    f = from_bits(bits(x) - e);\n"
@@ -14238,10 +14631,24 @@ static const char *const moe__kernel_text[] = {
 "    return x < 0 \? -q : q;\n"
 "}\n"
 "\n"
+"// x / d rounded to nearest, from y = 1 / d (rounded to nearest, or nearly): two corrections by the remainder, of which\n"
+"// the second rounds rightly (Markstein). No branch. Neither quotient nor remainder may be denormal.\n"
+"DI f32 divide_by(f32 x, f32 d, f32 y)\n"
+"{\n"
+"    f32 q = x * y;\n"
+"    q = fmaf(fmaf(-d, q, x), y, q);\n"
+"    return fmaf(fmaf(-d, q, x), y, q);\n"
+"}\n"
+"\n"
+"// The same bits as moe.h's for every x. 1 / d for d in 1..2 by Newton from a parabola; the greatest d below 2 alone\n"
+"// would come out one too low.\n"
 "DI f32 sigmoid_f32(f32 x)\n"
 "{\n"
-"    f32 e = exp_f32(-abs_f32(x));\n"
-"    return (x < 0 \? e : 1.0f) / (1.0f + e);\n"
+"    f32 e = exp_f32(-abs_f32(x)), d = 1.0f + e, y = fmaf(d, fmaf(d, 0.32323232f, -1.4545455f), 2.1212121f);\n"
+"    y = fmaf(y, fmaf(-d, y, 1), y);\n"
+"    y = fmaf(y, fmaf(-d, y, 1), y);\n"
+"    y = bits(d) == 0x3fffffffu \? from_bits(0x3f000001u) : y;\n"
+"    return divide_by(x < 0 \? e : 1.0f, d, y);\n"
 "}\n"
 "\n"
 "DI f32 softplus_f32(f32 x)\n"
@@ -14277,7 +14684,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI f32 of_order(u32 key) { return from_bits(key >> 31 != 0 \? key ^ 0x80000000u : ~key); }\n"
-"\n"
+"\n",
 "// >>routing  logits -> experts and weights of a token  A warp routes a token, as moe.h's >>routing does: what that says\n"
 "// about sums, ties and -inf holds here, and where data is legal all bits are the same. Data that it refuses: a logit or\n"
 "// a key that is NaN or +inf counts as -inf, so that it sorts last; the token is counted in MOE_FAULT_NAN_LOGITS and\n"
@@ -14301,7 +14708,7 @@ static const char *const moe__kernel_text[] = {
 "    u32 *key;\n"
 "};\n"
 "\n"
-"struct token_slots {\n",
+"struct token_slots {\n"
 "    i32 id[2];\n"
 "    f32 weight[2];\n"
 "};\n"
@@ -14311,16 +14718,40 @@ static const char *const moe__kernel_text[] = {
 "    f32 best, sum;\n"
 "};\n"
 "\n"
+"// The largest of key[0 .. N) and its place, of equal ones the lowest: a tree, in which the left one wins ties.\n"
+"template <u32 N> DI void best_key(const u32 *key, u32 base, u32 &top, u32 &place)\n"
+"{\n"
+"    u32 t[N], p[N];\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < N; i++) {\n"
+"        t[i] = key[base + i];\n"
+"        p[i] = lane() + 32 * (base + i);\n"
+"    }\n"
+"#pragma unroll\n"
+"    for (u32 step = 1; step < N; step *= 2)\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i + step < N; i += 2 * step) {\n"
+"            p[i] = t[i + step] > t[i] \? p[i + step] : p[i];\n"
+"            t[i] = max_u32(t[i], t[i + step]);\n"
+"        }\n"
+"    top = t[0];\n"
+"    place = p[0];\n"
+"}\n"
+"\n"
 "// The first `count` lanes from `first` on get the places of the `count` largest keys, best first, of equal ones the\n"
 "// lowest place; those keys become 0. Keys that may not be chosen are 0.\n"
-"template <int N> DI void top_k(u32 (&key)[N], i32 first, i32 count, i32 &chosen)\n"
+"template <u32 N> DI void top_k(u32 (&key)[N], i32 first, i32 count, i32 &chosen)\n"
 "{\n"
+"    constexpr u32 part = N < 16 \? N : 16; // a tree of all 64 would need three times as many registers\n"
 "    for (i32 j = first; j < first + count; j++) {\n"
-"        u32 top = key[0], place = lane();\n"
+"        u32 top, place;\n"
+"        best_key<part>(key, 0, top, place);\n"
 "#pragma unroll\n"
-"        for (u32 i = 1; i < N; i++) {\n"
-"            place = key[i] > top \? lane() + 32 * i : place;\n"
-"            top = max_u32(top, key[i]);\n"
+"        for (u32 base = part; base < N; base += part) {\n"
+"            u32 t, p;\n"
+"            best_key<part>(key, base, t, p);\n"
+"            place = t > top \? p : place;\n"
+"            top = max_u32(top, t);\n"
 "        }\n"
 "        u32 best = redux_max(top);\n"
 "        u32 at = redux_min(top == best \? place : 0xffffffffu);\n"
@@ -14354,10 +14785,10 @@ static const char *const moe__kernel_text[] = {
 "        load_row((const u16 *)a.logits + at, width, (u16)(a.logits_dtype == DTYPE_BF16 \? 0xff80 : 0xfc00), half);\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = a.logits_dtype == DTYPE_BF16 \? bf16_f32(half[i]) : cvt_f16(half[i]);\n"
-"    }\n"
+"    }\n",
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
-"        if (lane() + 32 * i < width && r.logit_multiplier != 1) x[i] = x[i] * r.logit_multiplier;\n"
+"        x[i] = x[i] * r.logit_multiplier; // 1 where there is none; -inf stays\n"
 "        bool wrong = !(x[i] < INF_F32);\n"
 "        bad |= wrong;\n"
 "        if (wrong && !(r.logit_softcap > 0)) x[i] = -INF_F32;\n"
@@ -14384,8 +14815,33 @@ static const char *const moe__kernel_text[] = {
 "    return s.sum > 0 \? e / s.sum : e;\n"
 "}\n"
 "\n"
+"// Applies f to each of `width` elements, through rows.key: rolled, for what is rare or long.\n"
+"template <class F> DI void map_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], F f)\n"
+"{\n"
+"    f32 *row = (f32 *)rows.key;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) row[lane() + 32 * i] = x[i];\n"
+"    for (u32 e = lane(); e < width; e += 32) row[e] = f(row[e]); // what this lane wrote\n"
+"    load_row(row, width, -INF_F32, x);\n"
+"}\n"
+"\n"
+"// x[i] / d for x within 0..d. Quotients that might be denormal take the long way.\n"
+"DI void divide_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], f32 d)\n"
+"{\n"
+"    const f32 y = 1.0f / d;\n"
+"    bool small = false;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) small |= x[i] < 1e-25f && x[i] != 0;\n"
+"    if (ballot(small) == 0) {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = divide_by(x[i], d, y);\n"
+"    } else {\n"
+"        map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
+"    }\n"
+"}\n"
+"\n"
 "// Scores of a row, in place, where `all`; else only what score_of() needs.\n"
-"DI softmax_sum route_scores(i32 score, bool all, f32 (&x)[PER_LANE])\n"
+"DI softmax_sum route_scores(i32 score, bool all, const warp_rows &rows, u32 width, f32 (&x)[PER_LANE])\n"
 "{\n"
 "    softmax_sum s = { 0, 0 };\n"
 "    if (score == SCORE_SOFTMAX) {\n"
@@ -14400,16 +14856,12 @@ static const char *const moe__kernel_text[] = {
 "            sum = sum + x[i];\n"
 "        }\n"
 "        s.sum = lanes_sum(sum);\n"
-"        if (all && s.sum > 0) {\n"
-"#pragma unroll\n"
-"            for (u32 i = 0; i < PER_LANE; i++) x[i] = x[i] / s.sum;\n"
-"        }\n"
+"        if (all && s.sum > 0) divide_row(rows, width, x, s.sum);\n"
 "    } else if (all && score == SCORE_SIGMOID) {\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = sigmoid_f32(x[i]);\n"
 "    } else if (all && score == SCORE_SQRT_SOFTPLUS) {\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) x[i] = sqrt_softplus_f32(x[i]);\n"
+"        map_row(rows, width, x, [](f32 v) { return sqrt_softplus_f32(v); });\n"
 "    }\n"
 "    return s;\n"
 "}\n"
@@ -14435,24 +14887,32 @@ static const char *const moe__kernel_text[] = {
 "        u32 first = redux_max(key[i]), value = first;\n"
 "        if (two) {\n"
 "            u32 equal = ballot(key[i] == first);\n"
-"            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n"
+"            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n",
 "            value = order_of(of_order(first) + of_order(second));\n"
 "        }\n"
 "        if (lane() == 0) rank[i] = value;\n"
 "    }\n"
 "}\n"
 "\n"
-"// rows.key[g] becomes 1 for the groups that are kept, from their ranks there.\n"
-"template <int N> DI void keep_groups(u32 groups, i32 kept, u32 *rank)\n"
+"// rank[g] becomes 0 for the groups that are kept.\n"
+"DI void keep_groups(u32 groups, i32 kept, u32 *rank)\n"
 "{\n"
-"    u32 key[N];\n"
-"    i32 unused = 0;\n"
-"#pragma unroll\n"
-"    for (u32 i = 0; i < N; i++) key[i] = lane() + 32 * i < groups \? rank[lane() + 32 * i] : 0;\n"
-"    top_k(key, 0, kept, unused);\n"
-"#pragma unroll\n"
-"    for (u32 i = 0; i < N; i++)\n"
-"        if (lane() + 32 * i < groups) rank[lane() + 32 * i] = key[i] == 0;\n"
+"    if (groups <= 32) {\n"
+"        u32 key[1] = { lane() < groups \? rank[lane()] : 0 };\n"
+"        i32 unused = 0;\n"
+"        top_k(key, 0, kept, unused);\n"
+"        if (lane() < groups) rank[lane()] = key[0];\n"
+"        return;\n"
+"    }\n"
+"    for (i32 j = 0; j < kept; j++) {\n"
+"        u32 best = 0, place = lane();\n"
+"        for (u32 g = lane(); g < groups; g += 32) {\n"
+"            u32 key = rank[g]; // only this lane reads and writes it\n"
+"            if (key > best) { best = key; place = g; }\n"
+"        }\n"
+"        u32 most = redux_max(best);\n"
+"        if (place == redux_min(best == most \? place : 0xffffffffu)) rank[place] = 0;\n"
+"    }\n"
 "}\n"
 "\n"
 "// Ranks groups; the keys of those that are not kept become the excluded value.\n"
@@ -14477,34 +14937,16 @@ static const char *const moe__kernel_text[] = {
 "            warp_sync();\n"
 "        }\n"
 "    }\n"
-"    if (groups <= 32) keep_groups<1>(groups, r.groups_kept, rows.key);\n"
-"    else keep_groups<PER_LANE>(groups, r.groups_kept, rows.key);\n"
+"    keep_groups(groups, r.groups_kept, rows.key);\n"
 "    warp_sync();\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        u32 e = lane() + 32 * i;\n"
-"        if (e < experts && rows.key[e * inverse >> 21] == 0) key[i] = excluded;\n"
+"        if (e < experts && rows.key[e * inverse >> 21] != 0) key[i] = excluded;\n"
 "    }\n"
 "    warp_sync();\n"
 "}\n"
 "\n"
-"// top_k / groups of each group, in group order.\n"
-"DI void route_each_group(const tokens_args &a, const warp_rows &rows, u32 (&key)[PER_LANE], i32 &chosen)\n"
-"{\n"
-"    const i32 groups = a.routing.groups, size = a.num_experts / groups, each = a.routing.top_k / groups;\n"
-"#pragma unroll\n"
-"    for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
-"    for (i32 g = 0; g < groups; g++) {\n"
-"        u32 low = (u32)(g * size), high = low + (u32)size;\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) {\n"
-"            u32 e = lane() + 32 * i;\n"
-"            key[i] = e >= low && e < high \? rows.key[e] : 0; // what this lane wrote\n"
-"        }\n"
-"        top_k(key, g * each, each, chosen);\n"
-"    }\n"
-"}\n"
-"\n",
 "// Lane j < top_k gets the j-th expert. x: what ranks, behind which the bias is added. Says whether a key was NaN or\n"
 "// +inf.\n"
 "DI bool route_choose(const tokens_args &a, i32 bias_row, const warp_rows &rows, f32 (&x)[PER_LANE], i32 &chosen)\n"
@@ -14525,15 +14967,27 @@ static const char *const moe__kernel_text[] = {
 "        bad |= wrong && there;\n"
 "        key[i] = !there \? 0 : wrong \? KEY_NEG_INF : order_of(x[i]);\n"
 "    }\n"
-"    if (r.groups > 1 && r.group_rule == GROUP_EACH) {\n"
-"        route_each_group(a, rows, key, chosen);\n"
-"    } else {\n"
-"        if (r.groups > 1) route_groups(a, rows, key);\n"
-"        top_k(key, 0, r.top_k, chosen);\n"
+"    const bool each = r.groups > 1 && r.group_rule == GROUP_EACH; // top_k / groups of each group, in group order\n"
+"    const i32 parts = each \? r.groups : 1, count = r.top_k / parts;\n"
+"    const u32 size = ranked / (u32)parts;\n"
+"    if (r.groups > 1 && !each) route_groups(a, rows, key);\n"
+"    if (each) {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
+"    }\n"
+"    for (i32 part = 0; part < parts; part++) {\n"
+"        if (each) {\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < PER_LANE; i++) { // the keys of this part, which this lane wrote\n"
+"                u32 e = lane() + 32 * i;\n"
+"                key[i] = e - (u32)part * size < size \? rows.key[e] : 0;\n"
+"            }\n"
+"        }\n"
+"        top_k(key, part * count, count, chosen);\n"
 "    }\n"
 "    return ballot(bad) != 0;\n"
 "}\n"
-"\n"
+"\n",
 "// PhiMoE: k times the best of the rest, weighted by a softmax over those of the rest that are close to it.\n"
 "DI void route_sparse_mixer(const tokens_args &a, const warp_rows &rows, token_slots &s)\n"
 "{\n"
@@ -14589,7 +15043,7 @@ static const char *const moe__kernel_text[] = {
 "        if (r.renormalize == RENORMALIZE_SUM) divisor = sum + r.renormalize_epsilon;\n"
 "        else if (sum < r.renormalize_epsilon) divisor = r.renormalize_epsilon;\n"
 "        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n"
-"        if (w[0] != 0) w[0] = w[0] / divisor;\n",
+"        if (w[0] != 0) w[0] = w[0] / divisor;\n"
 "        if (second && w[1] != 0) w[1] = w[1] / divisor;\n"
 "    }\n"
 "    for (u32 h = 0; h < 2; h++)\n"
@@ -14616,7 +15070,7 @@ static const char *const moe__kernel_text[] = {
 "DI void route_simulate(const tokens_args &a, i64 token, const warp_rows &rows, i32 &chosen)\n"
 "{\n"
 "    const routing_args &r = a.routing;\n"
-"    const u32 experts = (u32)a.num_experts;\n"
+"    const u32 experts = (u32)a.num_experts;\n",
 "    u32 *drawn = rows.key, total = 0;\n"
 "    if (r.simulate == SIMULATE_ROUND_ROBIN)\n"
 "        chosen = (i32)(((u64)token * (u64)r.top_k + lane()) % experts);\n"
@@ -14659,7 +15113,7 @@ static const char *const moe__kernel_text[] = {
 "        return bad;\n"
 "    }\n"
 "    if (r.score_order == SCORE_BEFORE_TOPK && (r.score == SCORE_SOFTMAX || (r.select == SELECT_SCORE && !forced)))\n"
-"        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, x);\n"
+"        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, rows, (u32)a.width, x);\n"
 "    if (forced != nullptr) {\n"
 "        if ((i32)lane() < r.top_k) s.id[0] = forced[lane()];\n"
 "    } else {\n"
@@ -14679,7 +15133,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 h = 0; h < 2; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
 "        if (slot >= a.slots) break;\n"
-"        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n",
+"        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n"
 "        if (slot >= r.top_k && !r.extra_scored) continue;\n"
 "        if (r.scale_on == SCALE_ON_WEIGHTS) s.weight[h] = s.weight[h] * scale;\n"
 "        if (slot >= r.top_k) continue;\n"
@@ -14702,7 +15156,7 @@ static const char *const moe__kernel_text[] = {
 "    const i32 *forced = nullptr;\n"
 "    i32 bias_row = r.bias_rows == 2 && marked;\n"
 "    bool lost = false, bad = false;\n"
-"    for (u32 h = 0; h < 2; h++) {\n"
+"    for (u32 h = 0; h < 2; h++) {\n",
 "        i32 slot = (i32)(lane() + 32 * h);\n"
 "        s.id[h] = slot < r.top_k \? -1 : a.num_experts + r.special_experts + slot - r.top_k;\n"
 "        s.weight[h] = slot < r.top_k \? 1.0f / (f32)r.top_k : r.extra_weight;\n"
@@ -14769,7 +15223,7 @@ static const char *const moe__kernel_text[] = {
 "        if (slot >= a.slots) break;\n"
 "        if (a.out_ids != nullptr) a.out_ids[token * a.slots + slot] = s.id[h];\n"
 "        if (a.out_weights != nullptr) a.out_weights[token * a.slots + slot] = s.weight[h];\n"
-"    }\n",
+"    }\n"
 "    warp_sync(); // the next token overwrites the rows\n"
 "}\n"
 "\n"
@@ -14793,7 +15247,7 @@ static const char *const moe__kernel_text[] = {
 "    u32 *faults; // [4]\n"
 "    u32 stride;  // S\n"
 "};\n"
-"\n"
+"\n",
 "// Lays them out from `memory` on (16-aligned); returns what is behind.\n"
 "DI u8 *sort_layout(u8 *memory, u32 ids_end, sort_memory &m)\n"
 "{\n"
@@ -14871,7 +15325,7 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    for (u32 w = 0; w < warps; w++) before += w < warp() \? scan[w] : 0;\n"
 "    before += running - sum;\n"
-"    for (u32 i = begin; i < end; i++) value[i] += before;\n",
+"    for (u32 i = begin; i < end; i++) value[i] += before;\n"
 "    if (tid() == ntid() - 1) value[n] = before + sum;\n"
 "    cta_sync();\n"
 "}\n"
@@ -14897,7 +15351,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 expert_of_row(const u32 *first, u32 experts, u32 at)\n"
 "{\n"
 "    u32 low = 0, high = experts;\n"
-"    while (high - low > 1) {\n"
+"    while (high - low > 1) {\n",
 "        u32 middle = (low + high) / 2;\n"
 "        if (first[middle] <= at) low = middle;\n"
 "        else high = middle;\n"
@@ -14947,7 +15401,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// >>router  the router's own product  logits = W (x norm scale multiplier) + bias in fp32, in the order of moe.h's dot\n"
-"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n",
+"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n"
 "// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
 "//\n"
 "//   T         CTA tile, tokens x experts   half-warp   weights                       x\n"
@@ -14975,7 +15429,7 @@ static const char *const moe__kernel_text[] = {
 "    ROUTER_SOME = 256,\n"
 "    ROUTER_RING = 16,        // stages\n"
 "    ROUTER_RING_K = 256,\n"
-"    ROUTER_K = 64,\n"
+"    ROUTER_K = 64,\n",
 "    ROUTER_PAD = 16,\n"
 "    ROUTER_STAGES = 40960    // bytes of both; norms lie behind them\n"
 "};\n"
@@ -15042,7 +15496,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 c = 0; c < ROUTER_RING - 1; c++) {\n"
 "        if (c < chunks) load_weights<ROUTER_RING_K>(a, ring + c * stage_words, first, 2, c * ROUTER_RING_K);\n"
 "        cp_async_commit();\n"
-"    }\n",
+"    }\n"
 "    if (token < tokens) norm = router_norm(a, token);\n"
 "#pragma unroll\n"
 "    for (u32 s = 0; s < steps; s++) next[s] = token < tokens \? router_x(a, token, 16 * s + lane16()) : 0;\n"
@@ -15066,7 +15520,7 @@ static const char *const moe__kernel_text[] = {
 "            if (s < left) sum = fmaf(x[s], widen_weight(w[16 * s]), sum);\n"
 "    }\n"
 "    cp_async_wait<0>();\n"
-"    cta_sync();\n"
+"    cta_sync();\n",
 "    if (token < tokens) router_store(a, lanes16_sum(sum), token, first + half, tokens);\n"
 "}\n"
 "\n"
@@ -15083,7 +15537,9 @@ static const char *const moe__kernel_text[] = {
 "        f32 norm = router_norm(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
 "        if (lane16() == 0) norms[i] = norm;\n"
 "    }\n"
+"#pragma unroll\n"
 "    for (u32 i = 0; i < TM; i++)\n"
+"#pragma unroll\n"
 "        for (u32 j = 0; j < TN; j++) sum[i][j] = 0;\n"
 "    cta_sync();\n"
 "    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
@@ -15122,9 +15578,10 @@ static const char *const moe__kernel_text[] = {
 "        cp_async_wait<0>();\n"
 "        cta_sync();\n"
 "    }\n"
+"#pragma unroll\n"
 "    for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
-"        for (u32 j = 0; j < TN; j++)\n",
+"        for (u32 j = 0; j < TN; j++)\n"
 "            router_store(a, lanes16_sum(sum[i][j]), first_token + token0 + i, first + expert0 + 2 * j, tokens);\n"
 "}\n"
 "\n"
@@ -15135,7 +15592,7 @@ static const char *const moe__kernel_text[] = {
 "#define ROUTE_THREADS 128\n"
 "#else\n"
 "#define ROUTE_ONE_THREADS 256\n"
-"#define ROUTE_THREADS 512\n"
+"#define ROUTE_THREADS (PER_LANE > 8 \? 512 : 1024)\n"
 "#endif\n"
 "\n"
 "// Tokens of this call. A count on the device that is not within 0..num_tokens is a fault, and nothing is routed.\n"
@@ -15153,7 +15610,7 @@ static const char *const moe__kernel_text[] = {
 "// run of those.\n"
 "//\n"
 "//   route      warps: token -> ids, weights; ids to shared memory, counters           | CTA barrier\n"
-"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n"
+"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n",
 "//   exchange   every CTA reads the others' totals -> totals of all, of those before   | cluster barrier (waited last)\n"
 "//   place      experts -> rows, then each warp its slots; tables shared out by CTA\n"
 "//\n"
@@ -15210,7 +15667,7 @@ static const char *const moe__kernel_text[] = {
 "            u32 count = c == rank \? 0 : ld_cluster(mapa(&m.own[id], c));\n"
 "            all += count;\n"
 "            before += c < rank \? count : 0;\n"
-"        }\n",
+"        }\n"
 "        m.row[id] = (i32)before;\n"
 "        m.all[id] = all;\n"
 "    }\n"
@@ -15234,9 +15691,9 @@ static const char *const moe__kernel_text[] = {
 "// First half of K0 for many tokens: a CTA routes a chunk of neighbouring tokens, a warp one token after the other, and\n"
 "// leaves behind how often each id occurs in it.\n"
 "//\n"
-"//   shared memory: u32 count[S], u32 fault[4], two rows a warp. At most 128 registers (255 for P > 16).\n"
+"//   shared memory: u32 count[S], u32 fault[4], two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
-"{\n"
+"{\n",
 "    const u32 stride = (u32)a.counts_stride, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
 "    u32 faults[4] = { 0, 0, 0, 0 }, *count = (u32 *)smem(), *fault = count + stride;\n"
 "    warp_rows rows;\n"
@@ -15296,7 +15753,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// Second half of K0: a CTA places the slots of a chunk, each of its warps a run of them.\n"
-"//\n",
+"//\n"
 "//   sum     threads: pairs of ids; counters of all chunks -> all, row\n"
 "//   count   warps: their slots -> counter; threads: ids; counters over warps   | CTA barriers between\n"
 "//   place   experts -> rows, then each warp its slots; tables shared out by CTA\n"
@@ -15316,7 +15773,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
 "    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
 "    const u32 mine = (left < (u32)a.chunk_tokens \? left : (u32)a.chunk_tokens) * slots;\n"
-"    const u32 per_warp = (mine + 32 * warps - 1) / (32 * warps) * 32;\n"
+"    const u32 per_warp = (mine + 32 * warps - 1) / (32 * warps) * 32;\n",
 "    const u32 from = warp() * per_warp < mine \? warp() * per_warp : mine;\n"
 "    const u32 to = from + per_warp < mine \? from + per_warp : mine;\n"
 "    const i32 *ids = a.ids + (i64)begin * slots;\n"
@@ -15368,7 +15825,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "a9bc843f06fdbba8ecc4aba070d94252b3be81e6a1f3173294f71399b9ee7075";
+    return "3cdcb4032c749a69c23aee3d6b40e9cabf456ca958b4711405010f851d660b0a";
 }
 #endif
 // >>kernels-end
