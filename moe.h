@@ -41,8 +41,10 @@
 //     >>numeric  bf16, f16                     >>sys      files             >>math       exp, log1p, tanh, erf, sqrt
 //     >>json     reader                        >>routing  top-k, presets    >>layer      validation
 //     >>infer    config.json -> layer          >>checkpoint  safetensors    >>context    threads, instruction sets
-//     >>layout   packed weights                >>weights  set, seal, save   >>cpu        kernels
-//     >>plan     execute and its stages        >>reference  the oracle      >>history    changes, licence
+//     >>cuda     driver, NVRTC                 >>jit      compile, cache    >>layout     packed weights
+//     >>weights  set, seal, save               >>cpu      kernels           >>instances  kernels of a plan
+//     >>plan     execute and its stages        >>stages   on CUDA           >>ahead      compile without a GPU
+//     >>reference  the oracle                  >>kernels  their text        >>history    changes, licence
 //
 // ---------------------------------------------------------------------------------------------------------------------
 // >>manual
@@ -66,6 +68,7 @@
 //     MOE_NO_THREADS       one thread, no thread library            MOE_NO_CPU_SIMD   scalar kernels only
 //     MOE_NO_FILES         no file access; implies NO_CHECKPOINT    MOE_NO_CHECKPOINT no safetensors
 //     MOE_NO_CONFIG        no JSON; implies NO_CHECKPOINT           MOE_MALLOC, MOE_FREE  default allocator
+//     MOE_NO_CUDA          no GPU code at all                       MOE_NO_ENV        no variable of the environment
 //     MOE_ASSERT           internal invariants; empty by default
 //     -ffast-math is refused: it changes results. Other optimisation options do not. Results are those of the default
 //     rounding mode with denormals: a thread that sets FTZ or DAZ gets other bits.
@@ -106,6 +109,29 @@
 //     slice of the shared experts; what cannot be sliced (GEMM 2's bias, special and constant experts) is added by
 //     tp_rank 0.
 //
+// CUDA
+//     MOE_BACKEND_CUDA opens the driver (libcuda.so.1, nvcuda.dll; 12.0 or later, compute capability 8.0 or later) when
+//     the context is created, and NVRTC (12.0 or later) when a kernel has to be compiled: nothing of CUDA is needed to
+//     build. Before glibc 2.34 link -ldl. NVRTC is looked for where the system looks, in CUDA_HOME, CUDA_PATH, the
+//     usual folders of toolkits and NVIDIA's Python wheels, that of the driver's major version first. What was tried is
+//     in the message, at length in the log. Both stay loaded until the process ends. MOE_BACKEND_AUTO is the CPU.
+//     The device's primary context is retained, or the caller's CUcontext taken, which must outlive this library's;
+//     it is made current around calls of the driver only where it is not. Kernels are compiled and loaded by
+//     moe_plan_create(), never later; that may happen while another thread captures a stream.
+//
+// CACHE
+//     Compiled kernels are kept in a folder: desc.jit.cache_dir, else MOE_CACHE_DIR, $XDG_CACHE_HOME/moe,
+//     $HOME/.cache/moe (~/Library/Caches/moe, %LOCALAPPDATA%\moe), else in memory only. An entry's name and contents
+//     hold the SHA-256 of the kernels' text, options and chip; NVRTC's version is noted but not part of it, so that a
+//     warm start opens no NVRTC. A folder or file counts only if it belongs to this user or root, nobody else can write it,
+//     and no link leads to it from the cache folder on; whatever is wrong is a miss. Where nothing can be written,
+//     kernels stay in memory, and the log says so once. No locks: any number of processes may share a folder, and it
+//     may be deleted at any time. Nothing is deleted by itself: moe_cache_trim(). moe_jit_precompile() fills a folder
+//     without a GPU; as desc.jit.seed_dir it serves from a read-only image. moe_jit_export() makes C of kernels.
+//
+// ENVIRONMENT    desc wins; not read at all by a process with more rights than its user
+//     MOE_CACHE_DIR  folder    MOE_CACHE  rw, ro, off    MOE_CUDA_LIB, MOE_NVRTC_LIB  absolute paths: no other is tried
+//
 // STAGES ON CUDA
 //     A CUDA context runs moe_route(), moe_permute() and moe_router_logits(); this version has no GEMM kernels, so
 //     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there; moe_execute_check() and the plan's candidates
@@ -123,7 +149,7 @@
 //     Pure functions and functions of const objects: any thread, at any time. moe_weights_set_tensor(): several
 //     threads, if for different experts. moe_execute(): several threads with one plan and one set of weights, each with
 //     a workspace of its own; on the CPU such calls take turns on the context's pool of threads. A parallel_for hook
-//     replaces that pool.
+//     replaces that pool. Plans of one CUDA context are created in turns; kernels are compiled on its pool.
 //
 // ERRORS
 //     A call returns MOE_OK (0) or a negative moe_result, and fills the caller's moe_error with the member at fault,
@@ -670,8 +696,8 @@ typedef struct moe_context_desc {
     uint32_t struct_size;
     int32_t backend;              // moe_backend
     int32_t device;               // ordinal; the CPU has device 0
-    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for packing weights and
-    // compiling kernels. 0: one per core, with CUDA 8 at most.
+    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for compiling kernels.
+    // 0: one per core, with CUDA 8 at most.
     int32_t threads;
     void *cuda_context;           // CUcontext of the caller's; NULL: the device's primary one
     moe_allocator allocator;      // both functions or none; none: malloc and free
@@ -724,10 +750,11 @@ MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *i
 // ---- compiling ahead ------------------------------------------------------------------------------------------------
 
 typedef struct moe_jit_progress {
-    int32_t done, total; // kernels
-    int32_t cached;      // 1: it lay in the cache folder already
+    int32_t done;   // kernels
+    int32_t total;
+    int32_t cached; // 1: it lay in the cache folder already
     int32_t reserved;
-    uint64_t bytes;      // of its image
+    uint64_t bytes; // of its image
     const char *name;
     const char *chip;
 } moe_jit_progress;
@@ -745,15 +772,15 @@ typedef struct moe_precompile_desc {
     moe_allocator allocator;      // as in moe_context_desc
     void (*log)(void *user, int32_t level, const char *text); // nullable
     void *log_user;
-    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel, on the caller's thread
+    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel; the caller's thread
     void *progress_user;
     uint32_t reserved[8];
 } moe_precompile_desc;
 
 // Fills the cache folder. Kernels that lie there already are not compiled again.
 MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err);
-// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also hold
-// "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
+// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also
+// hold "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
 MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err);
 // Removes entries, those written first, until at most max_bytes are left; 0: all. cache_dir NULL: the default one. Safe
 // while others use the folder.
@@ -8070,8 +8097,8 @@ static int32_t moe__nvrtc_open(const moe_context *ctx, const char *wanted, int32
                      out->version / 1000, out->version % 1000 / 10, driver, ctx->cuda->driver_version % 1000 / 10);
         return MOE_OK;
     }
-    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can compile "
-                     "for compute capability %d.%d; %s", arch / 10, arch % 10,
+    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can "
+                     "compile for compute capability %d.%d; %s", arch / 10, arch % 10,
                      moe__attempts_list(&attempts, list, sizeof list));
 }
 
@@ -8489,8 +8516,8 @@ static int32_t moe__kernel_load(moe_context *ctx, const moe__build *build, moe__
 // An entry is a header and a cubin, named <instance>-<chip>-<half of its key>.bin in v1/<16 digits of the kernels'
 // digest>/. Its name only finds it: magic, key, length and the payload's SHA-256 decide. Anything wrong is a miss.
 enum {
-    MOE__ENTRY_HEADER = 88,            // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
-    MOE__ENTRY_MAX = 64 << 20,         // bytes of a cubin
+    MOE__ENTRY_HEADER = 88,    // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
+    MOE__ENTRY_MAX = 64 << 20, // bytes of a cubin
     MOE__ENTRY_FORMAT = 1
 };
 
@@ -8561,9 +8588,11 @@ static void moe__cache_trouble(const moe_context *ctx, const char *path, const c
 {
     if (ctx->jit->quiet) return;
     ctx->jit->quiet = 1;
-    if (number != 0) moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path,
-                              what, number);
-    else moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+    if (number == 0)
+        moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+    else
+        moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path, what,
+                 number);
 }
 
 #if defined(_WIN32)
@@ -14121,7 +14150,8 @@ MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_er
     if (dir[0] == 0) return moe__fail(err, MOE_ERROR_ARGUMENT, "cache_dir", "is NULL, and there is no default folder");
     if ((fd = moe__folder_step(-1, dir, 0, &why)) < 0) {
         if (why == NULL && errno == ENOENT) return moe__ok(err);
-        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir, why != NULL ? why : "cannot be opened");
+        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir,
+                         why != NULL ? why : "cannot be opened");
     }
     close(fd);
     if ((result = moe__path_join(format, dir, "v1", err)) != MOE_OK) return result;
@@ -15296,7 +15326,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < N; i++) {\n"
 "        t[i] = key[base + i];\n"
-"        p[i] = lane() + 32 * (base + i);\n"
+"        p[i] = 32 * (base + i);\n"
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 step = 1; step < N; step *= 2)\n"
@@ -15306,7 +15336,7 @@ static const char *const moe__kernel_text[] = {
 "            t[i] = max_u32(t[i], t[i + step]);\n"
 "        }\n"
 "    top = t[0];\n"
-"    place = p[0];\n"
+"    place = lane() + p[0];\n"
 "}\n"
 "\n"
 "// The first `count` lanes from `first` on get the places of the `count` largest keys, best first, of equal ones the\n"
@@ -15327,7 +15357,7 @@ static const char *const moe__kernel_text[] = {
 "        u32 best = redux_max(top);\n"
 "        u32 at = redux_min(top == best \? place : 0xffffffffu);\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < N; i++) key[i] = at == lane() + 32 * i \? 0 : key[i];\n"
+"        for (u32 i = 0; i < N; i++) key[i] = at - lane() == 32 * i \? 0 : key[i];\n"
 "        if ((i32)lane() == j) chosen = (i32)at;\n"
 "    }\n"
 "}\n"
@@ -15335,11 +15365,9 @@ static const char *const moe__kernel_text[] = {
 "// x[i] = element lane + 32 i of `width` ones; -inf behind them.\n"
 "template <class T> DI void load_row(const T *row, u32 width, T none, T (&x)[PER_LANE])\n"
 "{\n"
+"    const i32 left = (i32)(width - lane()); // compared with constants: 32 i + lane would be a register each\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < PER_LANE; i++) {\n"
-"        u32 e = lane() + 32 * i;\n"
-"        x[i] = e < width \? row[e] : none;\n"
-"    }\n"
+"    for (u32 i = 0; i < PER_LANE; i++) x[i] = (i32)(32 * i) < left \? row[lane() + 32 * i] : none;\n"
 "}\n"
 "\n"
 "// The logits of a token behind multiplier and soft cap, into x and rows.logit. Says whether one was NaN or +inf.\n"
@@ -15367,11 +15395,11 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    if (r.logit_softcap > 0) { // rolled: rare, and long\n"
 "        for (u32 e = lane(); e < width; e += 32) {\n"
-"            f32 v = rows.logit[e];\n"
+"            f32 v = rows.logit[e];\n",
 "            rows.logit[e] = v < INF_F32 \? r.logit_softcap * tanh_f32(v / r.logit_softcap) : -INF_F32;\n"
 "        }\n"
 "        load_row(rows.logit, width, -INF_F32, x);\n"
-"    }\n",
+"    }\n"
 "    warp_sync();\n"
 "    return ballot(bad) != 0;\n"
 "}\n"
@@ -15397,19 +15425,26 @@ static const char *const moe__kernel_text[] = {
 "    warp_sync(); // other lanes may write the row again\n"
 "}\n"
 "\n"
+"// The same unrolled, so that elements overlap, where there are registers for it.\n"
+"template <class F> DI void map_fast(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], F f)\n"
+"{\n"
+"    if (PER_LANE > 16) {\n"
+"        map_row(rows, width, x, f);\n"
+"    } else {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = f(x[i]);\n"
+"    }\n"
+"}\n"
+"\n"
 "// x[i] / d for x within 0..d. Quotients that might be denormal take the long way.\n"
 "DI void divide_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], f32 d)\n"
 "{\n"
 "    const f32 y = 1.0f / d;\n"
 "    bool small = false;\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < PER_LANE; i++) small |= x[i] < 1e-25f && x[i] != 0;\n"
-"    if (ballot(small) == 0) {\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) x[i] = divide_by(x[i], d, y);\n"
-"    } else {\n"
-"        map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
-"    }\n"
+"    for (u32 i = 0; i < PER_LANE; i++) small |= x[i] > 0 && x[i] < 1e-25f;\n"
+"    if (ballot(small) == 0) map_fast(rows, width, x, [=](f32 v) { return divide_by(v, d, y); });\n"
+"    else map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
 "}\n"
 "\n"
 "// Scores of a row, in place, where `all`; else only what score_of() needs.\n"
@@ -15422,16 +15457,14 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) top = max_u32(top, order_of(x[i]));\n"
 "        s.best = of_order(redux_max(top));\n"
+"        const f32 best = s.best;\n"
+"        map_fast(rows, width, x, [=](f32 v) { return best == -INF_F32 \? 0 : exp_f32(v - best); });\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) {\n"
-"            x[i] = s.best == -INF_F32 \? 0 : exp_f32(x[i] - s.best);\n"
-"            sum = sum + x[i];\n"
-"        }\n"
+"        for (u32 i = 0; i < PER_LANE; i++) sum = (i32)(32 * i) < (i32)(width - lane()) \? sum + x[i] : sum;\n"
 "        s.sum = lanes_sum(sum);\n"
 "        if (all && s.sum > 0) divide_row(rows, width, x, s.sum);\n"
 "    } else if (all && score == SCORE_SIGMOID) {\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) x[i] = sigmoid_f32(x[i]);\n"
+"        map_fast(rows, width, x, [](f32 v) { return sigmoid_f32(v); });\n"
 "    } else if (all && score == SCORE_SQRT_SOFTPLUS) {\n"
 "        map_row(rows, width, x, [](f32 v) { return sqrt_softplus_f32(v); });\n"
 "    }\n"
@@ -15450,7 +15483,7 @@ static const char *const moe__kernel_text[] = {
 "    return two \? order_of(of_order(first) + of_order(second)) : first;\n"
 "}\n"
 "\n"
-"// The same for groups of 32, which are a register each, into rows.key[group].\n"
+"// The same for groups of 32, which are a register each (too many of them would be under way with P > 16).\n"
 "DI void group_ranks_32(const u32 (&key)[PER_LANE], u32 groups, bool two, u32 *rank)\n"
 "{\n"
 "#pragma unroll\n"
@@ -15461,7 +15494,7 @@ static const char *const moe__kernel_text[] = {
 "            u32 equal = ballot(key[i] == first);\n"
 "            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n"
 "            value = order_of(of_order(first) + of_order(second));\n"
-"        }\n"
+"        }\n",
 "        if (lane() == 0) rank[i] = value;\n"
 "    }\n"
 "}\n"
@@ -15479,7 +15512,7 @@ static const char *const moe__kernel_text[] = {
 "    for (i32 j = 0; j < kept; j++) {\n"
 "        u32 best = 0, place = lane();\n"
 "        for (u32 g = lane(); g < groups; g += 32) {\n"
-"            u32 key = rank[g]; // only this lane reads and writes it\n",
+"            u32 key = rank[g]; // only this lane reads and writes it\n"
 "            if (key > best) { best = key; place = g; }\n"
 "        }\n"
 "        u32 most = redux_max(best);\n"
@@ -15495,7 +15528,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 inverse = (1u << 21) / size + 1; // e * inverse >> 21 is e / size for e < 2048\n"
 "    const u32 excluded = r.group_excluded == EXCLUDED_ZERO \? KEY_ZERO : KEY_NEG_INF;\n"
 "    const bool two = r.group_rule == GROUP_TOP2_SUM;\n"
-"    if (size == 32) {\n"
+"    if (size == 32 && PER_LANE <= 16) {\n"
 "        group_ranks_32(key, groups, two, rows.key);\n"
 "        warp_sync();\n"
 "    } else {\n"
@@ -15535,7 +15568,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
-"        bool wrong = !(x[i] < INF_F32), there = lane() + 32 * i < ranked;\n"
+"        bool wrong = !(x[i] < INF_F32), there = (i32)(32 * i) < (i32)(ranked - lane());\n"
 "        bad |= wrong && there;\n"
 "        key[i] = !there \? 0 : wrong \? KEY_NEG_INF : order_of(x[i]);\n"
 "    }\n"
@@ -15562,7 +15595,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// PhiMoE: k times the best of the rest, weighted by a softmax over those of the rest that are close to it.\n"
 "DI void route_sparse_mixer(const tokens_args &a, const warp_rows &rows, token_slots &s)\n"
-"{\n"
+"{\n",
 "    const u32 ranked = (u32)(a.num_experts + a.routing.special_experts);\n"
 "    const f32 threshold = 2.0f * a.routing.sparse_mixer;\n"
 "    f32 *rest = (f32 *)rows.key;\n"
@@ -15575,7 +15608,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "        u32 most = redux_max(best), id = redux_min(best == most \? place : 0xffffffffu);\n"
 "        warp_sync();\n"
-"        f32 top = rest[id], sum = 0;\n",
+"        f32 top = rest[id], sum = 0;\n"
 "        for (u32 e = lane(); e < ranked; e += 32) {\n"
 "            f32 logit = rows.logit[e], size = abs_f32(logit), far = (top - logit) / (size > top \? size : top);\n"
 "            sum = sum + (far > threshold || top == -INF_F32 \? 0 : exp_f32(rest[e] - top));\n"
@@ -15648,7 +15681,7 @@ static const char *const moe__kernel_text[] = {
 "        chosen = (i32)(((u64)token * (u64)r.top_k + lane()) % experts);\n"
 "    else chosen = (i32)lane();\n"
 "    if (r.simulate != SIMULATE_UNIFORM && r.simulate != SIMULATE_ZIPF) return;\n"
-"    for (u32 e = lane(); e < experts; e += 32) {\n"
+"    for (u32 e = lane(); e < experts; e += 32) {\n",
 "        drawn[e] = 0;\n"
 "        total += draw_weight(a, drawn, e);\n"
 "    }\n"
@@ -15661,7 +15694,7 @@ static const char *const moe__kernel_text[] = {
 "                u32 below = shfl_up(running, step);\n"
 "                if (lane() >= step) running += below;\n"
 "            }\n"
-"            u32 past = ballot(at < running);\n",
+"            u32 past = ballot(at < running);\n"
 "            if (past != 0) { id = base + ffs(past) - 1; break; }\n"
 "            at -= shfl(running, 31);\n"
 "        }\n"
@@ -15737,7 +15770,7 @@ static const char *const moe__kernel_text[] = {
 "        bias_row = a.bias_index[token];\n"
 "        lost = bias_row < 0 || bias_row >= r.bias_rows;\n"
 "    }\n"
-"    if (r.forced_rows > 0 && !marked) {\n"
+"    if (r.forced_rows > 0 && !marked) {\n",
 "        if (token_id < 0 || token_id >= r.forced_rows) lost = true;\n"
 "        else forced = a.forced_ids + token_id * r.top_k;\n"
 "    }\n"
@@ -15752,7 +15785,7 @@ static const char *const moe__kernel_text[] = {
 "    route_finish(a, lost, s);\n"
 "    return lost \? 1u << FAULT_TOKEN_IDS : bad \? 1u << FAULT_NAN_LOGITS : 0;\n"
 "}\n"
-"\n",
+"\n"
 "// The caller's ids and weights of one token. Returns how many of its ids are out of range.\n"
 "DI u32 read_token(const tokens_args &a, i64 token, token_slots &s)\n"
 "{\n"
@@ -15834,7 +15867,7 @@ static const char *const moe__kernel_text[] = {
 "    return (u8 *)(m.faults + 24);\n"
 "}\n"
 "\n"
-"// Local expert of an id, or -1.\n"
+"// Local expert of an id, or -1.\n",
 "DI i32 local_of(const permute_args &p, i32 id, i32 experts, i32 special)\n"
 "{\n"
 "    if (p.local_of_id != nullptr) return p.local_of_id[id];\n"
@@ -15849,7 +15882,7 @@ static const char *const moe__kernel_text[] = {
 "// Adds the warp's 32 ids (-1: none) to its counters. Returns what each slot's counter was, lower lanes of the same id\n"
 "// included.\n"
 "DI u32 count_ids(u16 *counter, i32 id)\n"
-"{\n",
+"{\n"
 "    u32 same = match_any((u32)id), below = popc(same & ((1u << lane()) - 1)), before = 0;\n"
 "    if (id >= 0) before = counter[id];\n"
 "    warp_sync();\n"
@@ -15937,7 +15970,7 @@ static const char *const moe__kernel_text[] = {
 "// by the thread of its id, the others by threads of tiles.\n"
 "DI void write_tables(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special, u32 part,\n"
 "                     u32 parts)\n"
-"{\n"
+"{\n",
 "    const u32 local_experts = (u32)p.local_experts, tile = (u32)p.tile, end = m.first[local_experts];\n"
 "    const u32 thread = part * ntid() + tid(), threads = parts * ntid();\n"
 "    for (u32 id = thread; id < ids_end; id += threads) {\n"
@@ -15945,7 +15978,7 @@ static const char *const moe__kernel_text[] = {
 "        if ((i32)id < experts && p.out_expert_counts != nullptr) p.out_expert_counts[id] = (i32)m.all[id];\n"
 "        if (local < 0) continue;\n"
 "        u32 next = m.first[local + 1], limit = m.first[local] + m.all[id];\n"
-"        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n",
+"        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n"
 "        if (p.tile_limit != nullptr && m.all[id] > 0) p.tile_limit[next / tile - 1] = (i32)limit;\n"
 "        if (p.slot_of_row != nullptr)\n"
 "            for (u32 at = limit; at < next; at++) p.slot_of_row[at] = -1;\n"
@@ -16022,7 +16055,7 @@ static const char *const moe__kernel_text[] = {
 "    return k < (u32)a.input_size \? load_float(a.x, a.x_dtype, (i64)token * a.x_stride + k) : 0;\n"
 "}\n"
 "\n"
-"// 1 / sqrt(mean of squares + epsilon) of a token, by 16 threads; 1 without norm.\n"
+"// 1 / sqrt(mean of squares + epsilon) of a token, by 16 threads; 1 without norm.\n",
 "DI f32 router_norm(const router_args &a, u32 token)\n"
 "{\n"
 "    f32 sum = 0;\n"
@@ -16040,7 +16073,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 scale = a.input_scale != nullptr && k < (u32)a.input_size \? a.input_scale[k] : 1;\n"
 "    return x * norm * scale * a.input_multiplier;\n"
 "}\n"
-"\n",
+"\n"
 "// Weights [first, first + rows) x [k0, k0 + STAGE_K) into a stage, by all threads; zeros where there are none.\n"
 "template <u32 STAGE_K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 rows, u32 k0)\n"
 "{\n"
@@ -16105,7 +16138,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 row = ROUTER_K + ROUTER_PAD, chunks = ((u32)a.ld + ROUTER_K - 1) / ROUTER_K;\n"
 "    const u32 token0 = warp() % 4 * TM, expert0 = warp() / 4 * 2 * TN + lane() / 16;\n"
 "    const u32 my_k = tid() % ROUTER_K, my_row = tid() / ROUTER_K;\n"
-"    f32 *norms = (f32 *)(smem() + ROUTER_STAGES), *x_stage = (f32 *)smem(), sum[TM][TN], next[TM];\n"
+"    f32 *norms = (f32 *)(smem() + ROUTER_STAGES), *x_stage = (f32 *)smem(), sum[TM][TN], next[TM];\n",
 "    router_weight *w_stage = (router_weight *)(x_stage + 2 * 4 * TM * row);\n"
 "    for (u32 i = tid() / 16; i < 4 * TM; i += 16) {\n"
 "        f32 norm = router_norm(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
@@ -16118,7 +16151,7 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
 "        const u32 k = c * ROUTER_K + my_k;\n"
-"        if (c < chunks) {\n",
+"        if (c < chunks) {\n"
 "            load_weights<ROUTER_K>(a, w_stage + c % 2 * 4 * TN * row, first, 4 * TN, c * ROUTER_K);\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < TM; i++) {\n"
@@ -16205,7 +16238,7 @@ static const char *const moe__kernel_text[] = {
 "//   exchange   every CTA reads the others' totals -> totals of all, of those before   | cluster barrier (waited last)\n"
 "//   place      experts -> rows, then each warp its slots; tables shared out by CTA\n"
 "//\n"
-"//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n"
+"//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n",
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
 "{\n"
 "    const u32 warps = ntid() / 32, slots = (u32)a.tokens.slots, ids_end = (u32)a.tokens.ids_end;\n"
@@ -16215,7 +16248,7 @@ static const char *const moe__kernel_text[] = {
 "    u16 *ids = (u16 *)smem();\n"
 "    u32 faults[4] = { 0, 0, 0, 0 };\n"
 "    sort_memory m;\n"
-"    warp_rows rows;\n",
+"    warp_rows rows;\n"
 "    u8 *behind = sort_layout(smem() + (room * 2 + 15) / 16 * 16, ids_end, m);\n"
 "    u16 *counter = m.counter + warp() * m.stride;\n"
 "    rows.logit = (f32 *)behind + warp() * 64 * PER_LANE;\n"
@@ -16288,7 +16321,7 @@ static const char *const moe__kernel_text[] = {
 "    grid_wait();\n"
 "    grid_launch();\n"
 "    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
-"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
+"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n",
 "    const u32 begin = cta() * chunk_tokens, end = begin + chunk_tokens < tokens \? begin + chunk_tokens : tokens;\n"
 "    for (u32 t = begin + warp(); t < end; t += ntid() / 32) {\n"
 "        token_slots s;\n"
@@ -16300,7 +16333,7 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add(&fault[f], faults[f]);\n"
 "    cta_sync();\n"
-"    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n",
+"    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n"
 "    for (u32 i = tid(); i < stride / 2; i += ntid()) pairs[i] = count[2 * i] | count[2 * i + 1] << 16;\n"
 "    if (tid() < 4) a.chunk_faults[4 * cta() + tid()] = fault[tid()];\n"
 "}\n"
@@ -16372,7 +16405,7 @@ static const char *const moe__kernel_text[] = {
 "    i32 next = from + lane() < to \? ids[from + lane()] : -1; // a step ahead of the loop\n"
 "    sum_chunks(a, m);\n"
 "    for (u32 at = from; at < to; at += 32) {\n"
-"        i32 id = next;\n"
+"        i32 id = next;\n",
 "        next = at + 32 + lane() < to \? ids[at + 32 + lane()] : -1;\n"
 "        count_ids(counter, id);\n"
 "    }\n"
@@ -16383,7 +16416,7 @@ static const char *const moe__kernel_text[] = {
 "    write_tables(a.permute, m, ids_end, a.num_experts, a.special_experts, cta(), ncta());\n"
 "    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr) a.permute.out_faults[tid()] = m.faults[tid()];\n"
 "    for (u32 at = from; at < to; at += 32) {\n"
-"        bool there = at + lane() < to;\n",
+"        bool there = at + lane() < to;\n"
 "        place_slots(a.permute, m, counter, (i64)begin * slots + at + lane(), there, there \? ids[at + lane()] : -1);\n"
 "    }\n"
 "}\n"
@@ -16422,7 +16455,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "d020612fbd1df8fd0a0493633eee3768528684b21ff934de14563530934448a6";
+    return "61bd6c54183683cceedd3d676e7a5b74e5777eea9069efb21bb462533a4495be";
 }
 #endif
 // >>kernels-end

@@ -40,6 +40,13 @@ static void gpu_message(void *user, int32_t level, const char *text)
 
 // ---- device ---------------------------------------------------------------------------------------------------------
 
+// The emulated driver lists at exit what still lives: nothing.
+static void gpu_close(void)
+{
+    moe_context_destroy(gpu.ctx);
+    moe_context_destroy(gpu.cpu);
+}
+
 // Both contexts, once for the program; 0: the test is left out, or has failed.
 TEST_UNUSED static int gpu_open(void)
 {
@@ -54,6 +61,7 @@ TEST_UNUSED static int gpu_open(void)
         desc.backend = MOE_BACKEND_CPU;
         if (moe_context_create(&desc, &gpu.cpu, &err) == MOE_OK) {
             gpu.cuda = gpu.ctx->cuda;
+            atexit(gpu_close);
             return 1;
         }
     }
@@ -174,7 +182,7 @@ typedef struct gpu_driver {
     int (*graph_destroy)(void *graph);
     int (*copy_async)(moe__cu_ptr to, const void *from, size_t bytes, void *stream);
     void (*log_begin)(void);                // of the emulated driver alone: NULL elsewhere
-    size_t (*log_end)(char *text, size_t bytes); // the calls since, a line each
+    const char *(*log_end)(void);           // the calls since, a line each
     int (*leaks)(char *text, size_t bytes); // of the emulated driver alone: how many things live
     int (*init)(unsigned flags);
 } gpu_driver;

@@ -58,7 +58,10 @@ TEST(every_illegal_member_is_refused_by_name)
     desc = context_desc(), desc.struct_size = 12, refused(desc, MOE_ERROR_ARGUMENT, "desc.struct_size", "is 12");
     desc = context_desc(), desc.backend = 7, refused(desc, MOE_ERROR_ARGUMENT, "desc.backend", "is 7");
     desc = context_desc(), desc.backend = -1, refused(desc, MOE_ERROR_ARGUMENT, "desc.backend", "is -1");
-    desc = context_desc(), desc.backend = MOE_BACKEND_CUDA, refused(desc, MOE_ERROR_UNSUPPORTED, "desc.backend", "CPU");
+    desc = context_desc(), desc.backend = MOE_BACKEND_CUDA, desc.device_allocator.free = free_none;
+    refused(desc, MOE_ERROR_ARGUMENT, "desc.device_allocator", "both");
+    desc = context_desc(), desc.backend = MOE_BACKEND_CUDA, desc.device = 1, desc.cuda_context = &desc;
+    refused(desc, MOE_ERROR_ARGUMENT, "desc.device", "with desc.cuda_context");
     desc = context_desc(), desc.device = 1, refused(desc, MOE_ERROR_ARGUMENT, "desc.device", "is 1");
     desc = context_desc(), desc.device = -1, refused(desc, MOE_ERROR_ARGUMENT, "desc.device", "is -1");
     desc = context_desc(), desc.threads = -1, refused(desc, MOE_ERROR_ARGUMENT, "desc.threads", "0..");

@@ -19,7 +19,8 @@
 
 // ---- start and calls ------------------------------------------------------------------------------------------------
 
-static thread_local std::vector<CUctx_st *> context_stack;
+// Never destroyed: a thread's own variables are gone before its process's exit handlers run.
+static thread_local std::vector<CUctx_st *> &context_stack = *new std::vector<CUctx_st *>;
 thread_local bool in_host_function;
 
 // Never destroyed: programs call the driver from their last exit handlers.
