@@ -379,7 +379,10 @@ DI void put(u8 *operand, u32 row, u32 k, f32 v)
     *(u16 *)(operand + (at ^ (row & 7) << 4)) = bf16_of(v);
 }
 
-DI u64 describe(const void *p, u32 stride) { return (u64)(saddr(p) >> 4) | 1ull << 16 | (u64)(stride >> 4) << 32 | 1ull << 62; }
+DI u64 describe(const void *p, u32 stride)
+{
+    return (u64)(saddr(p) >> 4) | 1ull << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
+}
 
 // D (64 x 16) = A (64 x 64) B^T, the first step of K from registers, against a loop. 1: no wgmma_wait; 2: no proxy
 // fence; 3: an operand changes in flight; 4: no wgmma_fence; 5: no barrier; 6: a descriptor behind shared memory;
