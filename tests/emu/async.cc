@@ -1,5 +1,5 @@
-// What completes later: cp.async, bulk copies, st.async. Each completes at a moment that the generator picks, or when it
-// is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
+// What completes later: cp.async, bulk copies, st.async. Each completes at a moment that the generator picks, or when
+// it is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
 #include "engine.h"
 
 #include <stdio.h>
@@ -7,8 +7,6 @@
 
 #include <algorithm>
 
-enum emu_bulk_kind { EMU_G2S, EMU_S2G, EMU_S2S, EMU_RED_F32, EMU_RED_BF16, EMU_CP_ASYNC, EMU_ST_ASYNC }; // device.h's first
-enum emu_type { EMU_BF16, EMU_F16, EMU_E4M3, EMU_E5M2 };
 
 extern "C" u32 emu_encode(u32 type, f32 v);
 extern "C" f32 emu_decode(u32 type, u32 bits);
@@ -110,7 +108,8 @@ static void require_smem(const void *p, u32 bytes, const char *name)
     const cta *c = self->block;
     size_t at = (size_t)((const u8 *)p - c->smem);
     if (at > c->smem_bytes || bytes > c->smem_bytes - at)
-        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in shared memory", name, bytes, describe_address(p).c_str());
+        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in shared memory", name, bytes,
+             describe_address(p).c_str());
 }
 
 extern "C" void emu_cp_async(void *dst, const void *src, u32 bytes, u32 src_bytes)
@@ -171,7 +170,8 @@ static void bulk_alignment(const void *dst, const void *src, u32 bytes, const ch
 {
     if (bytes % 16) fail(EMU_MISALIGNED, "%s: %u bytes; a multiple of 16", name, bytes);
     for (const void *p : { dst, src })
-        if ((uintptr_t)p & 15) fail(EMU_MISALIGNED, "%s: %s needs 16-byte alignment", name, describe_address(p).c_str());
+        if ((uintptr_t)p & 15)
+            fail(EMU_MISALIGNED, "%s: %s needs 16-byte alignment", name, describe_address(p).c_str());
 }
 
 // The mbarrier at the same place in another block of the cluster.
@@ -247,7 +247,8 @@ void require_global(const void *p, u32 bytes, const char *name)
     bool partly;
     memory_range *m = find_range(running, p, bytes, &partly);
     if (!m || partly || m->kind == memory_range::FREED)
-        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in global memory", name, bytes, describe_address(p).c_str());
+        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in global memory", name, bytes,
+             describe_address(p).c_str());
 }
 
 extern "C" void emu_bulk(u32 kind, void *dst, const void *src, u32 bytes, u64 *bar, u32 mask, const char *name)
@@ -380,7 +381,8 @@ static void complete_at_bar(async_op *a)
             mbar_bytes(&m, a->bytes, agent_clock(a->owner, a->id, clock_ref()));
             return;
         }
-    report_op(a->owner->g->op, EMU_LAUNCH_FAILED, std::string(a->name) + ": its mbarrier was invalidated before it completed");
+    report_op(a->owner->g->op, EMU_LAUNCH_FAILED,
+              std::string(a->name) + ": its mbarrier was invalidated before it completed");
 }
 
 void complete(async_op *a)
@@ -405,8 +407,6 @@ void complete(async_op *a)
     delete a;
 }
 
-void end_matrix(warp_state *) {}
-
 // ---- small floating-point formats -----------------------------------------------------------------------------------
 
 // Exponent bits, mantissa bits, bias; fp8 saturates, E4M3 has no infinity.
@@ -414,8 +414,9 @@ struct small_format {
     int exponent, mantissa, bias;
     bool saturates, infinity;
 };
-static const small_format formats[] = { { 8, 7, 127, false, true }, { 5, 10, 15, false, true }, { 4, 3, 7, true, false },
-                                        { 5, 2, 15, true, true } };
+static const small_format formats[] = {
+    { 8, 7, 127, false, true }, { 5, 10, 15, false, true }, { 4, 3, 7, true, false }, { 5, 2, 15, true, true }
+};
 
 extern "C" u32 emu_encode(u32 type, f32 v)
 {
@@ -439,7 +440,8 @@ extern "C" u32 emu_encode(u32 type, f32 v)
 extern "C" f32 emu_decode(u32 type, u32 bits)
 {
     const small_format &f = formats[type];
-    u32 e = bits >> f.mantissa & ((1u << f.exponent) - 1), m = bits & ((1u << f.mantissa) - 1), sign = bits >> (f.exponent + f.mantissa) & 1;
+    u32 e = bits >> f.mantissa & ((1u << f.exponent) - 1), m = bits & ((1u << f.mantissa) - 1);
+    u32 sign = bits >> (f.exponent + f.mantissa) & 1;
     bool top = e == (1u << f.exponent) - 1;
     f32 v;
     u32 u;
