@@ -1,5 +1,5 @@
-// What completes later: cp.async, bulk copies, st.async. Each completes at a moment that the generator picks, or when it
-// is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
+// What completes later: cp.async, bulk and tensor copies, st.async. Each completes when the generator says so, or
+// when it is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
 #include "engine.h"
 
 #include <stdio.h>
@@ -7,9 +7,8 @@
 
 #include <algorithm>
 
-enum emu_bulk_kind { EMU_G2S, EMU_S2G, EMU_S2S, EMU_RED_F32, EMU_RED_BF16, EMU_CP_ASYNC, EMU_ST_ASYNC }; // device.h's first
-enum emu_type { EMU_BF16, EMU_F16, EMU_E4M3, EMU_E5M2 };
 
+extern "C" u32 emu_saddr(const void *p);
 extern "C" u32 emu_encode(u32 type, f32 v);
 extern "C" f32 emu_decode(u32 type, u32 bits);
 
@@ -110,7 +109,8 @@ static void require_smem(const void *p, u32 bytes, const char *name)
     const cta *c = self->block;
     size_t at = (size_t)((const u8 *)p - c->smem);
     if (at > c->smem_bytes || bytes > c->smem_bytes - at)
-        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in shared memory", name, bytes, describe_address(p).c_str());
+        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in shared memory", name, bytes,
+             describe_address(p).c_str());
 }
 
 extern "C" void emu_cp_async(void *dst, const void *src, u32 bytes, u32 src_bytes)
@@ -171,7 +171,8 @@ static void bulk_alignment(const void *dst, const void *src, u32 bytes, const ch
 {
     if (bytes % 16) fail(EMU_MISALIGNED, "%s: %u bytes; a multiple of 16", name, bytes);
     for (const void *p : { dst, src })
-        if ((uintptr_t)p & 15) fail(EMU_MISALIGNED, "%s: %s needs 16-byte alignment", name, describe_address(p).c_str());
+        if ((uintptr_t)p & 15)
+            fail(EMU_MISALIGNED, "%s: %s needs 16-byte alignment", name, describe_address(p).c_str());
 }
 
 // The mbarrier at the same place in another block of the cluster.
@@ -247,7 +248,8 @@ void require_global(const void *p, u32 bytes, const char *name)
     bool partly;
     memory_range *m = find_range(running, p, bytes, &partly);
     if (!m || partly || m->kind == memory_range::FREED)
-        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in global memory", name, bytes, describe_address(p).c_str());
+        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at %s are not in global memory", name, bytes,
+             describe_address(p).c_str());
 }
 
 extern "C" void emu_bulk(u32 kind, void *dst, const void *src, u32 bytes, u64 *bar, u32 mask, const char *name)
@@ -380,7 +382,8 @@ static void complete_at_bar(async_op *a)
             mbar_bytes(&m, a->bytes, agent_clock(a->owner, a->id, clock_ref()));
             return;
         }
-    report_op(a->owner->g->op, EMU_LAUNCH_FAILED, std::string(a->name) + ": its mbarrier was invalidated before it completed");
+    report_op(a->owner->g->op, EMU_LAUNCH_FAILED,
+              std::string(a->name) + ": its mbarrier was invalidated before it completed");
 }
 
 void complete(async_op *a)
@@ -405,6 +408,173 @@ void complete(async_op *a)
     delete a;
 }
 
+// ---- tensor copies --------------------------------------------------------------------------------------------------
+
+struct tensor_map {
+    u64 magic, base;
+    u32 type, rank, element, swizzle, fill; // swizzle: 0 none, 1 32 bytes, 2 64, 3 128
+    u32 box[5];
+    u64 dims[5], strides[4];
+};
+static_assert(sizeof(tensor_map) == 128, "as large as the driver's");
+static const u64 TENSOR_MAGIC = 0x656d7574656e736full;
+enum { TENSOR_F32 = 7, TENSOR_BF16 = 9, TENSOR_TYPES = 13 };
+
+bool emu_tensor_map_encode(void *map, int type, uint32_t rank, void *base, const uint64_t *dims,
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                           int interleave, int swizzle, int, int fill)
+{
+    static const u8 sizes[TENSOR_TYPES] = { 1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4 };
+    tensor_map m = {};
+    if (type < 0 || type >= TENSOR_TYPES || rank < 1 || rank > 5) return false;
+    if (interleave || swizzle < 0 || swizzle > 3) return false;
+    if (((uintptr_t)base | (uintptr_t)map) & 15 || (uintptr_t)map & 63) return false;
+    m.magic = TENSOR_MAGIC;
+    m.base = (u64)(uintptr_t)base;
+    m.type = (u32)type;
+    m.rank = rank;
+    m.element = sizes[type];
+    m.swizzle = (u32)swizzle;
+    m.fill = (u32)fill;
+    for (u32 i = 0; i < rank; i++) {
+        if (!dims[i] || dims[i] > 1ull << 32 || !box[i] || box[i] > 256 || steps[i] != 1) return false;
+        m.dims[i] = dims[i];
+        m.box[i] = box[i];
+        if (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40)) return false;
+        if (i + 1 < rank) m.strides[i] = strides[i];
+    }
+    u32 inner = box[0] * m.element;
+    if (inner % 16 || (swizzle && inner > 16u << swizzle)) return false;
+    memcpy(map, &m, sizeof m);
+    return true;
+}
+
+// One row of the box: where it lies in shared memory and in the tensor, and which of its elements exist.
+struct tensor_row {
+    u32 offset, first, count;
+    u64 address;
+};
+
+static std::vector<tensor_row> tensor_rows(const tensor_map &m, const i32 *at)
+{
+    std::vector<tensor_row> rows;
+    u32 total = 1, inner = m.box[0] * m.element;
+    for (u32 i = 1; i < m.rank; i++) total *= m.box[i];
+    for (u32 r = 0; r < total; r++) {
+        u64 address = m.base;
+        bool inside = true;
+        for (u32 i = 1, left = r; i < m.rank; i++) {
+            i64 x = at[i] + (i64)(left % m.box[i]);
+            left /= m.box[i];
+            inside &= x >= 0 && x < (i64)m.dims[i];
+            address += (u64)x * m.strides[i - 1];
+        }
+        i64 from = std::max<i64>(0, -(i64)at[0]), to = std::min<i64>(m.box[0], (i64)m.dims[0] - at[0]);
+        u32 count = inside && to > from ? (u32)(to - from) : 0;
+        rows.push_back({ r * inner, (u32)from, count, address + (u64)((at[0] + from) * (i64)m.element) });
+    }
+    return rows;
+}
+
+static const tensor_map &map_of(const void *map, u32 rank, const char *name)
+{
+    const tensor_map *m = (const tensor_map *)map;
+    require(90, name);
+    check_access(thread_actor(name, 0), map, sizeof *m, READ, 64, false);
+    if (m->magic != TENSOR_MAGIC)
+        fail(EMU_LAUNCH_FAILED, "%s: no tensor map at %s", name, describe_address(map).c_str());
+    if (m->rank != rank) fail(EMU_LAUNCH_FAILED, "%s: the tensor map has %u dimensions", name, m->rank);
+    return *m;
+}
+
+static u32 box_bytes(const tensor_map &m, const void *smem_at, const char *name)
+{
+    u32 bytes = m.element;
+    for (u32 i = 0; i < m.rank; i++) bytes *= m.box[i];
+    require_smem(smem_at, bytes, name);
+    if ((uintptr_t)smem_at & 127)
+        fail(EMU_MISALIGNED, "%s: %s needs 128-byte alignment", name, describe_address(smem_at).c_str());
+    return bytes;
+}
+
+// Swizzles the byte at shared address p: 16-byte chunks change places within 32, 64 or 128 bytes.
+static u32 swizzled(const tensor_map &m, u32 p)
+{
+    return m.swizzle ? p ^ (p >> 7 & ((1u << m.swizzle) - 1)) << 4 : p;
+}
+
+static std::vector<u8> read_box(const tensor_map &m, const i32 *at, u32 bytes, u32 start, const actor &who)
+{
+    std::vector<u8> box(bytes);
+    u16 nan16 = 0x7fff;
+    for (const tensor_row &r : tensor_rows(m, at)) {
+        std::vector<u8> row(m.box[0] * m.element);
+        for (u32 i = 0; m.fill && m.element == 2 && i < m.box[0]; i++) memcpy(&row[i * 2], &nan16, 2);
+        if (m.fill && m.element != 2) std::fill(row.begin(), row.end(), 0xff);
+        if (r.count) {
+            check_access(who, (const void *)r.address, r.count * m.element, READ_ASYNC, 1, true);
+            memcpy(&row[r.first * m.element], (const void *)r.address, r.count * m.element);
+        }
+        for (u32 i = 0; i < row.size(); i++) box[swizzled(m, start + r.offset + i) - start] = row[i];
+    }
+    return box;
+}
+
+extern "C" void emu_tma_load(void *dst, const void *map, u32 rank, const i32 *at, u64 *bar, u32 mask, const char *name)
+{
+    cta *c = self->block;
+    const tensor_map &m = map_of(map, rank, name);
+    u32 bytes = box_bytes(m, dst, name), start = emu_saddr(dst);
+    epoch id = new_agent(c);
+    actor who = agent_actor(id, name);
+    std::vector<u8> box = read_box(m, at, bytes, start, who);
+    mask = mask ? mask & 0xffff : 1u << c->rank;
+    for (u32 i = 0; i < GROUP_MAX; i++) {
+        if (!(mask >> i & 1)) continue;
+        if (i >= c->cluster->ctas.size())
+            fail(EMU_LAUNCH_FAILED, "%s: block %u of a cluster of %zu", name, i, c->cluster->ctas.size());
+        cta *to = c->cluster->ctas[i];
+        u8 *p = to->smem + (start - SMEM_WINDOW), *b = to->smem + ((u8 *)bar - c->smem);
+        if (to != c) resolve(start | (i + 1) << CLUSTER_SHIFT, bytes, name, &p);
+        bar_for_async(to, b, name);
+        touch_destination(who, to, p, bytes);
+        async_op *a = launch(EMU_G2S, c, id, p, nullptr, bytes, name);
+        a->captured_bytes = box;
+        a->bar_cta = to;
+        a->bar = b;
+        to->in_flight++;
+    }
+}
+
+extern "C" void emu_tma_store(const void *map, u32 rank, const i32 *at, const void *src, bool add, const char *name)
+{
+    thread *t = self;
+    cta *c = t->block;
+    const tensor_map &m = map_of(map, rank, name);
+    u32 bytes = box_bytes(m, src, name), start = emu_saddr(src);
+    if (add && m.type != TENSOR_F32 && m.type != TENSOR_BF16) fail(EMU_LAUNCH_FAILED, "%s: of f32 and bf16", name);
+    epoch read_id = new_agent(c), id = new_agent(c);
+    check_proxy(t, &c->smem_range, (const u8 *)src, bytes, name);
+    check_access(agent_actor(read_id, name), src, bytes, READ_ASYNC, 16, true);
+    if (add) id = (id | ATOMIC) & ~(epoch)ASYNC;
+    actor who = agent_actor(id, name);
+    for (const tensor_row &r : tensor_rows(m, at)) {
+        if (!r.count) continue;
+        u8 *dst = (u8 *)(uintptr_t)r.address;
+        u32 n = r.count * m.element;
+        check_access(who, dst, n, add ? WRITE_ATOMIC : WRITE_ASYNC, 1, !add);
+        u32 kind = !add ? EMU_S2G : m.type == TENSOR_F32 ? EMU_RED_F32 : EMU_RED_BF16;
+        async_op *a = launch(kind, c, id, dst, nullptr, n, name);
+        for (u32 i = 0; i < n; i++)
+            a->captured_bytes.push_back(c->smem[swizzled(m, start + r.offset + r.first * m.element + i) - SMEM_WINDOW]);
+        if (!add) memset(dst, 0xff, n);
+        a->captured = true;
+        a->group = t->bulk_group;
+        t->bulks.push_back(a);
+    }
+    t->bulk_ids.push_back({ t->bulk_group, id, read_id });
+}
+
 // ---- small floating-point formats -----------------------------------------------------------------------------------
 
 // Exponent bits, mantissa bits, bias; fp8 saturates, E4M3 has no infinity.
@@ -412,8 +582,9 @@ struct small_format {
     int exponent, mantissa, bias;
     bool saturates, infinity;
 };
-static const small_format formats[] = { { 8, 7, 127, false, true }, { 5, 10, 15, false, true }, { 4, 3, 7, true, false },
-                                        { 5, 2, 15, true, true } };
+static const small_format formats[] = {
+    { 8, 7, 127, false, true }, { 5, 10, 15, false, true }, { 4, 3, 7, true, false }, { 5, 2, 15, true, true }
+};
 
 extern "C" u32 emu_encode(u32 type, f32 v)
 {
@@ -437,7 +608,8 @@ extern "C" u32 emu_encode(u32 type, f32 v)
 extern "C" f32 emu_decode(u32 type, u32 bits)
 {
     const small_format &f = formats[type];
-    u32 e = bits >> f.mantissa & ((1u << f.exponent) - 1), m = bits & ((1u << f.mantissa) - 1), sign = bits >> (f.exponent + f.mantissa) & 1;
+    u32 e = bits >> f.mantissa & ((1u << f.exponent) - 1), m = bits & ((1u << f.mantissa) - 1);
+    u32 sign = bits >> (f.exponent + f.mantissa) & 1;
     bool top = e == (1u << f.exponent) - 1;
     f32 v;
     u32 u;

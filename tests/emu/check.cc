@@ -107,7 +107,8 @@ clock_ref clock_join(const clock_ref &a, const clock_ref &b)
     auto ended = [&](const dense_ref &d) { return s->known && s->known->has(d->op); };
     size_t i = 0, j = 0;
     while (i < a->ctas.size() || j < b->ctas.size()) {
-        const dense_ref *x = i < a->ctas.size() ? &a->ctas[i] : nullptr, *y = j < b->ctas.size() ? &b->ctas[j] : nullptr;
+        const dense_ref *x = i < a->ctas.size() ? &a->ctas[i] : nullptr;
+        const dense_ref *y = j < b->ctas.size() ? &b->ctas[j] : nullptr;
         if (x && y && (*x)->cta == (*y)->cta) {
             if (!ended(*x)) s->ctas.push_back(dense_join(*x, *y));
             i++;
@@ -246,7 +247,8 @@ std::string describe_address(const void *p)
         if (past < before.bytes + 4096) return describe_in(&before, p);
     }
     if (i != running->memory.end() && (size_t)(i->second.base - (const u8 *)p) < 4096)
-        return format("%zu bytes in front of allocation %u", (size_t)(i->second.base - (const u8 *)p), i->second.number);
+        return format("%zu bytes in front of allocation %u",
+                      (size_t)(i->second.base - (const u8 *)p), i->second.number);
     return format("%p, no allocation of the device", p);
 }
 
@@ -332,7 +334,8 @@ bool knows(const actor &a, epoch e)
 
 actor thread_actor(const char *name, u32 how)
 {
-    return { make_epoch(self->block->serial, self->tid, self->clock, how), self->base.p, self, self->block->g->op, name };
+    epoch id = make_epoch(self->block->serial, self->tid, self->clock, how);
+    return { id, self->base.p, self, self->block->g->op, name };
 }
 
 static const char *access_name(access_kind kind)
@@ -524,7 +527,8 @@ static void check_other(const actor &a, const void *p, size_t bytes, access_kind
     if (m && m->kind == memory_range::FREED)
         refuse(a, EMU_ILLEGAL_ADDRESS, std::string(what) + format(" of %zu bytes of ", bytes) + describe_address(p));
     if (c && !m && kind == READ && is_constant(p)) return;
-    refuse(a, EMU_ILLEGAL_ADDRESS, std::string(what) + format(" of %zu bytes out of bounds: ", bytes) + describe_address(p));
+    refuse(a, EMU_ILLEGAL_ADDRESS, std::string(what) + format(" of %zu bytes out of bounds: ", bytes) +
+           describe_address(p));
 }
 
 void check_access(const actor &a, const void *p, size_t bytes, access_kind kind, u32 align, bool lax)
@@ -577,33 +581,34 @@ void check_constant(const actor &a, const void *p, size_t bytes)
         const cell &x = m->cells[at];
         epoch w = x.sub ? sub_cells[x.sub].w : x.w;
         if (w && records[epoch_cta(w)].op == a.op->serial)
-            refuse(a, EMU_LAUNCH_FAILED, "reads " + describe_address(m->base + at * 4) + " as constant; it was written by " +
-                   describe_epoch(w) + " of the same launch");
+            refuse(a, EMU_LAUNCH_FAILED, "reads " + describe_address(m->base + at * 4) +
+                   " as constant; it was written by " + describe_epoch(w) + " of the same launch");
     }
+}
+
+// Whether an ordinary write (cp.async's too) can be seen by the asynchronous proxy of thread t.
+static bool is_fenced(const thread *t, const actor &fenced, epoch w)
+{
+    const cta *c = t->block;
+    u32 who = epoch_who(w), clock = epoch_clock(w);
+    if (epoch_cta(w) != c->serial || who >= 2 * c->n) return true;
+    bool copy = who >= c->n;
+    const thread *writer = c->threads[copy ? who - c->n : who];
+    if (writer->proxy_base && (copy ? clock <= writer->copy_known : clock < writer->proxy_clock)) return true;
+    return t->proxy_base && who != t->tid && knows(fenced, w);
 }
 
 // The asynchronous proxy sees what ordinary stores wrote only behind a fence, of the writer or of the reader.
 void check_proxy(const thread *t, memory_range *m, const u8 *p, size_t bytes, const char *name)
 {
-    actor a = thread_actor(name, 0);
-    actor fenced = a;
+    actor fenced = thread_actor(name, 0);
     fenced.base = t->proxy_base.p;
     size_t at = (size_t)(p - m->base) / 4, end = ((size_t)(p - m->base) + bytes + 3) / 4;
     for (; at < end; at++) {
         const cell &x = m->cells[at];
         for (u32 i = 0; i < (x.sub ? 4u : 1u); i++) {
             epoch w = x.sub ? sub_cells[x.sub + i].w : x.w;
-            if (!w || (w & 3) == ASYNC || epoch_who(w) >= records[epoch_cta(w)].n) {
-                // cp.async belongs to the generic proxy as well
-                if (!w || epoch_who(w) < records[epoch_cta(w)].n || epoch_who(w) >= 2 * records[epoch_cta(w)].n) continue;
-            }
-            if (epoch_cta(w) != t->block->serial) continue;
-            if (epoch_who(w) == t->tid ? t->proxy_base && epoch_clock(w) < t->proxy_clock : t->proxy_base && knows(fenced, w))
-                continue;
-            u32 who = epoch_who(w) < t->block->n ? epoch_who(w) : epoch_who(w) - t->block->n;
-            const thread *writer = t->block->threads[who];
-            if (epoch_who(w) < t->block->n && epoch_clock(w) < writer->proxy_clock) continue;
-            if (epoch_who(w) >= t->block->n && writer->proxy_base && epoch_clock(w) <= writer->copy_known) continue;
+            if (!w || is_fenced(t, fenced, w)) continue;
             fail(EMU_LAUNCH_FAILED, "%s: reads %s through the asynchronous proxy; the write by %s was not followed by "
                  "fence_proxy_async()", name, describe_address(m->base + at * 4).c_str(), describe_epoch(w).c_str());
         }

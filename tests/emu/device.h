@@ -56,29 +56,18 @@ struct tensor_map;
 
 // ---- the engine -----------------------------------------------------------------------------------------------------
 
-enum emu_warp_op {
-    EMU_SHFL, EMU_SHFL_XOR, EMU_SHFL_UP, EMU_SHFL_DOWN, EMU_BALLOT, EMU_MATCH_ANY, EMU_REDUX_MAX, EMU_REDUX_MIN,
-    EMU_REDUX_ADD, EMU_REDUX_OR, EMU_ELECT
-};
-enum emu_atomic_op { EMU_ADD, EMU_MAX, EMU_LOAD, EMU_STORE };
-enum emu_order { EMU_RELAXED = 0, EMU_ACQUIRE = 1, EMU_RELEASE = 2, EMU_ACQ_REL = 3 };
-enum emu_mbar_op {
-    EMU_MBAR_INIT, EMU_MBAR_INVAL, EMU_MBAR_ARRIVE, EMU_MBAR_EXPECT_TX, EMU_MBAR_ARRIVE_EXPECT_TX, EMU_MBAR_CP_ASYNC
-};
-enum emu_bulk_kind { EMU_G2S, EMU_S2G, EMU_S2S, EMU_RED_F32, EMU_RED_BF16 };
-enum emu_type { EMU_BF16, EMU_F16, EMU_E4M3, EMU_E5M2 };
-enum emu_fence_kind { EMU_FENCE_GPU, EMU_FENCE_CTA, EMU_FENCE_ASYNC, EMU_FENCE_MBAR };
 
 extern "C" {
-u32 emu_tid(); u32 emu_ntid(); u32 emu_cta(); u32 emu_cta_y(); u32 emu_ncta(); u8 *emu_smem(); u32 emu_saddr(const void *p);
-u32 emu_smem_bytes();
+u32 emu_tid(); u32 emu_ntid(); u32 emu_cta(); u32 emu_cta_y(); u32 emu_ncta();
+u8 *emu_smem(); u32 emu_saddr(const void *p); u32 emu_smem_bytes();
 void emu_cta_sync(); void emu_bar(u32 id, u32 threads, bool wait); void emu_warp_sync();
 u32 emu_warp(u32 op, u32 value, u32 operand);
 u32 emu_atomic(u32 op, u32 order, const void *p, u32 value, const char *name); void emu_fence(u32 kind);
 void emu_load(void *dst, const void *src, u32 bytes, bool nc, const char *name); void emu_prefetch(const void *p);
 u32 emu_cluster_rank(); u32 emu_cluster_size(); void emu_cluster_arrive(); void emu_cluster_wait();
 u32 emu_mapa(const void *p, u32 rank); void emu_load_cluster(void *dst, u32 addr, u32 bytes, const char *name);
-void emu_store_cluster(u32 addr, u32 value); u32 emu_atomic_cluster(u32 addr, u32 value, bool is_float, const char *name);
+void emu_store_cluster(u32 addr, u32 value);
+u32 emu_atomic_cluster(u32 addr, u32 value, bool is_float, const char *name);
 void emu_st_async(u32 addr, u32 value, u32 bar);
 void emu_mbar(u32 op, u64 *bar, u32 count, u32 bytes); void emu_mbar_remote(u32 op, u32 addr, u32 bytes);
 bool emu_mbar_test(u64 *bar, u32 parity); void emu_mbar_wait(u64 *bar, u32 parity, bool cluster);
@@ -91,7 +80,8 @@ void emu_tma_load(void *dst, const void *map, u32 rank, const i32 *at, u64 *bar,
 void emu_tma_store(const void *map, u32 rank, const i32 *at, const void *src, bool add, const char *name);
 void emu_wgmma(u32 type, u32 n, f32 *d, u64 a, const u32 *a_regs, u64 b, u32 accumulate);
 void emu_wgmma_fence(); void emu_wgmma_commit(); void emu_wgmma_wait(u32 left); void emu_setmaxnreg(u32 regs, bool inc);
-void emu_ldmatrix(u32 *r, u32 count, const void *row, bool trans); void emu_stmatrix(void *row, const u32 *r, u32 count, bool trans);
+void emu_ldmatrix(u32 *r, u32 count, const void *row, bool trans);
+void emu_stmatrix(void *row, const u32 *r, u32 count, bool trans);
 void emu_mma(u32 type, f32 *d, const u32 *a, const u32 *b);
 u32 emu_encode(u32 type, f32 v); f32 emu_decode(u32 type, u32 bits);
 void emu_grid_wait(); void emu_grid_launch(); void emu_trap();
@@ -162,7 +152,12 @@ DI void cluster_wait() { emu_cluster_wait(); }
 DI void cluster_sync() { emu_cluster_arrive(); emu_cluster_wait(); }
 DI u32 mapa(const void *p, u32 rank) { return emu_mapa(p, rank); }
 DI u32 ld_cluster(u32 addr) { u32 v; emu_load_cluster(&v, addr, 4, "ld_cluster"); return v; }
-template <class V = f32x4> DI V ld_cluster_v4(u32 addr) { V v; emu_load_cluster(&v, addr, 16, "ld_cluster_v4"); return v; }
+template <class V = f32x4> DI V ld_cluster_v4(u32 addr)
+{
+    V v;
+    emu_load_cluster(&v, addr, 16, "ld_cluster_v4");
+    return v;
+}
 DI void st_cluster(u32 addr, u32 v) { emu_store_cluster(addr, v); }
 DI u32 atom_add_cluster(u32 addr, u32 v) { return emu_atomic_cluster(addr, v, false, "atom_add_cluster"); }
 DI void red_add_cluster(u32 addr, u32 v) { emu_atomic_cluster(addr, v, false, "red_add_cluster"); }
@@ -192,7 +187,10 @@ DI void cp_async_commit() { emu_cp_async_commit(); }
 template <int N> DI void cp_async_wait() { emu_cp_async_wait(N); }
 DI void cp_async_mbar_arrive(u64 *b) { emu_mbar(EMU_MBAR_CP_ASYNC, b, 1, 0); }
 
-DI void bulk_g2s(void *dst, const void *src, u32 bytes, u64 *bar) { emu_bulk(EMU_G2S, dst, src, bytes, bar, 0, "bulk_g2s"); }
+DI void bulk_g2s(void *dst, const void *src, u32 bytes, u64 *bar)
+{
+    emu_bulk(EMU_G2S, dst, src, bytes, bar, 0, "bulk_g2s");
+}
 DI void bulk_g2s_hint(void *dst, const void *src, u32 bytes, u64 *bar, u64)
 {
     emu_bulk(EMU_G2S, dst, src, bytes, bar, 0, "bulk_g2s_hint");
@@ -265,7 +263,10 @@ constexpr bool emu_wgmma_n(int n)
 template <int N, int T> struct emu_wgmma_of {
     static_assert(emu_wgmma_n(N), "no wgmma of this N");
     static DI void ss(f32 (&d)[N / 2], u64 a, u64 b, u32 accumulate) { emu_wgmma(T, N, d, a, nullptr, b, accumulate); }
-    static DI void rs(f32 (&d)[N / 2], const u32 (&a)[4], u64 b, u32 accumulate) { emu_wgmma(T, N, d, 0, a, b, accumulate); }
+    static DI void rs(f32 (&d)[N / 2], const u32 (&a)[4], u64 b, u32 accumulate)
+    {
+        emu_wgmma(T, N, d, 0, a, b, accumulate);
+    }
 };
 template <int N> struct wgmma_bf16 : emu_wgmma_of<N, EMU_BF16> {};
 template <int N> struct wgmma_f16 : emu_wgmma_of<N, EMU_F16> {};

@@ -3,8 +3,8 @@
 // A device executes nothing by itself. emu_submit() only notes an operation and what must come before it; it runs while
 // somebody waits, in an order and an interleaving that a seeded generator picks among the legal ones (MOE_EMU_SEED=n
 // repeats one exactly). A host that reads a result too early reads the poison that device memory starts with.
-// A defect of a kernel (a race, an access out of bounds, a deadlock, ...) is a report on stderr and, where MOE_EMU_REPORT
-// names a file, in that file; the device then fails everything that is still queued, as hardware does.
+// A defect of a kernel (a race, an access out of bounds, a deadlock, ...) is a report on stderr and in the file that
+// MOE_EMU_REPORT names, if any; the device then fails everything that is still queued, as hardware does.
 // Calls may come from several threads.
 #ifndef EMU_H
 #define EMU_H
@@ -74,9 +74,9 @@ bool emu_free(emu_device *dev, void *p);
 void emu_host_register(emu_device *dev, void *p, size_t bytes);
 void emu_host_unregister(emu_device *dev, void *p);
 
-// preds[i] comes before the new operation; where programmatic[i] is set (both are kernels) the new one may start as soon
-// as every CTA of preds[i] has called grid_launch() or ended, and sees its writes after grid_wait(). programmatic may be
-// NULL. The returned handle lives until emu_release(), whether or not the operation has run.
+// preds[i] comes before the new operation; where programmatic[i] is set (both are kernels) the new one may start as
+// soon as every CTA of preds[i] has called grid_launch() or ended, and sees its writes after grid_wait(). programmatic
+// may be NULL. The returned handle lives until emu_release(), whether or not the operation has run.
 emu_op *emu_submit(emu_device *dev, const emu_op_desc *desc, emu_op *const *preds, const unsigned char *programmatic,
                    int count);
 void emu_release(emu_op *op);
@@ -84,11 +84,31 @@ int emu_wait(emu_op *op);                           // emu_status
 int emu_wait_all(emu_device *dev);
 bool emu_done(emu_op *op);                          // lets the device work a little, does not wait
 
+// What cuTensorMapEncodeTiled() writes into its 128 bytes here; its arguments and enumerations. False: not legal.
+bool emu_tensor_map_encode(void *map, int type, uint32_t rank, void *base, const uint64_t *dims,
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                           int interleave, int swizzle, int promotion, int fill);
+
 // Reports since the process began, and the text of the last one ("" if none).
 int emu_reports();
 const char *emu_last_report();
 
 // A new seed for a device, as MOE_EMU_SEED would give it.
 void emu_device_seed(emu_device *dev, uint64_t seed);
+
+// ---- between kernel text and engine (device.h) ----------------------------------------------------------------------
+
+enum emu_warp_op {
+    EMU_SHFL, EMU_SHFL_XOR, EMU_SHFL_UP, EMU_SHFL_DOWN, EMU_BALLOT, EMU_MATCH_ANY, EMU_REDUX_MAX, EMU_REDUX_MIN,
+    EMU_REDUX_ADD, EMU_REDUX_OR, EMU_ELECT, EMU_WARP_SYNC
+};
+enum emu_atomic_op { EMU_ADD, EMU_MAX, EMU_LOAD, EMU_STORE };
+enum emu_order { EMU_RELAXED = 0, EMU_ACQUIRE = 1, EMU_RELEASE = 2, EMU_ACQ_REL = 3 };
+enum emu_mbar_op {
+    EMU_MBAR_INIT, EMU_MBAR_INVAL, EMU_MBAR_ARRIVE, EMU_MBAR_EXPECT_TX, EMU_MBAR_ARRIVE_EXPECT_TX, EMU_MBAR_CP_ASYNC
+};
+enum emu_async_kind { EMU_G2S, EMU_S2G, EMU_S2S, EMU_RED_F32, EMU_RED_BF16, EMU_CP_ASYNC, EMU_ST_ASYNC };
+enum emu_type { EMU_BF16, EMU_F16, EMU_E4M3, EMU_E5M2 };
+enum emu_fence_kind { EMU_FENCE_GPU, EMU_FENCE_CTA, EMU_FENCE_ASYNC, EMU_FENCE_MBAR };
 
 #endif

@@ -88,7 +88,8 @@ static thread *new_thread()
     if (spare_threads.empty()) {
         if (next == end) {
             size_t bytes = (size_t)STACK_BYTES * 256;
-            next = (u8 *)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+            next = (u8 *)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
             if (next == MAP_FAILED) abort();
             end = next + bytes;
         }
@@ -631,8 +632,9 @@ static std::string waiting_list(emu_device *dev)
                     }
                     if (t->done) continue;
                     lines++;
-                    text += "\n       " + describe_thread(t) + (j - i > 1 ? "-" + std::to_string(j - 1) : std::string()) +
-                            (t->ready ? std::string(" can run") : std::string(" in ") + t->why);
+                    text += "\n       " + describe_thread(t);
+                    if (j - i > 1) text += "-" + std::to_string(j - 1);
+                    text += (t->ready ? std::string(" can run") : std::string(" in ") + t->why);
                     if (!t->ready && t->why_detail) text += describe_wait(t);
                 }
     }
@@ -853,7 +855,8 @@ emu_op *emu_submit(emu_device *dev, const emu_op_desc *desc, emu_op *const *pred
         if (k->args_bytes) memcpy(op->args, desc->args, k->args_bytes);
     }
     for (int i = 0; i < count; i++) {
-        bool early = programmatic && programmatic[i] && desc->kind == EMU_OP_KERNEL && preds[i]->desc.kind == EMU_OP_KERNEL;
+        bool kernels = desc->kind == EMU_OP_KERNEL && preds[i]->desc.kind == EMU_OP_KERNEL;
+        bool early = kernels && programmatic && programmatic[i];
         op->preds.push_back({ preds[i], early });
         op->any_programmatic |= early;
         preds[i]->refs++;

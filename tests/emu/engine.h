@@ -1,6 +1,8 @@
 // Inside the engine: threads as fibers, clocks, shadow memory, operations.
-//   engine.cc  memory, operations, the scheduler              check.cc  clocks, shadow memory, races, reports, callbacks
-//   sync.cc    warps, barriers, atomics, clusters, mbarriers  async.cc  copies that complete later
+//   engine.cc  memory, operations, the scheduler
+//   check.cc   clocks, shadow memory, races, reports, the compiler's callbacks
+//   sync.cc    warps, barriers, atomics, clusters, mbarriers
+//   async.cc   copies that complete later
 //   matrix.cc  wgmma, mma.sync, ldmatrix, stmatrix
 //
 // One lock covers everything: at any time one host thread is inside, and on it one fiber runs or the scheduler.

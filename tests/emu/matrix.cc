@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-enum emu_type { EMU_BF16, EMU_F16, EMU_E4M3, EMU_E5M2 };
 enum { MATRIX_WGMMA = 110, MATRIX_FENCE, MATRIX_COMMIT, MATRIX_WAIT, MATRIX_MMA, MATRIX_LOAD, MATRIX_STORE };
 
 extern "C" f32 emu_decode(u32 type, u32 bits);
@@ -75,7 +74,8 @@ void end_matrix(warp_state *w)
 // Byte `at` of row r of a K-major operand, as an offset from the beginning of shared memory.
 static u32 operand_at(u64 desc, u32 r, u32 at)
 {
-    u32 start = (u32)(desc & 0x3fff) << 4, lead = (u32)(desc >> 16 & 0x3fff) << 4, stride = (u32)(desc >> 32 & 0x3fff) << 4;
+    u32 start = (u32)(desc & 0x3fff) << 4, lead = (u32)(desc >> 16 & 0x3fff) << 4;
+    u32 stride = (u32)(desc >> 32 & 0x3fff) << 4;
     u32 mode = (u32)(desc >> 62), p;
     if (mode == 0) return start + r / 8 * stride + at / 16 * lead + r % 8 * 16 + at % 16;
     u32 width = 256u >> mode;               // 1: 128 bytes, 2: 64, 3: 32
@@ -356,7 +356,8 @@ struct rows_args {
     bool trans;
 };
 
-// Lanes 8 m .. 8 m + 7 give the rows of matrix m; lane l holds elements 2 (l % 4) and + 1 of row l / 4, or of that column.
+// Lanes 8 m .. 8 m + 7 give the rows of matrix m; lane l holds elements 2 (l % 4) and + 1 of row l / 4, or of that
+// column.
 static void move_rows(warp_state *w, bool store)
 {
     thread **lane = &w->block->threads[w->first];

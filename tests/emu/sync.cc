@@ -6,17 +6,6 @@
 
 #include <algorithm>
 
-typedef float f32;
-enum emu_warp_op {                      // as in device.h
-    EMU_SHFL, EMU_SHFL_XOR, EMU_SHFL_UP, EMU_SHFL_DOWN, EMU_BALLOT, EMU_MATCH_ANY, EMU_REDUX_MAX, EMU_REDUX_MIN,
-    EMU_REDUX_ADD, EMU_REDUX_OR, EMU_ELECT, EMU_WARP_SYNC
-};
-enum emu_atomic_op { EMU_ADD, EMU_MAX, EMU_LOAD, EMU_STORE };
-enum emu_order { EMU_RELAXED = 0, EMU_ACQUIRE = 1, EMU_RELEASE = 2, EMU_ACQ_REL = 3 };
-enum emu_mbar_op {
-    EMU_MBAR_INIT, EMU_MBAR_INVAL, EMU_MBAR_ARRIVE, EMU_MBAR_EXPECT_TX, EMU_MBAR_ARRIVE_EXPECT_TX, EMU_MBAR_CP_ASYNC
-};
-enum emu_fence_kind { EMU_FENCE_GPU, EMU_FENCE_CTA, EMU_FENCE_ASYNC, EMU_FENCE_MBAR };
 
 // ---- arrivals -------------------------------------------------------------------------------------------------------
 
@@ -317,11 +306,11 @@ cta *resolve(u32 addr, u32 bytes, const char *name, u8 **p)
         fail(EMU_ILLEGAL_ADDRESS, "%s: 0x%x is no shared address of the cluster", name, addr);
     if (rank) c = c->cluster->ctas[rank - 1];
     if (at > c->smem_bytes || bytes > c->smem_bytes - at)
-        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at smem+%d of block %u of the cluster, which has %u", name, bytes, (int)at,
-             c->rank, c->smem_bytes);
+        fail(EMU_ILLEGAL_ADDRESS, "%s: %u bytes at smem+%d of block %u of the cluster, which has %u", name, bytes,
+             (int)at, c->rank, c->smem_bytes);
     if (!c->left) fail(EMU_ILLEGAL_ADDRESS, "%s: block %u of the cluster has ended", name, c->rank);
     if (c != self->block)
-        c->remote[(u64)self->block->serial << 12 | self->tid] = make_epoch(self->block->serial, self->tid, self->clock, 0);
+        c->remote[(u64)self->block->serial << 12 | self->tid] = thread_actor(name, 0).id;
     *p = c->smem + at;
     return c;
 }
@@ -412,8 +401,8 @@ void cluster_thread_ends(thread *t)
         actor a = { 0, c->end_clock.p, nullptr, c->g->op, nullptr };
         for (const auto &r : c->remote)
             if (!knows(a, r.second))
-                fail(EMU_LAUNCH_FAILED, "block %u of the cluster ends, not ordered after the access to its shared memory "
-                     "by %s", c->rank, describe_epoch(r.second).c_str());
+                fail(EMU_LAUNCH_FAILED, "block %u of the cluster ends, not ordered after the access to its shared "
+                     "memory by %s", c->rank, describe_epoch(r.second).c_str());
     }
     cluster_completes(c->cluster);
 }
@@ -433,7 +422,8 @@ mbarrier *find_mbar(cta *c, u8 *bar, const char *name)
 {
     if ((size_t)(bar - c->smem) >= c->smem_bytes || c->smem_bytes - (size_t)(bar - c->smem) < 8)
         fail(EMU_ILLEGAL_ADDRESS, "%s: no mbarrier of this block: %s", name, describe_address(bar).c_str());
-    if ((bar - c->smem) & 7) fail(EMU_MISALIGNED, "%s: mbarrier at %s needs 8-byte alignment", name, describe_address(bar).c_str());
+    if ((bar - c->smem) & 7)
+        fail(EMU_MISALIGNED, "%s: mbarrier at %s needs 8-byte alignment", name, describe_address(bar).c_str());
     u64 v;
     memcpy(&v, bar, 8);
     u32 i = (u32)v;
@@ -584,7 +574,8 @@ std::string describe_wait(const thread *t)
         u8 *bar = (u8 *)(uintptr_t)(t->why_detail & ~1ull);
         for (const mbarrier &m : t->block->mbars)
             if (m.live && m.at == bar)
-                snprintf(text, sizeof text, "(smem+%d, parity %d): %u phases done, %u of %u arrivals and %lld bytes missing",
+                snprintf(text, sizeof text,
+                         "(smem+%d, parity %d): %u phases done, %u of %u arrivals and %lld bytes missing",
                          (int)(bar - t->block->smem), (int)(t->why_detail & 1), m.phases, m.pending, m.count,
                          (long long)m.tx);
     } else {
@@ -602,7 +593,8 @@ extern "C" void emu_setmaxnreg(u32 regs, bool inc)
 {
     const char *name = inc ? "reg_inc" : "reg_dec";
     require(90, name);
-    if (regs < 24 || regs > 256 || regs % 8) fail(EMU_LAUNCH_FAILED, "%s: %u registers; a multiple of 8 in 24..256", name, regs);
+    if (regs < 24 || regs > 256 || regs % 8)
+        fail(EMU_LAUNCH_FAILED, "%s: %u registers; a multiple of 8 in 24..256", name, regs);
     if (!collective(EMU_SETMAXNREG, name)) return;
     warp_state *w = self->warp;
     cta *c = self->block;

@@ -89,6 +89,16 @@ struct bench {
         d.smem_bytes = 12288;
         submit(d, behind, programmatic);
     }
+    void tensor()           // flag becomes a tensor map of in: 64 rows of 16 words
+    {
+        alignas(64) unsigned char map[128];
+        uint64_t dims[2] = { 16, 64 }, stride = 64;
+        uint32_t box[2] = { 32, 8 }, steps[2] = { 1, 1 };
+        check(emu_tensor_map_encode(map, 2, 2, in, dims, &stride, box, steps, 0, 3, 0, 0), "tensor map", "refused");
+        check(!emu_tensor_map_encode(map + 8, 2, 2, in, dims, &stride, box, steps, 0, 3, 0, 0), "tensor map", "taken");
+        copy(flag, map, sizeof map);
+        emu_wait(last);
+    }
     std::vector<uint32_t> result()
     {
         std::vector<uint32_t> r(WORDS);
@@ -104,7 +114,7 @@ struct bench {
     X(k_smem) X(k_warp) X(k_halves) X(k_access) X(k_collectives) X(k_named) X(k_divergent) X(k_last) X(k_flag)        \
     X(k_atomics) X(k_ctas) X(k_constant) X(k_mbar) X(k_cp_async) X(k_bulk) X(k_bulk_wait) X(k_cluster) X(k_push)      \
     X(k_multicast) X(k_primary) X(k_dependent) X(k_copy) X(k_registers) X(k_trap)      \
-    X(k_wgmma) X(k_mma) X(k_convert)
+    X(k_wgmma) X(k_mma) X(k_convert) X(k_tensor)
 #define DECLARE(name) extern "C" const emu_kernel name##__emu;
 KERNELS(DECLARE)
 
@@ -195,6 +205,7 @@ static const one_case cases[] = {
     { &k_cluster__emu, 8, 4, 4, "is not in shared memory" },
     { &k_cluster__emu, 8, 4, 5, "without cluster_arrive" },
     { &k_cluster__emu, 8, 4, 6, "without cluster_wait" },
+    { &k_cluster__emu, 8, 4, 7, "ends, not ordered after the access" },
     { &k_push__emu, 4, 2, 0, nullptr },
     { &k_push__emu, 4, 2, 1, "" },
     { &k_push__emu, 4, 2, 2, "" },
@@ -217,6 +228,8 @@ static const one_case cases[] = {
     { &k_mma__emu, 1, 1, 1, "ldmatrix: read needs 16-byte alignment" },
     { &k_mma__emu, 1, 1, 2, "ldmatrix: " },
     { &k_convert__emu, 1, 1, 0, nullptr },
+    { &k_tensor__emu, 1, 1, 0, nullptr },
+    { &k_tensor__emu, 1, 1, 1, "read of smem+" },
 };
 
 // What the correct variants write, where it is not their thread's own number.
@@ -231,7 +244,8 @@ static bool right(const one_case &c, const std::vector<uint32_t> &r)
             want = i / t * t + (i + 1) % t;
         }
         if (name == "k_warp") want = i ^ 1;
-        if (name == "k_collectives" || name == "k_wgmma" || name == "k_mma" || name == "k_convert") want = 1;
+        if (name == "k_collectives" || name == "k_wgmma" || name == "k_mma" || name == "k_convert" ||
+            name == "k_tensor") want = 1;
         if (name == "k_last" || name == "k_halves" || name == "k_access" || name == "k_registers") want = i % t;
         if (name == "k_last") want = i;
         if (name == "k_named") want = i < 64 ? r[i] : i - 64;
@@ -257,6 +271,7 @@ static void run_case(const one_case &c, uint64_t seed)
     char what[128];
     snprintf(what, sizeof what, "%s, broken %d, seed %llu", c.kernel->name, c.broken, (unsigned long long)seed);
     int before = emu_reports();
+    if (c.kernel == &k_tensor__emu) b.tensor();
     b.kernel(c.kernel, c.grid, c.cluster, c.broken);
     std::vector<uint32_t> r = b.result();
     int status = emu_wait_all(b.dev);

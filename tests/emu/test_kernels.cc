@@ -276,7 +276,8 @@ MOE_ENTRY(k_bulk_wait, test_args, 32, 1)
 // ---- clusters -------------------------------------------------------------------------------------------------------
 
 // Reads the neighbour's shared memory. 1: no barrier before; 2: none after, so that the neighbour may have ended; 3: a
-// rank that is not there; 4: behind its end; 5: wait without arrive; 6: arrives twice
+// rank that is not there; 4: behind its end; 5: wait without arrive; 6: arrives twice; 7: ends after the neighbour has
+// read, which only a relaxed counter says
 MOE_ENTRY(k_cluster, test_args, 64, 1)
 {
     u32 *s = (u32 *)smem(), m = (u32)a.broken;
@@ -287,7 +288,12 @@ MOE_ENTRY(k_cluster, test_args, 64, 1)
     else cluster_sync();
     u32 next = (cluster_rank() + 1) % cluster_size();
     a.out[cta() * 64 + tid()] = ld_cluster(mapa(s + tid() + (m == 4 ? 3100 : 0), m == 3 ? cluster_size() : next));
-    if (m != 2) cluster_sync();
+    if (m == 7) {
+        red_add(a.flag, 1);
+        while (tid() == 0 && ld_relaxed(a.flag) != ncta() * 64) {}
+    } else if (m != 2) {
+        cluster_sync();
+    }
 }
 
 // Pushes to the neighbour by st_async, a copy and an arrival. 1: too few bytes expected; 2: no wait for the cluster's
@@ -379,7 +385,10 @@ DI void put(u8 *operand, u32 row, u32 k, f32 v)
     *(u16 *)(operand + (at ^ (row & 7) << 4)) = bf16_of(v);
 }
 
-DI u64 describe(const void *p, u32 stride) { return (u64)(saddr(p) >> 4) | 1ull << 16 | (u64)(stride >> 4) << 32 | 1ull << 62; }
+DI u64 describe(const void *p, u32 stride)
+{
+    return (u64)(saddr(p) >> 4) | 1ull << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
+}
 
 // D (64 x 16) = A (64 x 64) B^T, the first step of K from registers, against a loop. 1: no wgmma_wait; 2: no proxy
 // fence; 3: an operand changes in flight; 4: no wgmma_fence; 5: no barrier; 6: a descriptor behind shared memory;
@@ -464,5 +473,36 @@ MOE_ENTRY(k_convert, test_args, 32, 1)
     ok &= cvt_e4m3x2(448, -1000) == 0xfe7e && cvt_e4m3x2(0.0009765625f, 0.015625f) == 0x0800;
     ok &= cvt_e5m2x2(57344, 1e9f) == 0x7b7b && cvt_e4m3x2_f16x2(0x3878) == 0x3c005c00;
     ok &= cvt_bf16x2(1.00390625f, 1.01171875f) == 0x3f823f80;
+    a.out[lane()] = ok;
+}
+
+// A box of 8 x 32 words of a 16 x 64 tensor that begins at (-8, 60): in, out again. 1: read before it is there.
+MOE_ENTRY(k_tensor, test_args, 32, 1)
+{
+    u64 *bar = (u64 *)(smem() + 8192);
+    const u32 *s = (const u32 *)smem();
+    const tensor_map *map = (const tensor_map *)a.flag;
+    if (lane() == 0) {
+        mbar_init(bar, 1);
+        fence_mbar_init();
+    }
+    cta_sync();
+    if (lane() == 0) {
+        mbar_arrive_expect_tx(bar, 1024);
+        tma_load_2d(smem(), map, -8, 60, bar);
+    }
+    if (!a.broken) mbar_wait(bar, 0);
+    u32 ok = 1, row = lane() % 8;
+    for (u32 x = 0; x < 32; x++) {
+        u32 v = s[((row * 128 + x * 4) ^ row << 4) / 4];
+        ok &= v == (x >= 8 && x < 24 && row < 4 ? (60 + row) * 16 + x - 8 : 0);
+    }
+    cta_sync();
+    if (lane() == 0) {
+        tma_store_2d(map, -8, 60, smem());
+        bulk_commit();
+        bulk_wait<0>();
+        ok &= a.in[60 * 16] == 60 * 16 && a.in[1023] == 1023;
+    }
     a.out[lane()] = ok;
 }
