@@ -24,7 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MOST = 128, NAME = 64, LINE = 256, PATH = 1024, COMMAND = 4096, LIMIT_S = 100 };
+enum { MOST = 128, NAME = 64, LINE = 256, PATH = 1024, COMMAND = 4096, LIMIT_S = 40 };
 
 typedef struct mutant {
     char name[LINE], type[LINE], file[LINE], run[LINE], report[LINE];
@@ -65,15 +65,15 @@ static void write_file(const char *path, const char *text)
     if (f == NULL || fputs(text, f) < 0 || fclose(f) != 0) die("cannot write", path);
 }
 
-// Every entry of `from` as a link in `to`, but the one that is called `except`.
-static void link_entries(const char *from, const char *to, const char *except)
+// Every entry of `from` as a link in `to`, but tests/ and build/.
+static void link_entries(const char *from, const char *to)
 {
     char source[3 * PATH], target[3 * PATH];
     DIR *d = opendir(from);
     const struct dirent *e;
     if (d == NULL) die("cannot read", from);
     while ((e = readdir(d)) != NULL) {
-        if (e->d_name[0] == '.' || strcmp(e->d_name, except) == 0) continue;
+        if (e->d_name[0] == '.' || !strcmp(e->d_name, "tests") || !strcmp(e->d_name, "build")) continue;
         snprintf(source, sizeof source, "%s/%s/%s", root, from, e->d_name);
         snprintf(target, sizeof target, "%s/%s", to, e->d_name);
         unlink(target);
@@ -87,11 +87,10 @@ static void make_tree(const char *tree)
 {
     char path[PATH];
     mkdir(tree, 0777);
-    link_entries(".", tree, "build");
+    link_entries(".", tree);
     snprintf(path, sizeof path, "%s/tests", tree);
-    unlink(path);
     mkdir(path, 0777);
-    link_entries("tests", path, "");
+    link_entries("tests", path);
     snprintf(path, sizeof path, "%s/build", tree);
     mkdir(path, 0777);
 }
@@ -147,25 +146,53 @@ static void read_list(const char *path, int argc, char **argv)
 
 // ---- one mutant -----------------------------------------------------------------------------------------------------
 
-// The broken file in the tree. The kernel text's copy in moe.h is renewed with it.
+// Kernel text as moe.h holds it: a string literal per line.
+static char *quote(const char *text)
+{
+    char *quoted = (char *)malloc(8 * strlen(text) + 8), *to = quoted;
+    for (; *text != 0; text++) {
+        if (text[0] == '\n') {
+            to += sprintf(to, "\\n\"\n");
+            continue;
+        }
+        if (to == quoted || to[-1] == '\n') *to++ = '"';
+        if (*text == '"' || *text == '\\') *to++ = '\\';
+        *to++ = *text;
+    }
+    *to = 0;
+    return quoted;
+}
+
+// moe.h's kernel text as one piece, without escapes that quote() does not make: pieces end anywhere.
+static void join_pieces(char *text)
+{
+    char *from = strstr(text, "// >>kernels-begin"), *to = from;
+    if (from == NULL) die("no kernel text in", "moe.h");
+    for (; *from != 0; from++)
+        if (!(from[0] == '\\' && from[1] == '?') && !(strncmp(from - 1, "\",\n\"", 4) == 0)) *to++ = *from;
+    *to = 0;
+}
+
+// The broken file in the tree. Kernel text is broken where it is compiled from, in moe.h.
 static const char *break_file(const mutant *m, const char *tree)
 {
-    char path[COMMAND];
-    char *text = read_file(m->file), *at = text == NULL ? NULL : strstr(text, m->old_text), *broken;
+    char path[PATH];
+    int embedded = strcmp(m->file, "moe_kernels.cu.inc") == 0;
+    const char *file = embedded ? "moe.h" : m->file;
+    const char *old_text = embedded ? quote(m->old_text) : m->old_text;
+    const char *new_text = embedded ? quote(m->new_text) : m->new_text;
+    char *text = read_file(file), *at, *broken;
+    if (text != NULL && embedded) join_pieces(text);
+    at = text == NULL ? NULL : strstr(text, old_text);
     if (at == NULL) return "the text is not in the file any more";
-    if (strstr(at + 1, m->old_text) != NULL) return "the text is in the file more than once";
-    broken = (char *)malloc(strlen(text) + strlen(m->new_text) + 1);
+    if (strstr(at + 1, old_text) != NULL) return "the text is in the file more than once";
+    broken = (char *)malloc(strlen(text) + strlen(new_text) + 1);
     memcpy(broken, text, (size_t)(at - text));
-    strcpy(broken + (at - text), m->new_text);
-    strcat(broken, at + strlen(m->old_text));
-    snprintf(path, sizeof path, "%s/%s", tree, m->file);
+    strcpy(broken + (at - text), new_text);
+    strcat(broken, at + strlen(old_text));
+    snprintf(path, sizeof path, "%s/%s", tree, file);
     unlink(path);
     write_file(path, broken);
-    if (strcmp(m->file, "moe_kernels.cu.inc") == 0) {
-        snprintf(path, sizeof path, "cp --remove-destination moe.h %s/moe.h && cd %s && %s/build/embed moe.h "
-                 "moe_kernels.cu.inc", tree, tree, root);
-        if (system(path) != 0) return "make embed fails";
-    }
     free(broken);
     free(text);
     return NULL;
@@ -192,7 +219,7 @@ static int run_guards(const mutant *m, const char *tree, const char *program)
 {
     char command[COMMAND];
     const char *filter = strchr(m->run, ' ');
-    snprintf(command, sizeof command, "cd %s && MOE_EMU_REPORT=$PWD/build/report timeout %d build/%s%s "
+    snprintf(command, sizeof command, "cd %s && MOE_EMU_REPORT=$PWD/build/report timeout -s KILL %d build/%s%s "
              ">>build/%s.log 2>&1", tree, LIMIT_S, program, filter == NULL ? "" : filter, program);
     return system(command);
 }
