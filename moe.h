@@ -721,6 +721,44 @@ MOE_API int32_t moe_context_create(const moe_context_desc *desc, moe_context **o
 MOE_API void moe_context_destroy(moe_context *ctx);
 MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *info, moe_error *err);
 
+// ---- compiling ahead ------------------------------------------------------------------------------------------------
+
+typedef struct moe_jit_progress {
+    int32_t done, total; // kernels
+    int32_t cached;      // 1: it lay in the cache folder already
+    int32_t reserved;
+    uint64_t bytes;      // of its image
+    const char *name;
+    const char *chip;
+} moe_jit_progress;
+
+// Kernels of plans for these layers on these chips, of which none need be here: no driver is opened.
+typedef struct moe_precompile_desc {
+    uint32_t struct_size;
+    int32_t num_chips;
+    const char *const *chips;     // "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100f", "sm_120f"
+    const struct moe_layer_desc *layers; // as for moe_plan_create()
+    int32_t num_layers;
+    int32_t threads;              // that compile; 0: one per core
+    const struct moe_plan_desc *plan; // nullable: defaults
+    moe_jit_desc jit;             // cache_dir, nvrtc_library; the driver, images and the seed folder are not looked at
+    moe_allocator allocator;      // as in moe_context_desc
+    void (*log)(void *user, int32_t level, const char *text); // nullable
+    void *log_user;
+    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel, on the caller's thread
+    void *progress_user;
+    uint32_t reserved[8];
+} moe_precompile_desc;
+
+// Fills the cache folder. Kernels that lie there already are not compiled again.
+MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err);
+// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also hold
+// "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
+MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err);
+// Removes entries, those written first, until at most max_bytes are left; 0: all. cache_dir NULL: the default one. Safe
+// while others use the folder.
+MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_error *err);
+
 // ---- routing and layer: inference, validation -----------------------------------------------------------------------
 
 // Fills *out for a named method: top_k and every size are left 0 except where the method fixes them; the caller sets
@@ -1137,6 +1175,7 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #if !defined(MOE_NO_FILES) || !defined(MOE_NO_THREADS)
 #  include <errno.h>
 #endif
@@ -1692,6 +1731,14 @@ MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32
 // >>sys files  whole files  Mapped, read, or written under a temporary name and renamed. Paths are UTF-8 everywhere.
 // Called by the checkpoint reader and by saved weights; nothing else touches the file system.
 #if defined(MOE__WINDOWS)
+#  ifdef __cplusplus
+extern "C" {
+#  endif
+__declspec(dllimport) unsigned long __stdcall GetLastError(void);
+#  ifdef __cplusplus
+}
+#  endif
+
 // UTF-8 -> UTF-16; bytes that are no UTF-8 become U+FFFD, which names no file.
 static const wchar_t *moe__wide(wchar_t *wide, const char *path)
 {
@@ -1714,6 +1761,8 @@ static const wchar_t *moe__wide(wchar_t *wide, const char *path)
     return wide;
 }
 
+static int32_t moe__last_error(void) { return (int32_t)GetLastError(); }
+static int32_t moe__error_is_missing(int32_t number) { return number == 2 || number == 3; }
 #endif
 
 #ifndef MOE_NO_FILES
@@ -1784,14 +1833,11 @@ __declspec(dllimport) int __stdcall MoveFileExW(const wchar_t *from, const wchar
 __declspec(dllimport) int __stdcall DeleteFileW(const wchar_t *name);
 __declspec(dllimport) int __stdcall CreateDirectoryW(const wchar_t *name, struct _SECURITY_ATTRIBUTES *security);
 __declspec(dllimport) unsigned long __stdcall GetFileAttributesW(const wchar_t *name);
-__declspec(dllimport) unsigned long __stdcall GetLastError(void);
 __declspec(dllimport) unsigned long __stdcall GetCurrentProcessId(void);
 #  ifdef __cplusplus
 }
 #  endif
 
-static int32_t moe__last_error(void) { return (int32_t)GetLastError(); }
-static int32_t moe__error_is_missing(int32_t number) { return number == 2 || number == 3; }
 static uint32_t moe__process_id(void) { return (uint32_t)GetCurrentProcessId(); }
 
 MOE__UNUSED static moe__path_kind moe__path_look(const char *path)
@@ -7421,8 +7467,7 @@ static void moe__attempt_unusable(moe__attempts *attempts, const char *path, con
 static const char *moe__attempts_list(const moe__attempts *attempts, char *list, size_t capacity)
 {
     moe__text text = moe__text_make(list, capacity);
-    moe__text_string(&text, "tried: ");
-    moe__text_string(&text, attempts->unusable_text);
+    if (attempts->unusable.length > 0) moe__text_format(&text, "tried: %s", attempts->unusable_text);
     if (attempts->missing.length > 0)
         moe__text_format(&text, "%snot there: %s", attempts->unusable.length > 0 ? "; " : "", attempts->missing_text);
     return list;
@@ -7444,11 +7489,11 @@ static void *moe__library_open(const char *path, moe__attempts *attempts)
     wchar_t wide[MOE__PATH_MAX];
     // An absolute path: its own folder is searched for what it needs; a name: the system's folder, then the path's.
     void *library = LoadLibraryExW(moe__wide(wide, path), NULL, moe__path_is_absolute(path) ? 8 : 0);
-    if (library == NULL && moe__error_is_missing((int32_t)GetLastError() == 126 ? 2 : (int32_t)GetLastError()))
-        moe__attempt_missing(attempts, path);
-    else if (library == NULL)
-        moe__attempt_unusable(attempts, path, "cannot be loaded (system error %d)", (int32_t)GetLastError());
-    return library;
+    int32_t number = library == NULL ? moe__last_error() : 0;
+    if (library != NULL) return library;
+    if (number == 126 || moe__error_is_missing(number)) moe__attempt_missing(attempts, path); // 126: no such module
+    else moe__attempt_unusable(attempts, path, "cannot be loaded (system error %d)", number);
+    return NULL;
 }
 
 static int32_t moe__library_symbol(void *library, const char *name, void *function)
@@ -8285,14 +8330,14 @@ static void moe__compile_task(void *arg, int32_t index)
         build->compiled = jit->nvrtc.nvrtcCompileProgram(build->program, options.count, options.option);
 }
 
-// The compiler's own words: all of them line by line for the log hook, the first ones in the message.
+// The compiler's own words: the first lines for the log hook, the very first ones in the message.
 static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build, moe_error *err)
 {
     const moe__nvrtc *nvrtc = &ctx->jit->nvrtc;
     const moe_allocator *allocator = &ctx->desc.allocator;
     size_t size = 0;
     char *log = NULL;
-    int32_t result;
+    int32_t result, lines = 0;
     if (build->program != NULL && nvrtc->nvrtcGetProgramLogSize(build->program, &size) == 0 && size > 1)
         log = (char *)moe__alloc(allocator, size);
     if (log != NULL && nvrtc->nvrtcGetProgramLog(build->program, log) != 0) log[0] = 0;
@@ -8300,7 +8345,7 @@ static int32_t moe__compile_fail(const moe_context *ctx, const moe__build *build
     result = moe__fail(err, MOE_ERROR_COMPILE, "", "kernel %s for %s does not compile with NVRTC %d.%d: %s%s%s",
                        build->instance->name, build->chip, nvrtc->version / 1000, nvrtc->version % 1000 / 10,
                        nvrtc->nvrtcGetErrorString(build->compiled), log != NULL ? ": " : "", log != NULL ? log : "");
-    for (char *line = log; line != NULL && *line != 0;) {
+    for (char *line = log; line != NULL && *line != 0 && lines < 40; lines++) {
         char *end = line;
         while (*end != 0 && *end != '\n') end++;
         if (*end != 0) *end++ = 0;
@@ -8741,13 +8786,15 @@ static int32_t moe__cache_write(const moe_context *ctx, const moe__build *build)
 }
 #endif
 
-// An image of the caller's, by key and chip.
-static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_error *err)
+// An image of the caller's for this name of a chip.
+static int32_t moe__images_find(const moe_context *ctx, moe__build *build, const char *chip, moe_error *err)
 {
     const moe__jit *jit = ctx->jit;
+    unsigned char digest[32];
     char key[65];
     moe__text text = moe__text_make(key, sizeof key);
-    moe__text_hex(&text, build->key, 32);
+    moe__instance_key(build->instance, chip, digest);
+    moe__text_hex(&text, digest, 32);
     for (int32_t i = 0; i < jit->num_images; i++) {
         const moe_jit_image *image = &jit->images[i];
         int32_t result;
@@ -8757,6 +8804,16 @@ static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_e
         return result;
     }
     return MOE_OK;
+}
+
+// The chip's own image, else PTX with what instances for the chip rely on: clusters from 9.0 on.
+static int32_t moe__images_read(const moe_context *ctx, moe__build *build, moe_error *err)
+{
+    int32_t result;
+    if (ctx->jit->num_images == 0) return MOE_OK;
+    result = moe__images_find(ctx, build, build->chip, err);
+    if (result != MOE_OK || build->image != NULL) return result;
+    return moe__images_find(ctx, build, ctx->cuda->arch >= 90 ? "compute_90" : "compute_80", err);
 }
 
 // The image of a place, or none.
@@ -12182,7 +12239,7 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     out->threads = threads;
     out->smem_bytes = smem_bytes;
     moe__text_format(&label, "%s%d_sm%d", name, value, arch);
-    moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
+    if (parameter != NULL) moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
 }
 
 // The instances that a plan runs, each at its place in out [MOE__KERNELS]; entry NULL where it runs none.
@@ -13762,6 +13819,349 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
     return MOE_OK;
 }
 
+// >>ahead  compiling without a device  The same instances as plans choose, for chips that need not be here: into the
+// cache folder, or into a C file.
+#if !defined(MOE_NO_CUDA) && !defined(MOE_NO_FILES)
+
+// Kernels of a job, each once.
+typedef struct moe__ahead {
+    moe_context *ctx; // of the CPU: threads, allocator, log; no driver
+    moe_precompile_desc desc;
+    moe__instance *instances;
+    moe__build *builds;
+    int32_t count, capacity;
+} moe__ahead;
+
+static int32_t moe__ahead_check(const moe_precompile_desc *desc, moe_error *err)
+{
+    if (desc->num_chips < 1 || desc->chips == NULL)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.chips", "has no chip: name one at least, as \"sm_90a\"");
+    if (desc->num_layers < 1 || desc->layers == NULL)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.layers", "has no layer: give one at least");
+    if (desc->num_chips > 64 || desc->num_layers > 4096)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.num_layers", "is %d for %d chips: it must be 1..4096 for 1..64",
+                         desc->num_layers, desc->num_chips);
+    return MOE_OK;
+}
+
+// Compute capability of a chip in the list. PTX is for files only.
+static int32_t moe__ahead_chip(const char *chip, int32_t files_only, int32_t *arch, moe_error *err)
+{
+    int32_t ptx = 0;
+    *arch = chip != NULL ? moe__chip_arch(chip, &ptx) : 0;
+    if (*arch != 0 && (!ptx || (files_only && (*arch == 80 || *arch == 90)))) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.chips", "has %q: it must be sm_80, sm_86, sm_89, sm_90a, sm_100f, "
+                     "sm_120f or the like%s", chip != NULL ? chip : "NULL",
+                     files_only ? ", or compute_80 or compute_90 for PTX" : "");
+}
+
+static void moe__ahead_add(moe__ahead *ahead, const moe__instance *instance, const char *chip)
+{
+    moe__build *build = &ahead->builds[ahead->count];
+    ahead->instances[ahead->count] = *instance;
+    moe__build_init(build, &ahead->instances[ahead->count], chip);
+    for (int32_t i = 0; i < ahead->count; i++)
+        if (memcmp(ahead->builds[i].key, build->key, 32) == 0) return;
+    ahead->count++;
+}
+
+static int32_t moe__ahead_layer(moe__ahead *ahead, const moe_layer_desc *given, const char *chip, int32_t arch,
+                                moe_error *err)
+{
+    moe_layer_desc layer;
+    moe_plan_desc plan;
+    moe__instance instances[MOE__KERNELS];
+    int32_t result;
+    if ((result = moe__copy_desc(&layer, sizeof layer, given, "layer", err)) != MOE_OK ||
+        (result = moe__copy_desc(&plan, sizeof plan, ahead->desc.plan, "desc.plan", err)) != MOE_OK ||
+        (result = moe__layer_resolve(&layer, err)) != MOE_OK ||
+        (result = moe__plan_desc_resolve(&plan, MOE_DTYPE_BF16, layer.routing.top_k + layer.routing.extra_slots,
+                                         err)) != MOE_OK)
+        return result;
+    moe__instances_select(&layer, &plan, arch, instances);
+    for (int32_t i = 0; i < MOE__KERNELS; i++)
+        if (instances[i].entry != NULL) moe__ahead_add(ahead, &instances[i], chip);
+    return MOE_OK;
+}
+
+static void moe__ahead_end(moe__ahead *ahead)
+{
+    moe_context *ctx = ahead->ctx;
+    if (ctx == NULL) return;
+    for (int32_t i = 0; i < ahead->count; i++) moe__build_drop(ctx, &ahead->builds[i]);
+    moe__free(&ctx->desc.allocator, ahead->builds, (uint64_t)ahead->capacity * sizeof ahead->builds[0]);
+    moe__free(&ctx->desc.allocator, ahead->instances, (uint64_t)ahead->capacity * sizeof ahead->instances[0]);
+    moe_context_destroy(ctx);
+}
+
+// A context without a device, and the list of kernels. moe__ahead_end() undoes it, also after a failure.
+static int32_t moe__ahead_begin(moe__ahead *ahead, const moe_precompile_desc *desc, int32_t files_only, moe_error *err)
+{
+    moe_context_desc context;
+    int32_t result, arch;
+    memset(ahead, 0, sizeof *ahead);
+    memset(&context, 0, sizeof context);
+    if ((result = moe__copy_desc(&ahead->desc, sizeof ahead->desc, desc, "desc", err)) != MOE_OK ||
+        (result = moe__ahead_check(&ahead->desc, err)) != MOE_OK)
+        return result;
+    context.backend = MOE_BACKEND_CPU;
+    context.allocator = ahead->desc.allocator;
+    context.threads = ahead->desc.threads;
+    if ((result = moe_context_create(&context, &ahead->ctx, err)) != MOE_OK) return result;
+    ahead->ctx->desc.log = ahead->desc.log; // from here on: nobody asked for a back end
+    ahead->ctx->desc.log_user = ahead->desc.log_user;
+    if ((result = moe__jit_open(ahead->ctx, &ahead->desc.jit, err)) != MOE_OK)
+        return result;
+    ahead->capacity = ahead->desc.num_chips * ahead->desc.num_layers * MOE__KERNELS + 1;
+    ahead->instances = (moe__instance *)moe__alloc(&ahead->ctx->desc.allocator,
+                                                   (uint64_t)ahead->capacity * sizeof ahead->instances[0]);
+    ahead->builds = (moe__build *)moe__alloc(&ahead->ctx->desc.allocator,
+                                             (uint64_t)ahead->capacity * sizeof ahead->builds[0]);
+    if (ahead->instances == NULL || ahead->builds == NULL)
+        return moe__fail_memory(err, (uint64_t)ahead->capacity * sizeof ahead->builds[0]);
+    for (int32_t c = 0; c < ahead->desc.num_chips; c++) {
+        if ((result = moe__ahead_chip(ahead->desc.chips[c], files_only, &arch, err)) != MOE_OK) return result;
+        for (int32_t l = 0; l < ahead->desc.num_layers; l++)
+            if ((result = moe__ahead_layer(ahead, &ahead->desc.layers[l], ahead->desc.chips[c], arch, err)) != MOE_OK)
+                return result;
+    }
+    return MOE_OK;
+}
+
+static void moe__ahead_tell(const moe__ahead *ahead, int32_t done, const moe__build *build, int32_t cached)
+{
+    moe_jit_progress progress;
+    if (ahead->desc.progress == NULL) return;
+    memset(&progress, 0, sizeof progress);
+    progress.done = done;
+    progress.total = ahead->count;
+    progress.cached = cached;
+    progress.bytes = build->bytes;
+    progress.name = build->instance->name;
+    progress.chip = build->chip;
+    ahead->desc.progress(ahead->desc.progress_user, &progress);
+}
+
+// Compiles what is not there yet, as many kernels at a time as there are threads and all of one chip. `keep`: images
+// stay in memory; else they go to the cache folder.
+static int32_t moe__ahead_run(moe__ahead *ahead, int32_t keep, moe_error *err)
+{
+    moe_context *ctx = ahead->ctx;
+    moe__build *group[MOE__BUILDS_MAX];
+    int32_t most = moe__min32(ctx->desc.threads, MOE__BUILDS_MAX), done = 0, result = MOE_OK;
+    for (int32_t i = 0; i < ahead->count;) {
+        int32_t size = 0;
+        for (; i < ahead->count && size < most; i++) {
+            moe__build *build = &ahead->builds[i];
+            if (size > 0 && strcmp(group[0]->chip, build->chip) != 0) break;
+            if ((result = moe__jit_read(ctx, build, MOE__PLACE_CACHE, err)) != MOE_OK) return result;
+            if (build->image == NULL) {
+                group[size++] = build;
+                continue;
+            }
+            moe__ahead_tell(ahead, ++done, build, 1);
+            if (!keep) moe__build_drop(ctx, build);
+        }
+        if (size > 0 && (result = moe__jit_compile(ctx, group, size, err)) != MOE_OK) return result;
+        for (int32_t j = 0; j < size; j++) {
+            if (!keep && !moe__cache_write(ctx, group[j]))
+                return moe__fail(err, MOE_ERROR_FILE, "desc.jit.cache_dir", "is %q, which cannot be written or is not "
+                                 "to be trusted: the log says why", ctx->jit->cache_dir);
+            moe__ahead_tell(ahead, ++done, group[j], 0);
+            if (!keep) moe__build_drop(ctx, group[j]);
+        }
+    }
+    return MOE_OK;
+}
+
+MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err)
+{
+    moe__ahead ahead;
+    int32_t result = moe__ahead_begin(&ahead, desc, 0, err);
+    if (result == MOE_OK && (ahead.ctx->jit->cache_dir[0] == 0 || ahead.ctx->jit->cache_mode != MOE_CACHE_READ_WRITE))
+        result = moe__fail(err, MOE_ERROR_ARGUMENT, "desc.jit.cache_dir", "is needed: no folder is given or found, or "
+                           "desc.jit.cache_mode does not let it be written");
+    if (result == MOE_OK) result = moe__ahead_run(&ahead, 0, err);
+    moe__ahead_end(&ahead);
+    return result == MOE_OK ? moe__ok(err) : result;
+}
+
+static void moe__export_image(moe__text *text, const char *name, int32_t index, const moe__build *build)
+{
+    moe__text_format(text, "\n// %s for %s\nstatic const unsigned char %s_%d[] = {", build->instance->name, build->chip,
+                     name, index);
+    for (uint64_t i = 0; i < build->bytes; i++)
+        moe__text_format(text, "%s%d,", i % 28 == 0 ? "\n    " : "", (int32_t)build->image[i]);
+    moe__text_string(text, "\n};\n");
+}
+
+static void moe__export_table(moe__text *text, const char *name, const moe__ahead *ahead)
+{
+    moe__text_format(text, "\nenum { %s_count = %d };\nstatic const moe_jit_image %s[] = {\n", name, ahead->count,
+                     name);
+    for (int32_t i = 0; i < ahead->count; i++) {
+        moe__text_string(text, "    { \"");
+        moe__text_hex(text, ahead->builds[i].key, 32);
+        moe__text_format(text, "\", %s_%d, sizeof %s_%d },\n", name, i, name, i);
+    }
+    moe__text_string(text, "};\n");
+}
+
+static int32_t moe__export_write(const moe__ahead *ahead, const char *path, const char *name, moe_error *err)
+{
+    const moe_allocator *allocator = &ahead->ctx->desc.allocator;
+    uint64_t capacity = 4096;
+    moe__text text;
+    moe__span span;
+    char *data;
+    int32_t result;
+    for (int32_t i = 0; i < ahead->count; i++) capacity += ahead->builds[i].bytes * 5 + 1024;
+    if ((data = (char *)moe__alloc(allocator, capacity)) == NULL) return moe__fail_memory(err, capacity);
+    text = moe__text_make(data, (size_t)capacity);
+    moe__text_format(&text, "// Kernels of moe.h, text %s, written by moe_jit_export(). Include it behind moe.h\n"
+                     "// and set desc.jit.images to %s, num_images to %s_count.\n", moe__kernel_digest(), name, name);
+    for (int32_t i = 0; i < ahead->count; i++) moe__export_image(&text, name, i, &ahead->builds[i]);
+    moe__export_table(&text, name, ahead);
+    span.data = data;
+    span.size = text.length;
+    result = moe__file_write_atomic(path, &span, 1, err);
+    moe__free(allocator, data, capacity);
+    return result;
+}
+
+MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err)
+{
+    moe__ahead ahead;
+    int32_t result;
+    const char *c = name;
+    if (path == NULL) return moe__fail_null(err, "path");
+    if (name == NULL) return moe__fail_null(err, "name");
+    while ((*c >= 'a' && *c <= 'z') || (*c >= 'A' && *c <= 'Z') || *c == '_' || (c > name && *c >= '0' && *c <= '9'))
+        c++;
+    if (*c != 0 || c == name || c - name > 200)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "name", "is %q: it must be a C identifier of at most 200 characters",
+                         name);
+    result = moe__ahead_begin(&ahead, desc, 1, err);
+    if (result == MOE_OK) result = moe__ahead_run(&ahead, 1, err);
+    if (result == MOE_OK) result = moe__export_write(&ahead, path, name, err);
+    moe__ahead_end(&ahead);
+    return result == MOE_OK ? moe__ok(err) : result;
+}
+
+// ---- trimming ----
+
+#if !defined(_WIN32)
+enum { MOE__TRIM_TEMP_AGE = 3600 }; // seconds after which a temporary file is a leftover
+
+typedef struct moe__trim {
+    char path[MOE__PATH_MAX]; // of the oldest entry seen in this round
+    int64_t oldest;
+    uint64_t bytes;           // of all entries
+} moe__trim;
+
+static int32_t moe__trim_ends(const char *name, const char *ending)
+{
+    size_t length = strlen(name), tail = strlen(ending);
+    return length > tail && strcmp(name + length - tail, ending) == 0;
+}
+
+// Adds up one folder's entries and remembers the oldest; leftovers of killed writers are removed.
+static void moe__trim_folder(moe__trim *trim, const char *folder)
+{
+    DIR *dir = opendir(folder);
+    struct dirent *entry;
+    struct stat info;
+    char path[MOE__PATH_MAX];
+    while (dir != NULL && (entry = readdir(dir)) != NULL) {
+        if (moe__path_join(path, folder, entry->d_name, NULL) != MOE_OK || stat(path, &info) != 0 ||
+            !S_ISREG(info.st_mode))
+            continue;
+        if (moe__trim_ends(entry->d_name, ".tmp") && info.st_mtime + MOE__TRIM_TEMP_AGE < time(NULL)) unlink(path);
+        if (!moe__trim_ends(entry->d_name, ".bin")) continue;
+        trim->bytes += (uint64_t)info.st_size;
+        if (trim->path[0] != 0 && (int64_t)info.st_mtime >= trim->oldest) continue;
+        trim->oldest = (int64_t)info.st_mtime;
+        strcpy(trim->path, path);
+    }
+    if (dir != NULL) closedir(dir);
+}
+
+// All folders of this format: of this build and of others. Empty ones go.
+static void moe__trim_look(moe__trim *trim, const char *format)
+{
+    DIR *dir = opendir(format);
+    struct dirent *entry;
+    char path[MOE__PATH_MAX];
+    trim->bytes = 0;
+    trim->path[0] = 0;
+    while (dir != NULL && (entry = readdir(dir)) != NULL) {
+        if (strlen(entry->d_name) != 16 || moe__path_join(path, format, entry->d_name, NULL) != MOE_OK) continue;
+        moe__trim_folder(trim, path);
+        rmdir(path); // only if nothing is in it
+    }
+    if (dir != NULL) closedir(dir);
+}
+#endif
+
+MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_error *err)
+{
+#if defined(_WIN32)
+    (void)cache_dir;
+    (void)max_bytes;
+    return moe__fail(err, MOE_ERROR_UNSUPPORTED, "", "moe_cache_trim() is not there on Windows: delete the folder");
+#else
+    moe__trim trim;
+    char dir[MOE__PATH_MAX], format[MOE__PATH_MAX];
+    const char *why;
+    int32_t result;
+    int fd;
+    dir[0] = 0;
+    if ((result = moe__jit_path(dir, cache_dir, "cache_dir", err)) != MOE_OK) return result;
+    if (dir[0] == 0) moe__cache_default(dir);
+    if (dir[0] == 0) return moe__fail(err, MOE_ERROR_ARGUMENT, "cache_dir", "is NULL, and there is no default folder");
+    if ((fd = moe__folder_step(-1, dir, 0, &why)) < 0) {
+        if (why == NULL && errno == ENOENT) return moe__ok(err);
+        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir, why != NULL ? why : "cannot be opened");
+    }
+    close(fd);
+    if ((result = moe__path_join(format, dir, "v1", err)) != MOE_OK) return result;
+    for (;;) {
+        moe__trim_look(&trim, format);
+        if (trim.bytes <= max_bytes || trim.path[0] == 0) return moe__ok(err);
+        if (unlink(trim.path) != 0 && errno != ENOENT)
+            return moe__fail_file(err, MOE_ERROR_FILE, trim.path, "cannot be removed", (int32_t)errno);
+    }
+#endif
+}
+#else
+
+static int32_t moe__ahead_unsupported(moe_error *err)
+{
+    return moe__fail(err, MOE_ERROR_UNSUPPORTED, "", "this build leaves out CUDA or files (MOE_NO_CUDA, MOE_NO_FILES)");
+}
+
+MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err)
+{
+    (void)desc;
+    return moe__ahead_unsupported(err);
+}
+
+MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err)
+{
+    (void)desc;
+    (void)path;
+    (void)name;
+    return moe__ahead_unsupported(err);
+}
+
+MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_error *err)
+{
+    (void)cache_dir;
+    (void)max_bytes;
+    return moe__ahead_unsupported(err);
+}
+#endif
+
 // >>reference  the layer behind the routing, plainly  One thread, one token and slot after the other, every weight
 // through the caller's callback: no kernel, layout or table of >>cpu is used, only its statement of the order (see
 // there) and moe__activate(). tests/test_layer.c holds both to the same bits.
@@ -14017,7 +14417,578 @@ static const char *const moe__kernel_text[] = {
 "typedef long long i64;\n"
 "typedef float f32;\n"
 "\n"
-"// >>ptx  one instruction each\n"
+"// 8- and 16-byte accesses: one instruction each.\n"
+"struct alignas(8) u32x2 { u32 x, y; };\n"
+"struct alignas(16) u32x4 { u32 x, y, z, w; };\n"
+"struct alignas(8) f32x2 { f32 x, y; };\n"
+"struct alignas(16) f32x4 { f32 x, y, z, w; };\n"
+"struct alignas(64) tensor_map { u8 opaque[128]; }; // cuTensorMapEncodeTiled() fills it\n"
+"\n"
+"// >>ptx  one instruction each  Named after it; a note where the name does not say all. Pointers are generic, into\n"
+"// shared memory where the instruction wants that; u32 addresses come from mapa(). Without the instruction on the chip a\n"
+"// wrapper traps. tests/emu/device.h has the same names over the emulated device: the only other definition there is.\n"
+"#ifndef MOE_EMU\n"
+"\n"
+"#define DI __device__ __forceinline__\n"
+"#if defined(__CUDA_ARCH__)\n"
+"#define MOE_ARCH (__CUDA_ARCH__ / 10)\n"
+"#else\n"
+"#define MOE_ARCH 90 // an editor's or a host compiler's pass\n"
+"#endif\n"
+"#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)\n"
+"#define MOE_ARCH_A 1\n"
+"#else\n"
+"#define MOE_ARCH_A 0\n"
+"#endif\n"
+"\n"
+"#define MOE_ENTRY(name, args_type, threads, min_ctas) \\\n"
+"    extern \"C\" __global__ void __launch_bounds__(threads, min_ctas) name(const __grid_constant__ args_type a)\n"
+"\n"
+"extern __shared__ __align__(1024) u8 moe_smem[];\n"
+"\n"
+"DI void trap() { asm volatile(\"trap;\"); }\n"
+"\n"
+"// ---- threads, synchronisation, warps ----\n"
+"\n"
+"DI u32 tid() { return threadIdx.x; }\n"
+"DI u32 ntid() { return blockDim.x; }\n"
+"DI u32 cta() { return blockIdx.x; }\n"
+"DI u32 cta_y() { return blockIdx.y; }\n"
+"DI u32 ncta() { return gridDim.x; }\n"
+"DI u32 lane() { return threadIdx.x & 31; }\n"
+"DI u32 warp() { return threadIdx.x >> 5; }\n"
+"DI u8 *smem() { return moe_smem; }\n"
+"DI u32 saddr(const void *p) { return (u32)__cvta_generic_to_shared(p); }\n"
+"DI u32 dyn_smem_bytes()\n"
+"{\n"
+"    u32 bytes;\n"
+"    asm(\"mov.u32 %0, %%dynamic_smem_size;\" : \"=r\"(bytes));\n"
+"    return bytes;\n"
+"}\n"
+"\n"
+"DI void cta_sync() { asm volatile(\"bar.sync 0;\" ::: \"memory\"); }\n"
+"DI void bar_sync(u32 id, u32 threads) { asm volatile(\"bar.sync %0, %1;\" ::\"r\"(id), \"r\"(threads) : \"memory\"); }\n"
+"DI void bar_arrive(u32 id, u32 threads) { asm volatile(\"bar.arrive %0, %1;\" ::\"r\"(id), \"r\"(threads) : \"memory\"); }\n"
+"DI void warp_sync() { asm volatile(\"bar.warp.sync 0xffffffff;\" ::: \"memory\"); }\n"
+"\n"
+"DI u32 bits(f32 v) { return __float_as_uint(v); }\n"
+"DI f32 from_bits(u32 v) { return __uint_as_float(v); }\n"
+"DI u32 shfl(u32 v, u32 lane) { return __shfl_sync(~0u, v, lane); }\n"
+"DI u32 shfl_xor(u32 v, u32 m) { return __shfl_xor_sync(~0u, v, m); }\n"
+"DI u32 shfl_up(u32 v, u32 d) { return __shfl_up_sync(~0u, v, d); }\n"
+"DI u32 shfl_down(u32 v, u32 d) { return __shfl_down_sync(~0u, v, d); }\n"
+"DI f32 shfl(f32 v, u32 lane) { return from_bits(shfl(bits(v), lane)); }\n"
+"DI f32 shfl_xor(f32 v, u32 m) { return from_bits(shfl_xor(bits(v), m)); }\n"
+"DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n"
+"DI f32 shfl_down(f32 v, u32 d) { return from_bits(shfl_down(bits(v), d)); }\n"
+"DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n"
+"DI u32 match_any(u32 v) { return __match_any_sync(~0u, v); }\n"
+"DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n"
+"DI u32 redux_min(u32 v) { return __reduce_min_sync(~0u, v); }\n"
+"DI u32 redux_add(u32 v) { return __reduce_add_sync(~0u, v); }\n"
+"DI u32 redux_or(u32 v) { return __reduce_or_sync(~0u, v); }\n"
+"\n"
+"// ---- atomics, memory ---- scope gpu\n"
+"\n"
+"DI u32 atom_add(u32 *p, u32 v)\n"
+"{\n"
+"    u32 old;\n"
+"    asm volatile(\"atom.relaxed.gpu.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
+"    return old;\n"
+"}\n",
+"DI void red_add(u32 *p, u32 v) { asm volatile(\"red.relaxed.gpu.add.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
+"DI u32 atom_add_acq_rel(u32 *p, u32 v)\n"
+"{\n"
+"    u32 old;\n"
+"    asm volatile(\"atom.acq_rel.gpu.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
+"    return old;\n"
+"}\n"
+"DI u32 atom_max(u32 *p, u32 v)\n"
+"{\n"
+"    u32 old;\n"
+"    asm volatile(\"atom.relaxed.gpu.max.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
+"    return old;\n"
+"}\n"
+"DI u32 ld_acquire(const u32 *p)\n"
+"{\n"
+"    u32 v;\n"
+"    asm volatile(\"ld.acquire.gpu.u32 %0, [%1];\" : \"=r\"(v) : \"l\"(p) : \"memory\");\n"
+"    return v;\n"
+"}\n"
+"DI u32 ld_relaxed(const u32 *p)\n"
+"{\n"
+"    u32 v;\n"
+"    asm volatile(\"ld.relaxed.gpu.u32 %0, [%1];\" : \"=r\"(v) : \"l\"(p) : \"memory\");\n"
+"    return v;\n"
+"}\n"
+"DI void st_release(u32 *p, u32 v) { asm volatile(\"st.release.gpu.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
+"DI void st_relaxed(u32 *p, u32 v) { asm volatile(\"st.relaxed.gpu.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
+"DI void red_release_add(u32 *p, u32 v)\n"
+"{\n"
+"    asm volatile(\"red.release.gpu.add.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\");\n"
+"}\n"
+"DI void fence_acq_rel_gpu() { asm volatile(\"fence.acq_rel.gpu;\" ::: \"memory\"); }\n"
+"DI void fence_acq_rel_cta() { asm volatile(\"fence.acq_rel.cta;\" ::: \"memory\"); }\n"
+"\n"
+"DI u32x4 ld_nc_v4(const void *p) // read once: not kept in L1\n"
+"{\n"
+"    u32x4 v;\n"
+"    asm(\"ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\"\n"
+"        : \"=r\"(v.x), \"=r\"(v.y), \"=r\"(v.z), \"=r\"(v.w) : \"l\"(p));\n"
+"    return v;\n"
+"}\n"
+"DI u32x4 ld_cg_v4(const void *p)\n"
+"{\n"
+"    u32x4 v;\n"
+"    asm volatile(\"ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\"\n"
+"                 : \"=r\"(v.x), \"=r\"(v.y), \"=r\"(v.z), \"=r\"(v.w) : \"l\"(p) : \"memory\");\n"
+"    return v;\n"
+"}\n"
+"DI u32 ld_nc(const u32 *p)\n"
+"{\n"
+"    u32 v;\n"
+"    asm(\"ld.global.nc.u32 %0, [%1];\" : \"=r\"(v) : \"l\"(p));\n"
+"    return v;\n"
+"}\n"
+"DI void prefetch_l2(const void *p) { asm volatile(\"prefetch.global.L2 [%0];\" ::\"l\"(p)); }\n"
+"\n"
+"// ---- cp.async ---- bytes behind src_bytes become zeros\n"
+"\n"
+"DI void cp_async_16(void *dst, const void *src, u32 src_bytes)\n"
+"{\n"
+"    asm volatile(\"cp.async.cg.shared.global [%0], [%1], 16, %2;\" ::\"r\"(saddr(dst)), \"l\"(src), \"r\"(src_bytes)\n"
+"                 : \"memory\");\n"
+"}\n"
+"DI void cp_async_4(void *dst, const void *src, u32 src_bytes)\n"
+"{\n"
+"    asm volatile(\"cp.async.ca.shared.global [%0], [%1], 4, %2;\" ::\"r\"(saddr(dst)), \"l\"(src), \"r\"(src_bytes)\n"
+"                 : \"memory\");\n"
+"}\n"
+"DI void cp_async_commit() { asm volatile(\"cp.async.commit_group;\" ::: \"memory\"); }\n"
+"template <int N> DI void cp_async_wait() { asm volatile(\"cp.async.wait_group %0;\" ::\"n\"(N) : \"memory\"); }\n"
+"\n"
+"// ---- mbarriers of the own CTA ---- a try_wait that suspends exists from 9.0 on\n"
+"\n"
+"DI void mbar_init(u64 *b, u32 n)\n"
+"{\n"
+"    asm volatile(\"mbarrier.init.shared.b64 [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(n) : \"memory\");\n"
+"}\n"
+"DI void mbar_inval(u64 *b) { asm volatile(\"mbarrier.inval.shared.b64 [%0];\" ::\"r\"(saddr(b)) : \"memory\"); }\n"
+"DI void mbar_arrive(u64 *b)\n"
+"{\n"
+"    asm volatile(\"mbarrier.arrive.shared.b64 _, [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
+"}\n"
+"DI void cp_async_mbar_arrive(u64 *b) // .noinc: counts among the barrier's expected arrivals\n"
+"{\n"
+"    asm volatile(\"cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
+"}\n"
+"\n"
+"// What Hopper has: traps on older chips, and the matrix instructions of sm_90a on every other chip.\n"
+"#if MOE_ARCH >= 90\n"
+"#define ASM_90(...) asm volatile(__VA_ARGS__)\n"
+"#else\n"
+"#define ASM_90(...) trap()\n"
+"#endif\n"
+"#if MOE_ARCH_A\n"
+"#define ASM_90A(...) asm volatile(__VA_ARGS__)\n"
+"#else\n"
+"#define ASM_90A(...) trap()\n"
+"#endif\n"
+"#if MOE_ARCH >= 89\n"
+"#define ASM_89(...) asm(__VA_ARGS__)\n"
+"#else\n"
+"#define ASM_89(...) trap()\n"
+"#endif\n"
+"\n"
+"DI bool elect() // one lane of a converged warp\n"
+"{\n"
+"#if MOE_ARCH >= 90\n"
+"    u32 elected;\n"
+"    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n"
+"    return elected != 0;\n"
+"#else\n"
+"    return lane() == 0;\n"
+"#endif\n"
+"}\n"
+"\n"
+"DI void mbar_arrive_n(u64 *b, u32 n)\n"
+"{\n"
+"    ASM_90(\"mbarrier.arrive.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(n) : \"memory\");\n"
+"}\n",
+"DI void mbar_arrive_expect_tx(u64 *b, u32 bytes)\n"
+"{\n"
+"    ASM_90(\"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(bytes) : \"memory\");\n"
+"}\n"
+"DI void mbar_expect_tx(u64 *b, u32 bytes)\n"
+"{\n"
+"    ASM_90(\"mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(bytes) : \"memory\");\n"
+"}\n"
+"DI void mbar_arrive_cluster(u32 addr)\n"
+"{\n"
+"    ASM_90(\"mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\" ::\"r\"(addr) : \"memory\");\n"
+"}\n"
+"DI void mbar_arrive_expect_tx_cluster(u32 addr, u32 bytes)\n"
+"{\n"
+"    ASM_90(\"mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;\" ::\"r\"(addr), \"r\"(bytes)\n"
+"           : \"memory\");\n"
+"}\n"
+"DI bool mbar_test(u64 *b, u32 parity) // has the phase of this parity completed\?\n"
+"{\n"
+"    u32 done;\n"
+"    asm volatile(\"{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }\"\n"
+"                 : \"=r\"(done) : \"r\"(saddr(b)), \"r\"(parity) : \"memory\");\n"
+"    return done != 0;\n"
+"}\n"
+"DI void mbar_wait(u64 *b, u32 parity)\n"
+"{\n"
+"#if MOE_ARCH >= 90\n"
+"    u32 done = 0;\n"
+"    while (done == 0)\n"
+"        asm volatile(\"{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }\"\n"
+"                     : \"=r\"(done) : \"r\"(saddr(b)), \"r\"(parity) : \"memory\");\n"
+"#else\n"
+"    while (!mbar_test(b, parity)) {}\n"
+"#endif\n"
+"}\n"
+"DI void mbar_wait_cluster(u64 *b, u32 parity) // acquires what other CTAs of the cluster released\n"
+"{\n"
+"    u32 done = 0;\n"
+"    while (done == 0)\n"
+"        ASM_90(\"{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; \"\n"
+"               \"selp.u32 %0, 1, 0, p; }\" : \"=r\"(done) : \"r\"(saddr(b)), \"r\"(parity) : \"memory\");\n"
+"}\n"
+"DI void fence_mbar_init() { ASM_90(\"fence.mbarrier_init.release.cluster;\" ::: \"memory\"); }\n"
+"\n"
+"// ---- clusters ----\n"
+"\n"
+"DI u32 cluster_rank()\n"
+"{\n"
+"    u32 rank = 0;\n"
+"    ASM_90(\"mov.u32 %0, %%cluster_ctarank;\" : \"=r\"(rank));\n"
+"    return rank;\n"
+"}\n"
+"DI u32 cluster_size()\n"
+"{\n"
+"    u32 size = 1;\n"
+"    ASM_90(\"mov.u32 %0, %%cluster_nctarank;\" : \"=r\"(size));\n"
+"    return size;\n"
+"}\n"
+"DI void cluster_arrive() { ASM_90(\"barrier.cluster.arrive.release.aligned;\" ::: \"memory\"); }\n"
+"DI void cluster_wait() { ASM_90(\"barrier.cluster.wait.acquire.aligned;\" ::: \"memory\"); }\n"
+"DI void cluster_sync()\n"
+"{\n"
+"    cluster_arrive();\n"
+"    cluster_wait();\n"
+"}\n"
+"DI u32 mapa(const void *p, u32 rank)\n"
+"{\n"
+"    u32 addr = 0;\n"
+"    ASM_90(\"mapa.shared::cluster.u32 %0, %1, %2;\" : \"=r\"(addr) : \"r\"(saddr(p)), \"r\"(rank));\n"
+"    return addr;\n"
+"}\n"
+"DI u32 ld_cluster(u32 addr)\n"
+"{\n"
+"    u32 v = 0;\n"
+"    ASM_90(\"ld.shared::cluster.u32 %0, [%1];\" : \"=r\"(v) : \"r\"(addr) : \"memory\");\n"
+"    return v;\n"
+"}\n"
+"DI f32x4 ld_cluster_v4(u32 addr)\n"
+"{\n"
+"    f32x4 v = { 0, 0, 0, 0 };\n"
+"    ASM_90(\"ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\"\n"
+"           : \"=f\"(v.x), \"=f\"(v.y), \"=f\"(v.z), \"=f\"(v.w) : \"r\"(addr) : \"memory\");\n"
+"    return v;\n"
+"}\n"
+"DI void st_cluster(u32 addr, u32 v) { ASM_90(\"st.shared::cluster.u32 [%0], %1;\" ::\"r\"(addr), \"r\"(v) : \"memory\"); }\n"
+"DI u32 atom_add_cluster(u32 addr, u32 v)\n"
+"{\n"
+"    u32 old = 0;\n"
+"    ASM_90(\"atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"r\"(addr), \"r\"(v) : \"memory\");\n"
+"    return old;\n"
+"}\n"
+"DI void red_add_cluster(u32 addr, u32 v)\n"
+"{\n"
+"    ASM_90(\"red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;\" ::\"r\"(addr), \"r\"(v) : \"memory\");\n"
+"}\n"
+"DI void red_add_cluster_f32(u32 addr, f32 v)\n"
+"{\n"
+"    ASM_90(\"red.relaxed.cluster.shared::cluster.add.f32 [%0], %1;\" ::\"r\"(addr), \"f\"(v) : \"memory\");\n"
+"}\n"
+"DI void st_async(u32 addr, u32 v, u32 bar) // counts 4 bytes at the barrier beside it\n"
+"{\n"
+"    ASM_90(\"st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\" ::\"r\"(addr), \"r\"(v), \"r\"(bar)\n"
+"           : \"memory\");\n"
+"}\n"
+"\n"
+"// ---- bulk and tensor copies ---- by the asynchronous proxy\n"
+"\n"
+"DI u64 policy_evict_first()\n"
+"{\n"
+"    u64 policy = 0;\n"
+"    ASM_90(\"createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\" : \"=l\"(policy));\n"
+"    return policy;\n"
+"}\n"
+"DI u64 policy_evict_last()\n"
+"{\n"
+"    u64 policy = 0;\n"
+"    ASM_90(\"createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\" : \"=l\"(policy));\n"
+"    return policy;\n"
+"}\n",
+"DI void bulk_g2s(void *dst, const void *src, u32 bytes, u64 *bar)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\"\n"
+"           ::\"r\"(saddr(dst)), \"l\"(src), \"r\"(bytes), \"r\"(saddr(bar)) : \"memory\");\n"
+"}\n"
+"DI void bulk_g2s_hint(void *dst, const void *src, u32 bytes, u64 *bar, u64 policy)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\"\n"
+"           ::\"r\"(saddr(dst)), \"l\"(src), \"r\"(bytes), \"r\"(saddr(bar)), \"l\"(policy) : \"memory\");\n"
+"}\n"
+"DI void bulk_g2s_multicast(void *dst, const void *src, u32 bytes, u64 *bar, u16 mask) // same place in each CTA\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], \"\n"
+"           \"%4;\" ::\"r\"(saddr(dst)), \"l\"(src), \"r\"(bytes), \"r\"(saddr(bar)), \"h\"(mask) : \"memory\");\n"
+"}\n"
+"DI void bulk_s2g(void *dst, const void *src, u32 bytes)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\" ::\"l\"(dst), \"r\"(saddr(src)), \"r\"(bytes)\n"
+"           : \"memory\");\n"
+"}\n"
+"DI void bulk_s2s_cluster(u32 dst, const void *src, u32 bytes, u32 bar)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\"\n"
+"           ::\"r\"(dst), \"r\"(saddr(src)), \"r\"(bytes), \"r\"(bar) : \"memory\");\n"
+"}\n"
+"DI void bulk_red_add_f32(void *dst, const void *src, u32 bytes)\n"
+"{\n"
+"    ASM_90(\"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\"\n"
+"           ::\"l\"(dst), \"r\"(saddr(src)), \"r\"(bytes) : \"memory\");\n"
+"}\n"
+"DI void bulk_red_add_bf16(void *dst, const void *src, u32 bytes)\n"
+"{\n"
+"    ASM_90(\"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;\"\n"
+"           ::\"l\"(dst), \"r\"(saddr(src)), \"r\"(bytes) : \"memory\");\n"
+"}\n"
+"DI void bulk_prefetch(const void *src, u32 bytes)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.prefetch.L2.global [%0], %1;\" ::\"l\"(src), \"r\"(bytes) : \"memory\");\n"
+"}\n"
+"DI void bulk_commit() { ASM_90(\"cp.async.bulk.commit_group;\" ::: \"memory\"); }\n"
+"template <int N> DI void bulk_wait() { ASM_90(\"cp.async.bulk.wait_group %0;\" ::\"n\"(N) : \"memory\"); }\n"
+"template <int N> DI void bulk_wait_read() { ASM_90(\"cp.async.bulk.wait_group.read %0;\" ::\"n\"(N) : \"memory\"); }\n"
+"\n"
+"DI void tma_load_2d(void *dst, const tensor_map *map, i32 x, i32 y, u64 *bar)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\"\n"
+"           ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(bar)) : \"memory\");\n"
+"}\n"
+"DI void tma_load_3d(void *dst, const tensor_map *map, i32 x, i32 y, i32 z, u64 *bar)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], \"\n"
+"           \"[%5];\" ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(z), \"r\"(saddr(bar)) : \"memory\");\n"
+"}\n"
+"DI void tma_load_2d_multicast(void *dst, const tensor_map *map, i32 x, i32 y, u64 *bar, u16 mask)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], \"\n"
+"           \"[%1, {%2, %3}], [%4], %5;\" ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(bar)), \"h\"(mask)\n"
+"           : \"memory\");\n"
+"}\n"
+"DI void tma_store_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
+"{\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n"
+"           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
+"}\n"
+"DI void tma_red_add_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
+"{\n"
+"    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n"
+"           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
+"}\n"
+"DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
+"\n"
+"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n"
+"DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async_global() { ASM_90(\"fence.proxy.async.global;\" ::: \"memory\"); }\n"
+"\n"
+"// ---- warp matrix products ---- fragments as the PTX manual draws them; mma accumulates into d\n"
+"\n"
+"#define LDMATRIX(count, trans, suffix, list, n, ...) \\\n"
+"    DI void ldmatrix_x##count##suffix(u32 (&r)[count], const void *p) \\\n"
+"    { \\\n"
+"        asm volatile(\"ldmatrix.sync.aligned.m8n8.x\" #count trans \".shared.b16 {\" list \"}, [%\" #n \"];\" \\\n"
+"                     : __VA_ARGS__ : \"r\"(saddr(p)) : \"memory\"); \\\n"
+"    }\n"
+"LDMATRIX(1, \"\", , \"%0\", 1, \"=r\"(r[0]))\n"
+"LDMATRIX(2, \"\", , \"%0, %1\", 2, \"=r\"(r[0]), \"=r\"(r[1]))\n"
+"LDMATRIX(4, \"\", , \"%0, %1, %2, %3\", 4, \"=r\"(r[0]), \"=r\"(r[1]), \"=r\"(r[2]), \"=r\"(r[3]))\n"
+"LDMATRIX(1, \".trans\", _trans, \"%0\", 1, \"=r\"(r[0]))\n"
+"LDMATRIX(2, \".trans\", _trans, \"%0, %1\", 2, \"=r\"(r[0]), \"=r\"(r[1]))\n"
+"LDMATRIX(4, \".trans\", _trans, \"%0, %1, %2, %3\", 4, \"=r\"(r[0]), \"=r\"(r[1]), \"=r\"(r[2]), \"=r\"(r[3]))\n"
+"\n"
+"#define STMATRIX(count, trans, suffix, list, ...) \\\n"
+"    DI void stmatrix_x##count##suffix(void *p, const u32 (&r)[count]) \\\n"
+"    { \\\n"
+"        ASM_90(\"stmatrix.sync.aligned.m8n8.x\" #count trans \".shared.b16 [%0], {\" list \"};\" \\\n"
+"               ::\"r\"(saddr(p)), __VA_ARGS__ : \"memory\"); \\\n"
+"    }\n"
+"STMATRIX(1, \"\", , \"%1\", \"r\"(r[0]))\n"
+"STMATRIX(2, \"\", , \"%1, %2\", \"r\"(r[0]), \"r\"(r[1]))\n"
+"STMATRIX(4, \"\", , \"%1, %2, %3, %4\", \"r\"(r[0]), \"r\"(r[1]), \"r\"(r[2]), \"r\"(r[3]))\n"
+"STMATRIX(1, \".trans\", _trans, \"%1\", \"r\"(r[0]))\n"
+"STMATRIX(2, \".trans\", _trans, \"%1, %2\", \"r\"(r[0]), \"r\"(r[1]))\n"
+"STMATRIX(4, \".trans\", _trans, \"%1, %2, %3, %4\", \"r\"(r[0]), \"r\"(r[1]), \"r\"(r[2]), \"r\"(r[3]))\n"
+"\n"
+"#define MMA_OPERANDS \\\n"
+"    : \"+f\"(d[0]), \"+f\"(d[1]), \"+f\"(d[2]), \"+f\"(d[3]) \\\n"
+"    : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"r\"(b[0]), \"r\"(b[1])\n"
+"#define MMA_LIST \" {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\"\n"
+"DI void mma_bf16(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2])\n"
+"{\n"
+"    asm(\"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32\" MMA_LIST MMA_OPERANDS);\n"
+"}\n"
+"DI void mma_f16(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2])\n"
+"{\n"
+"    asm(\"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32\" MMA_LIST MMA_OPERANDS);\n"
+"}\n"
+"DI void mma_e4m3(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2])\n"
+"{\n"
+"    ASM_89(\"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32\" MMA_LIST MMA_OPERANDS);\n"
+"}\n"
+"\n"
+"// ---- warpgroup matrix products ---- d (64 x N, fp32) = a b^T, + d where accumulate is not 0; both K-major, b from\n"
+"// shared memory. ss: a from shared memory; rs: a in registers. N as in the table. d is not touched until\n"
+"// wgmma_wait(), and a of rs neither.\n"
+"\n"
+"DI void wgmma_fence() { ASM_90A(\"wgmma.fence.sync.aligned;\" ::: \"memory\"); }\n"
+"DI void wgmma_commit() { ASM_90A(\"wgmma.commit_group.sync.aligned;\" ::: \"memory\"); }\n"
+"template <int N> DI void wgmma_wait() { ASM_90A(\"wgmma.wait_group.sync.aligned %0;\" ::\"n\"(N) : \"memory\"); }\n"
+"template <int R> DI void reg_dec() { ASM_90A(\"setmaxnreg.dec.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
+"template <int R> DI void reg_inc() { ASM_90A(\"setmaxnreg.inc.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
+"\n"
+"#define TEN(t) \"%\" #t \"0, %\" #t \"1, %\" #t \"2, %\" #t \"3, %\" #t \"4, %\" #t \"5, %\" #t \"6, %\" #t \"7, %\" #t \"8, %\" #t \"9\"\n"
+"#define LIST_4 \"%0, %1, %2, %3\"\n"
+"#define LIST_8 LIST_4 \", %4, %5, %6, %7\"\n"
+"#define LIST_12 TEN() \", %10, %11\"\n"
+"#define LIST_16 LIST_12 \", %12, %13, %14, %15\"\n"
+"#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n"
+"#define LIST_30 TEN() \", \" TEN(1) \", \" TEN(2)\n"
+"#define LIST_32 LIST_30 \", %30, %31\"\n"
+"#define LIST_40 LIST_30 \", \" TEN(3)\n"
+"#define LIST_48 LIST_40 \", %40, %41, %42, %43, %44, %45, %46, %47\"\n"
+"#define LIST_50 LIST_40 \", \" TEN(4)\n"
+"#define LIST_56 LIST_50 \", %50, %51, %52, %53, %54, %55\"\n"
+"#define LIST_60 LIST_50 \", \" TEN(5)\n"
+"#define LIST_64 LIST_60 \", %60, %61, %62, %63\"\n"
+"#define LIST_80 LIST_60 \", \" TEN(6) \", \" TEN(7)\n"
+"#define LIST_90 LIST_80 \", \" TEN(8)\n"
+"#define LIST_96 LIST_90 \", %90, %91, %92, %93, %94, %95\"\n"
+"#define LIST_110 LIST_90 \", \" TEN(9) \", \" TEN(10)\n"
+"#define LIST_112 LIST_110 \", %110, %111\"\n"
+"#define LIST_120 LIST_110 \", \" TEN(11)\n",
+"#define LIST_128 LIST_120 \", %120, %121, %122, %123, %124, %125, %126, %127\"\n"
+"\n"
+"#define D_4(i) \"+f\"(d[i]), \"+f\"(d[i + 1]), \"+f\"(d[i + 2]), \"+f\"(d[i + 3])\n"
+"#define D_8(i) D_4(i), D_4(i + 4)\n"
+"#define D_16(i) D_8(i), D_8(i + 8)\n"
+"#define D_32(i) D_16(i), D_16(i + 16)\n"
+"#define D_64(i) D_32(i), D_32(i + 32)\n"
+"\n"
+"// p0..p5: numbers of the operands behind d.\n"
+"#define WGMMA(name, type, ss_trans, rs_trans, n, list, p0, p1, p2, p3, p4, p5, ...) \\\n"
+"    template <> struct name<n> { \\\n"
+"        static DI void ss(f32 (&d)[n / 2], u64 a, u64 b, u32 accumulate) \\\n"
+"        { \\\n"
+"            ASM_90A(\"{ .reg .pred p; setp.ne.b32 p, %\" #p2 \", 0; wgmma.mma_async.sync.aligned.m64n\" #n type \" {\" list \\\n"
+"                    \"}, %\" #p0 \", %\" #p1 \", p, 1, 1\" ss_trans \"; }\" : __VA_ARGS__ : \"l\"(a), \"l\"(b), \"r\"(accumulate)); \\\n"
+"        } \\\n"
+"        static DI void rs(f32 (&d)[n / 2], const u32 (&a)[4], u64 b, u32 accumulate) \\\n"
+"        { \\\n"
+"            ASM_90A(\"{ .reg .pred p; setp.ne.b32 p, %\" #p5 \", 0; wgmma.mma_async.sync.aligned.m64n\" #n type \" {\" list \\\n"
+"                    \"}, {%\" #p0 \", %\" #p1 \", %\" #p2 \", %\" #p3 \"}, %\" #p4 \", p, 1, 1\" rs_trans \"; }\" \\\n"
+"                    : __VA_ARGS__ : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b), \"r\"(accumulate)); \\\n"
+"        } \\\n"
+"    };\n"
+"#define WGMMA_TABLE(name, type, ss_trans, rs_trans) \\\n"
+"    template <int N> struct name; \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 8, LIST_4, 4, 5, 6, 7, 8, 9, D_4(0)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 16, LIST_8, 8, 9, 10, 11, 12, 13, D_8(0)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 24, LIST_12, 12, 13, 14, 15, 16, 17, D_8(0), D_4(8)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 32, LIST_16, 16, 17, 18, 19, 20, 21, D_16(0)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 48, LIST_24, 24, 25, 26, 27, 28, 29, D_16(0), D_8(16)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 64, LIST_32, 32, 33, 34, 35, 36, 37, D_32(0)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 80, LIST_40, 40, 41, 42, 43, 44, 45, D_32(0), D_8(32)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 96, LIST_48, 48, 49, 50, 51, 52, 53, D_32(0), D_16(32)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 112, LIST_56, 56, 57, 58, 59, 60, 61, D_32(0), D_16(32), D_8(48)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 128, LIST_64, 64, 65, 66, 67, 68, 69, D_64(0)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 160, LIST_80, 80, 81, 82, 83, 84, 85, D_64(0), D_16(64)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 192, LIST_96, 96, 97, 98, 99, 100, 101, D_64(0), D_32(64)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 224, LIST_112, 112, 113, 114, 115, 116, 117, D_64(0), D_32(64), D_16(96)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 256, LIST_128, 128, 129, 130, 131, 132, 133, D_64(0), D_64(64))\n"
+"\n"
+"WGMMA_TABLE(wgmma_bf16, \"k16.f32.bf16.bf16\", \", 0, 0\", \", 0\")\n"
+"WGMMA_TABLE(wgmma_f16, \"k16.f32.f16.f16\", \", 0, 0\", \", 0\")\n"
+"WGMMA_TABLE(wgmma_e4m3, \"k32.f32.e4m3.e4m3\", \"\", \"\")\n"
+"WGMMA_TABLE(wgmma_e5m2, \"k32.f32.e5m2.e5m2\", \"\", \"\")\n"
+"\n"
+"// ---- conversions, arithmetic, dependent launches ---- to nearest even; fp8 saturates\n"
+"\n"
+"DI u32 cvt_bf16x2(f32 lo, f32 hi)\n"
+"{\n"
+"    u32 v;\n"
+"    asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n"
+"    return v;\n"
+"}\n"
+"DI u32 cvt_f16x2(f32 lo, f32 hi)\n"
+"{\n"
+"    u32 v;\n"
+"    asm(\"cvt.rn.f16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n"
+"    return v;\n"
+"}\n"
+"DI f32 cvt_f16(u16 v)\n"
+"{\n"
+"    f32 wide;\n"
+"    asm(\"cvt.f32.f16 %0, %1;\" : \"=f\"(wide) : \"h\"(v));\n"
+"    return wide;\n"
+"}\n"
+"DI u16 cvt_e4m3x2(f32 lo, f32 hi)\n"
+"{\n"
+"    u16 v = 0;\n"
+"    ASM_89(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(v) : \"f\"(hi), \"f\"(lo));\n"
+"    return v;\n"
+"}\n"
+"DI u16 cvt_e5m2x2(f32 lo, f32 hi)\n"
+"{\n"
+"    u16 v = 0;\n"
+"    ASM_89(\"cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;\" : \"=h\"(v) : \"f\"(hi), \"f\"(lo));\n"
+"    return v;\n"
+"}\n"
+"DI u32 cvt_e4m3x2_f16x2(u16 v)\n"
+"{\n"
+"    u32 wide = 0;\n"
+"    ASM_89(\"cvt.rn.f16x2.e4m3x2 %0, %1;\" : \"=r\"(wide) : \"h\"(v));\n"
+"    return wide;\n"
+"}\n"
+"\n"
+"DI f32 sqrt_rn(f32 v) { return __fsqrt_rn(v); }\n"
+"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n"
+"DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n",
+"DI u32 ffs(u32 v) { return (u32)__ffs((int)v); }\n"
+"DI u64 umulhi64(u64 a, u64 b) { return __umul64hi(a, b); }\n"
+"\n"
+"// Nothing to wait for or to release on chips without dependent launches.\n"
+"DI void grid_wait()\n"
+"{\n"
+"#if MOE_ARCH >= 90\n"
+"    asm volatile(\"griddepcontrol.wait;\" ::: \"memory\");\n"
+"#endif\n"
+"}\n"
+"DI void grid_launch()\n"
+"{\n"
+"#if MOE_ARCH >= 90\n"
+"    asm volatile(\"griddepcontrol.launch_dependents;\" ::: \"memory\");\n"
+"#endif\n"
+"}\n"
+"\n"
+"#endif\n"
 "\n"
 "// >>args  one argument struct for each entry; moe.h has the same ones for the host. Pointers first, then 64-bit, then\n"
 "// 32-bit members. Enumerations are moe.h's public ones. A pointer that may be NULL says so.\n"
@@ -14087,13 +15058,13 @@ static const char *const moe__kernel_text[] = {
 "    i32 *expert_offsets;   // [local_experts + 1]\n"
 "    i32 *expert_counts;    // [local_experts]\n"
 "    i32 *tile_expert;      // [rows_max / tile]\n"
-"    i32 *tile_limit;       // [rows_max / tile]\n",
+"    i32 *tile_limit;       // [rows_max / tile]\n"
 "    i32 *num_tiles;        // [1]\n"
 "    i32 *out_expert_counts; // [E]\n"
 "    u32 *out_faults;       // [4]\n"
 "    const i32 *local_of_id; // [ids_end] local expert or -1; NULL: the range below\n"
 "    i32 tile;\n"
-"    i32 rows_max;\n"
+"    i32 rows_max;\n",
 "    i32 local_experts;     // with matrices here: routed ones, then the always-on ones\n"
 "    i32 local_first;       // range: ids local_first .. local_first + local_routed - 1 are local experts 0, 1, ...;\n"
 "    i32 local_routed;      // ids from E + S on are the local experts behind them, as many as there are left\n"
@@ -14107,7 +15078,8 @@ static const char *const moe__kernel_text[] = {
 "//   entry                threads                grid = C                     shared memory\n"
 "//   moe_k_route_one      256; R > 512: 128      1..8, one cluster            I + W (8 R + 2 S) + 16 S + 256,\n"
 "//                                               T <= 1024                    I = 2 ceil(T / C) slots rounded up to 16\n"
-"//   moe_k_route          512; R > 512: 128      ceil(T / chunk_tokens)       8 W R + 4 S + 256\n"
+"//   moe_k_route          1024; R > 256: 512;    ceil(T / chunk_tokens)       8 W R + 4 S + 256\n"
+"//                        R > 512: 128\n"
 "//   moe_k_sort           256                    the same, at least 1         2 W S + 16 S + 256\n"
 "//   moe_k_router_logits  256                    any; good: 2 an SM, but      41,472\n"
 "//                                               not more than tiles (>>router)\n"
@@ -14157,24 +15129,26 @@ static const char *const moe__kernel_text[] = {
 "    f32 norm_epsilon, input_multiplier;\n"
 "}; // 96 bytes\n"
 "\n"
-"// >>math  the functions of moe.h's >>math, operation by operation  Products that are added to are plain: every compiler\n"
-"// of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
+"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
+"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
+"// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
 "#define INF_F32 from_bits(0x7f800000u)\n"
 "\n"
 "DI f32 abs_f32(f32 x) { return from_bits(bits(x) & 0x7fffffffu); }\n"
-"DI bool is_nan(f32 x) { return x != x; }\n"
 "DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
 "DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
 "DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
 "\n"
+"// e^x without a branch, so that the exponentials of a row overlap: what moe.h returns early is what the limits give,\n"
+"// and of the products by two powers of two only the second rounds, if any does. Of no use for NaN.\n"
 "DI f32 exp_f32(f32 x)\n"
 "{\n"
 "    const f32 magic = 12582912.0f;\n"
 "    f32 n, r, q;\n"
 "    i32 k;\n"
-"    if (!(x < 89.0f)) return is_nan(x) \? x : INF_F32;\n"
-"    if (x < -104.0f) return 0;\n"
+"    x = x < -104.0f \? -104.0f : x;\n"
+"    x = x > 89.0f \? 89.0f : x;\n"
 "    n = fmaf(x, 1.44269502f, magic);\n",
 "    k = (i32)(bits(n) - bits(magic));\n"
 "    n = n - magic;\n"
@@ -14186,17 +15160,14 @@ static const char *const moe__kernel_text[] = {
 "    q = fmaf(q, r, 0.166665196f);\n"
 "    q = fmaf(q, r, 0.5f);\n"
 "    r = fmaf(r * r, q, r) + 1.0f;\n"
-"    if (k >= -125 && k <= 126) return from_bits(bits(r) + ((u32)k << 23));\n"
-"    n = from_bits((u32)(k / 2 + 127) << 23);\n"
-"    return r * n * from_bits((u32)(k - k / 2 + 127) << 23);\n"
+"    return r * from_bits(((u32)(k >> 1) << 23) + 0x3f800000u) * from_bits(((u32)(k - (k >> 1)) << 23) + 0x3f800000u);\n"
 "}\n"
 "\n"
+"// log(1 + x) for x in 0..1.\n"
 "DI f32 log1p_f32(f32 x)\n"
 "{\n"
 "    f32 f, q, k;\n"
 "    u32 e;\n"
-"    if (!(x >= 0)) return from_bits(0x7fc00000u);\n"
-"    if (!(x < INF_F32)) return x;\n"
 "    e = (bits(1.0f + x) - 0x3f3504f3u) & 0xff800000u;\n"
 "    k = (f32)(e >> 23);\n"
 "    f = from_bits(bits(x) - e);\n"
@@ -14231,10 +15202,24 @@ static const char *const moe__kernel_text[] = {
 "    return x < 0 \? -q : q;\n"
 "}\n"
 "\n"
+"// x / d rounded to nearest, from y = 1 / d (rounded to nearest, or nearly): two corrections by the remainder, of which\n"
+"// the second rounds rightly (Markstein). No branch. Neither quotient nor remainder may be denormal.\n"
+"DI f32 divide_by(f32 x, f32 d, f32 y)\n"
+"{\n"
+"    f32 q = x * y;\n"
+"    q = fmaf(fmaf(-d, q, x), y, q);\n"
+"    return fmaf(fmaf(-d, q, x), y, q);\n"
+"}\n"
+"\n"
+"// The same bits as moe.h's for every x. 1 / d for d in 1..2 by Newton from a parabola; the greatest d below 2 alone\n"
+"// would come out one too low.\n"
 "DI f32 sigmoid_f32(f32 x)\n"
 "{\n"
-"    f32 e = exp_f32(-abs_f32(x));\n"
-"    return (x < 0 \? e : 1.0f) / (1.0f + e);\n"
+"    f32 e = exp_f32(-abs_f32(x)), d = 1.0f + e, y = fmaf(d, fmaf(d, 0.32323232f, -1.4545455f), 2.1212121f);\n"
+"    y = fmaf(y, fmaf(-d, y, 1), y);\n"
+"    y = fmaf(y, fmaf(-d, y, 1), y);\n"
+"    y = bits(d) == 0x3fffffffu \? from_bits(0x3f000001u) : y;\n"
+"    return divide_by(x < 0 \? e : 1.0f, d, y);\n"
 "}\n"
 "\n"
 "DI f32 softplus_f32(f32 x)\n"
@@ -14276,7 +15261,7 @@ static const char *const moe__kernel_text[] = {
 "// a key that is NaN or +inf counts as -inf, so that it sorts last; the token is counted in MOE_FAULT_NAN_LOGITS and\n"
 "// routed all the same. A token without a row in the forced table or the bias gets ids -1 and weights 0. An id outside\n"
 "// its range becomes -1 with weight 0.\n"
-"//\n"
+"//\n",
 "//   registers     key[P], P = MOE_P_EXPERTS_PER_LANE: expert e lies in lane e % 32, register e / 32\n"
 "//   shared memory two rows of 32 P words a warp: the logits behind multiplier and soft cap; keys of groups, flags\n"
 "//   slots         slot s lies in lane s % 32, register s / 32 (40 at most)\n"
@@ -14294,7 +15279,7 @@ static const char *const moe__kernel_text[] = {
 "    u32 *key;\n"
 "};\n"
 "\n"
-"struct token_slots {\n",
+"struct token_slots {\n"
 "    i32 id[2];\n"
 "    f32 weight[2];\n"
 "};\n"
@@ -14304,16 +15289,40 @@ static const char *const moe__kernel_text[] = {
 "    f32 best, sum;\n"
 "};\n"
 "\n"
+"// The largest of key[0 .. N) and its place, of equal ones the lowest: a tree, in which the left one wins ties.\n"
+"template <u32 N> DI void best_key(const u32 *key, u32 base, u32 &top, u32 &place)\n"
+"{\n"
+"    u32 t[N], p[N];\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < N; i++) {\n"
+"        t[i] = key[base + i];\n"
+"        p[i] = lane() + 32 * (base + i);\n"
+"    }\n"
+"#pragma unroll\n"
+"    for (u32 step = 1; step < N; step *= 2)\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i + step < N; i += 2 * step) {\n"
+"            p[i] = t[i + step] > t[i] \? p[i + step] : p[i];\n"
+"            t[i] = max_u32(t[i], t[i + step]);\n"
+"        }\n"
+"    top = t[0];\n"
+"    place = p[0];\n"
+"}\n"
+"\n"
 "// The first `count` lanes from `first` on get the places of the `count` largest keys, best first, of equal ones the\n"
 "// lowest place; those keys become 0. Keys that may not be chosen are 0.\n"
-"template <int N> DI void top_k(u32 (&key)[N], i32 first, i32 count, i32 &chosen)\n"
+"template <u32 N> DI void top_k(u32 (&key)[N], i32 first, i32 count, i32 &chosen)\n"
 "{\n"
+"    constexpr u32 part = N < 16 \? N : 16; // a tree of all 64 would need three times as many registers\n"
 "    for (i32 j = first; j < first + count; j++) {\n"
-"        u32 top = key[0], place = lane();\n"
+"        u32 top, place;\n"
+"        best_key<part>(key, 0, top, place);\n"
 "#pragma unroll\n"
-"        for (u32 i = 1; i < N; i++) {\n"
-"            place = key[i] > top \? lane() + 32 * i : place;\n"
-"            top = max_u32(top, key[i]);\n"
+"        for (u32 base = part; base < N; base += part) {\n"
+"            u32 t, p;\n"
+"            best_key<part>(key, base, t, p);\n"
+"            place = t > top \? p : place;\n"
+"            top = max_u32(top, t);\n"
 "        }\n"
 "        u32 best = redux_max(top);\n"
 "        u32 at = redux_min(top == best \? place : 0xffffffffu);\n"
@@ -14350,7 +15359,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
-"        if (lane() + 32 * i < width && r.logit_multiplier != 1) x[i] = x[i] * r.logit_multiplier;\n"
+"        x[i] = x[i] * r.logit_multiplier; // 1 where there is none; -inf stays\n"
 "        bool wrong = !(x[i] < INF_F32);\n"
 "        bad |= wrong;\n"
 "        if (wrong && !(r.logit_softcap > 0)) x[i] = -INF_F32;\n"
@@ -14362,7 +15371,7 @@ static const char *const moe__kernel_text[] = {
 "            rows.logit[e] = v < INF_F32 \? r.logit_softcap * tanh_f32(v / r.logit_softcap) : -INF_F32;\n"
 "        }\n"
 "        load_row(rows.logit, width, -INF_F32, x);\n"
-"    }\n"
+"    }\n",
 "    warp_sync();\n"
 "    return ballot(bad) != 0;\n"
 "}\n"
@@ -14377,8 +15386,34 @@ static const char *const moe__kernel_text[] = {
 "    return s.sum > 0 \? e / s.sum : e;\n"
 "}\n"
 "\n"
+"// Applies f to each of `width` elements, through rows.key: rolled, for what is rare or long.\n"
+"template <class F> DI void map_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], F f)\n"
+"{\n"
+"    f32 *row = (f32 *)rows.key;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) row[lane() + 32 * i] = x[i];\n"
+"    for (u32 e = lane(); e < width; e += 32) row[e] = f(row[e]); // what this lane wrote\n"
+"    load_row(row, width, -INF_F32, x);\n"
+"    warp_sync(); // other lanes may write the row again\n"
+"}\n"
+"\n"
+"// x[i] / d for x within 0..d. Quotients that might be denormal take the long way.\n"
+"DI void divide_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], f32 d)\n"
+"{\n"
+"    const f32 y = 1.0f / d;\n"
+"    bool small = false;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < PER_LANE; i++) small |= x[i] < 1e-25f && x[i] != 0;\n"
+"    if (ballot(small) == 0) {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = divide_by(x[i], d, y);\n"
+"    } else {\n"
+"        map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
+"    }\n"
+"}\n"
+"\n"
 "// Scores of a row, in place, where `all`; else only what score_of() needs.\n"
-"DI softmax_sum route_scores(i32 score, bool all, f32 (&x)[PER_LANE])\n"
+"DI softmax_sum route_scores(i32 score, bool all, const warp_rows &rows, u32 width, f32 (&x)[PER_LANE])\n"
 "{\n"
 "    softmax_sum s = { 0, 0 };\n"
 "    if (score == SCORE_SOFTMAX) {\n"
@@ -14393,16 +15428,12 @@ static const char *const moe__kernel_text[] = {
 "            sum = sum + x[i];\n"
 "        }\n"
 "        s.sum = lanes_sum(sum);\n"
-"        if (all && s.sum > 0) {\n"
-"#pragma unroll\n"
-"            for (u32 i = 0; i < PER_LANE; i++) x[i] = x[i] / s.sum;\n"
-"        }\n"
+"        if (all && s.sum > 0) divide_row(rows, width, x, s.sum);\n"
 "    } else if (all && score == SCORE_SIGMOID) {\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = sigmoid_f32(x[i]);\n"
 "    } else if (all && score == SCORE_SQRT_SOFTPLUS) {\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) x[i] = sqrt_softplus_f32(x[i]);\n"
+"        map_row(rows, width, x, [](f32 v) { return sqrt_softplus_f32(v); });\n"
 "    }\n"
 "    return s;\n"
 "}\n"
@@ -14435,17 +15466,25 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"// rows.key[g] becomes 1 for the groups that are kept, from their ranks there.\n"
-"template <int N> DI void keep_groups(u32 groups, i32 kept, u32 *rank)\n"
+"// rank[g] becomes 0 for the groups that are kept.\n"
+"DI void keep_groups(u32 groups, i32 kept, u32 *rank)\n"
 "{\n"
-"    u32 key[N];\n"
-"    i32 unused = 0;\n"
-"#pragma unroll\n"
-"    for (u32 i = 0; i < N; i++) key[i] = lane() + 32 * i < groups \? rank[lane() + 32 * i] : 0;\n"
-"    top_k(key, 0, kept, unused);\n"
-"#pragma unroll\n"
-"    for (u32 i = 0; i < N; i++)\n"
-"        if (lane() + 32 * i < groups) rank[lane() + 32 * i] = key[i] == 0;\n"
+"    if (groups <= 32) {\n"
+"        u32 key[1] = { lane() < groups \? rank[lane()] : 0 };\n"
+"        i32 unused = 0;\n"
+"        top_k(key, 0, kept, unused);\n"
+"        if (lane() < groups) rank[lane()] = key[0];\n"
+"        return;\n"
+"    }\n"
+"    for (i32 j = 0; j < kept; j++) {\n"
+"        u32 best = 0, place = lane();\n"
+"        for (u32 g = lane(); g < groups; g += 32) {\n"
+"            u32 key = rank[g]; // only this lane reads and writes it\n",
+"            if (key > best) { best = key; place = g; }\n"
+"        }\n"
+"        u32 most = redux_max(best);\n"
+"        if (place == redux_min(best == most \? place : 0xffffffffu)) rank[place] = 0;\n"
+"    }\n"
 "}\n"
 "\n"
 "// Ranks groups; the keys of those that are not kept become the excluded value.\n"
@@ -14470,34 +15509,16 @@ static const char *const moe__kernel_text[] = {
 "            warp_sync();\n"
 "        }\n"
 "    }\n"
-"    if (groups <= 32) keep_groups<1>(groups, r.groups_kept, rows.key);\n"
-"    else keep_groups<PER_LANE>(groups, r.groups_kept, rows.key);\n"
+"    keep_groups(groups, r.groups_kept, rows.key);\n"
 "    warp_sync();\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        u32 e = lane() + 32 * i;\n"
-"        if (e < experts && rows.key[e * inverse >> 21] == 0) key[i] = excluded;\n"
+"        if (e < experts && rows.key[e * inverse >> 21] != 0) key[i] = excluded;\n"
 "    }\n"
 "    warp_sync();\n"
 "}\n"
 "\n"
-"// top_k / groups of each group, in group order.\n"
-"DI void route_each_group(const tokens_args &a, const warp_rows &rows, u32 (&key)[PER_LANE], i32 &chosen)\n"
-"{\n"
-"    const i32 groups = a.routing.groups, size = a.num_experts / groups, each = a.routing.top_k / groups;\n"
-"#pragma unroll\n"
-"    for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
-"    for (i32 g = 0; g < groups; g++) {\n"
-"        u32 low = (u32)(g * size), high = low + (u32)size;\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) {\n"
-"            u32 e = lane() + 32 * i;\n"
-"            key[i] = e >= low && e < high \? rows.key[e] : 0; // what this lane wrote\n"
-"        }\n"
-"        top_k(key, g * each, each, chosen);\n"
-"    }\n"
-"}\n"
-"\n",
 "// Lane j < top_k gets the j-th expert. x: what ranks, behind which the bias is added. Says whether a key was NaN or\n"
 "// +inf.\n"
 "DI bool route_choose(const tokens_args &a, i32 bias_row, const warp_rows &rows, f32 (&x)[PER_LANE], i32 &chosen)\n"
@@ -14518,11 +15539,23 @@ static const char *const moe__kernel_text[] = {
 "        bad |= wrong && there;\n"
 "        key[i] = !there \? 0 : wrong \? KEY_NEG_INF : order_of(x[i]);\n"
 "    }\n"
-"    if (r.groups > 1 && r.group_rule == GROUP_EACH) {\n"
-"        route_each_group(a, rows, key, chosen);\n"
-"    } else {\n"
-"        if (r.groups > 1) route_groups(a, rows, key);\n"
-"        top_k(key, 0, r.top_k, chosen);\n"
+"    const bool each = r.groups > 1 && r.group_rule == GROUP_EACH; // top_k / groups of each group, in group order\n"
+"    const i32 parts = each \? r.groups : 1, count = r.top_k / parts;\n"
+"    const u32 size = ranked / (u32)parts;\n"
+"    if (r.groups > 1 && !each) route_groups(a, rows, key);\n"
+"    if (each) {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
+"    }\n"
+"    for (i32 part = 0; part < parts; part++) {\n"
+"        if (each) {\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < PER_LANE; i++) { // the keys of this part, which this lane wrote\n"
+"                u32 e = lane() + 32 * i;\n"
+"                key[i] = e - (u32)part * size < size \? rows.key[e] : 0;\n"
+"            }\n"
+"        }\n"
+"        top_k(key, part * count, count, chosen);\n"
 "    }\n"
 "    return ballot(bad) != 0;\n"
 "}\n"
@@ -14542,7 +15575,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "        u32 most = redux_max(best), id = redux_min(best == most \? place : 0xffffffffu);\n"
 "        warp_sync();\n"
-"        f32 top = rest[id], sum = 0;\n"
+"        f32 top = rest[id], sum = 0;\n",
 "        for (u32 e = lane(); e < ranked; e += 32) {\n"
 "            f32 logit = rows.logit[e], size = abs_f32(logit), far = (top - logit) / (size > top \? size : top);\n"
 "            sum = sum + (far > threshold || top == -INF_F32 \? 0 : exp_f32(rest[e] - top));\n"
@@ -14582,7 +15615,7 @@ static const char *const moe__kernel_text[] = {
 "        if (r.renormalize == RENORMALIZE_SUM) divisor = sum + r.renormalize_epsilon;\n"
 "        else if (sum < r.renormalize_epsilon) divisor = r.renormalize_epsilon;\n"
 "        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n"
-"        if (w[0] != 0) w[0] = w[0] / divisor;\n",
+"        if (w[0] != 0) w[0] = w[0] / divisor;\n"
 "        if (second && w[1] != 0) w[1] = w[1] / divisor;\n"
 "    }\n"
 "    for (u32 h = 0; h < 2; h++)\n"
@@ -14628,7 +15661,7 @@ static const char *const moe__kernel_text[] = {
 "                u32 below = shfl_up(running, step);\n"
 "                if (lane() >= step) running += below;\n"
 "            }\n"
-"            u32 past = ballot(at < running);\n"
+"            u32 past = ballot(at < running);\n",
 "            if (past != 0) { id = base + ffs(past) - 1; break; }\n"
 "            at -= shfl(running, 31);\n"
 "        }\n"
@@ -14652,7 +15685,7 @@ static const char *const moe__kernel_text[] = {
 "        return bad;\n"
 "    }\n"
 "    if (r.score_order == SCORE_BEFORE_TOPK && (r.score == SCORE_SOFTMAX || (r.select == SELECT_SCORE && !forced)))\n"
-"        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, x);\n"
+"        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, rows, (u32)a.width, x);\n"
 "    if (forced != nullptr) {\n"
 "        if ((i32)lane() < r.top_k) s.id[0] = forced[lane()];\n"
 "    } else {\n"
@@ -14672,7 +15705,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 h = 0; h < 2; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
 "        if (slot >= a.slots) break;\n"
-"        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n",
+"        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n"
 "        if (slot >= r.top_k && !r.extra_scored) continue;\n"
 "        if (r.scale_on == SCALE_ON_WEIGHTS) s.weight[h] = s.weight[h] * scale;\n"
 "        if (slot >= r.top_k) continue;\n"
@@ -14719,7 +15752,7 @@ static const char *const moe__kernel_text[] = {
 "    route_finish(a, lost, s);\n"
 "    return lost \? 1u << FAULT_TOKEN_IDS : bad \? 1u << FAULT_NAN_LOGITS : 0;\n"
 "}\n"
-"\n"
+"\n",
 "// The caller's ids and weights of one token. Returns how many of its ids are out of range.\n"
 "DI u32 read_token(const tokens_args &a, i64 token, token_slots &s)\n"
 "{\n"
@@ -14762,7 +15795,7 @@ static const char *const moe__kernel_text[] = {
 "        if (slot >= a.slots) break;\n"
 "        if (a.out_ids != nullptr) a.out_ids[token * a.slots + slot] = s.id[h];\n"
 "        if (a.out_weights != nullptr) a.out_weights[token * a.slots + slot] = s.weight[h];\n"
-"    }\n",
+"    }\n"
 "    warp_sync(); // the next token overwrites the rows\n"
 "}\n"
 "\n"
@@ -14816,7 +15849,7 @@ static const char *const moe__kernel_text[] = {
 "// Adds the warp's 32 ids (-1: none) to its counters. Returns what each slot's counter was, lower lanes of the same id\n"
 "// included.\n"
 "DI u32 count_ids(u16 *counter, i32 id)\n"
-"{\n"
+"{\n",
 "    u32 same = match_any((u32)id), below = popc(same & ((1u << lane()) - 1)), before = 0;\n"
 "    if (id >= 0) before = counter[id];\n"
 "    warp_sync();\n"
@@ -14831,14 +15864,16 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// Counters of each id become sums over the warps before; own[id] their sum.\n"
-"DI void sum_warps(const sort_memory &m, u32 ids_end)\n"
+"template <u32 WARPS> DI void sum_warps(const sort_memory &m, u32 ids_end)\n"
 "{\n"
 "    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
-"        u32 sum = 0;\n"
-"        for (u32 w = 0; w < ntid() / 32; w++) {\n"
-"            u32 count = m.counter[w * m.stride + id];\n"
+"        u32 count[WARPS], sum = 0;\n"
+"#pragma unroll\n"
+"        for (u32 w = 0; w < WARPS; w++) count[w] = m.counter[w * m.stride + id];\n"
+"#pragma unroll\n"
+"        for (u32 w = 0; w < WARPS; w++) {\n"
 "            m.counter[w * m.stride + id] = (u16)sum;\n"
-"            sum += count;\n"
+"            sum += count[w];\n"
 "        }\n"
 "        m.own[id] = sum;\n"
 "    }\n"
@@ -14864,7 +15899,7 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    for (u32 w = 0; w < warps; w++) before += w < warp() \? scan[w] : 0;\n"
 "    before += running - sum;\n"
-"    for (u32 i = begin; i < end; i++) value[i] += before;\n",
+"    for (u32 i = begin; i < end; i++) value[i] += before;\n"
 "    if (tid() == ntid() - 1) value[n] = before + sum;\n"
 "    cta_sync();\n"
 "}\n"
@@ -14910,7 +15945,7 @@ static const char *const moe__kernel_text[] = {
 "        if ((i32)id < experts && p.out_expert_counts != nullptr) p.out_expert_counts[id] = (i32)m.all[id];\n"
 "        if (local < 0) continue;\n"
 "        u32 next = m.first[local + 1], limit = m.first[local] + m.all[id];\n"
-"        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n"
+"        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n",
 "        if (p.tile_limit != nullptr && m.all[id] > 0) p.tile_limit[next / tile - 1] = (i32)limit;\n"
 "        if (p.slot_of_row != nullptr)\n"
 "            for (u32 at = limit; at < next; at++) p.slot_of_row[at] = -1;\n"
@@ -14940,7 +15975,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// >>router  the router's own product  logits = W (x norm scale multiplier) + bias in fp32, in the order of moe.h's dot\n"
-"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n",
+"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n"
 "// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
 "//\n"
 "//   T         CTA tile, tokens x experts   half-warp   weights                       x\n"
@@ -15005,7 +16040,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 scale = a.input_scale != nullptr && k < (u32)a.input_size \? a.input_scale[k] : 1;\n"
 "    return x * norm * scale * a.input_multiplier;\n"
 "}\n"
-"\n"
+"\n",
 "// Weights [first, first + rows) x [k0, k0 + STAGE_K) into a stage, by all threads; zeros where there are none.\n"
 "template <u32 STAGE_K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 rows, u32 k0)\n"
 "{\n"
@@ -15035,7 +16070,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 c = 0; c < ROUTER_RING - 1; c++) {\n"
 "        if (c < chunks) load_weights<ROUTER_RING_K>(a, ring + c * stage_words, first, 2, c * ROUTER_RING_K);\n"
 "        cp_async_commit();\n"
-"    }\n",
+"    }\n"
 "    if (token < tokens) norm = router_norm(a, token);\n"
 "#pragma unroll\n"
 "    for (u32 s = 0; s < steps; s++) next[s] = token < tokens \? router_x(a, token, 16 * s + lane16()) : 0;\n"
@@ -15076,12 +16111,14 @@ static const char *const moe__kernel_text[] = {
 "        f32 norm = router_norm(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
 "        if (lane16() == 0) norms[i] = norm;\n"
 "    }\n"
+"#pragma unroll\n"
 "    for (u32 i = 0; i < TM; i++)\n"
+"#pragma unroll\n"
 "        for (u32 j = 0; j < TN; j++) sum[i][j] = 0;\n"
 "    cta_sync();\n"
 "    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
 "        const u32 k = c * ROUTER_K + my_k;\n"
-"        if (c < chunks) {\n"
+"        if (c < chunks) {\n",
 "            load_weights<ROUTER_K>(a, w_stage + c % 2 * 4 * TN * row, first, 4 * TN, c * ROUTER_K);\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < TM; i++) {\n"
@@ -15115,9 +16152,10 @@ static const char *const moe__kernel_text[] = {
 "        cp_async_wait<0>();\n"
 "        cta_sync();\n"
 "    }\n"
+"#pragma unroll\n"
 "    for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
-"        for (u32 j = 0; j < TN; j++)\n",
+"        for (u32 j = 0; j < TN; j++)\n"
 "            router_store(a, lanes16_sum(sum[i][j]), first_token + token0 + i, first + expert0 + 2 * j, tokens);\n"
 "}\n"
 "\n"
@@ -15128,7 +16166,7 @@ static const char *const moe__kernel_text[] = {
 "#define ROUTE_THREADS 128\n"
 "#else\n"
 "#define ROUTE_ONE_THREADS 256\n"
-"#define ROUTE_THREADS 512\n"
+"#define ROUTE_THREADS (PER_LANE > 8 \? 512 : 1024)\n"
 "#endif\n"
 "\n"
 "// Tokens of this call. A count on the device that is not within 0..num_tokens is a fault, and nothing is routed.\n"
@@ -15141,6 +16179,23 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "#if defined(MOE_K_ROUTE_ONE) || defined(MOE_K_ALL)\n"
+"\n"
+"// Sums of a word of shared memory over the cluster's CTAs: of all, and of those before this one. Always 8 loads, all\n"
+"// under way at once.\n"
+"DI u32 cluster_sums(const u32 *own, u32 rank, u32 ctas, u32 &before)\n"
+"{\n"
+"    u32 all = 0, count[8];\n"
+"    before = 0;\n"
+"    if (ctas == 1) return *own;\n"
+"#pragma unroll\n"
+"    for (u32 c = 0; c < 8; c++) count[c] = ld_cluster(mapa(own, c < ctas \? c : rank));\n"
+"#pragma unroll\n"
+"    for (u32 c = 0; c < 8; c++) {\n"
+"        all += c < ctas \? count[c] : 0;\n"
+"        before += c < rank \? count[c] : 0;\n"
+"    }\n"
+"    return all;\n"
+"}\n"
 "\n"
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
@@ -15160,7 +16215,7 @@ static const char *const moe__kernel_text[] = {
 "    u16 *ids = (u16 *)smem();\n"
 "    u32 faults[4] = { 0, 0, 0, 0 };\n"
 "    sort_memory m;\n"
-"    warp_rows rows;\n"
+"    warp_rows rows;\n",
 "    u8 *behind = sort_layout(smem() + (room * 2 + 15) / 16 * 16, ids_end, m);\n"
 "    u16 *counter = m.counter + warp() * m.stride;\n"
 "    rows.logit = (f32 *)behind + warp() * 64 * PER_LANE;\n"
@@ -15191,21 +16246,14 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add(&m.faults[f], faults[f]);\n"
 "    cta_sync();\n"
-"    sum_warps(m, ids_end);\n"
+"    sum_warps<ROUTE_ONE_THREADS / 32>(m, ids_end);\n"
 "    if (ctas > 1) cluster_sync();\n"
 "    else cta_sync();\n"
-"    u32 fault = 0;\n"
-"    if (tid() < 4)\n"
-"        for (u32 c = 0; c < ctas; c++) fault += ctas > 1 \? ld_cluster(mapa(&m.faults[tid()], c)) : m.faults[tid()];\n"
+"    u32 fault = 0, before;\n"
+"    if (tid() < 4) fault = cluster_sums(&m.faults[tid()], rank, ctas, before);\n"
 "    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
-"        u32 before = 0, all = m.own[id];\n"
-"        for (u32 c = 0; c < ctas && ctas > 1; c++) {\n"
-"            u32 count = c == rank \? 0 : ld_cluster(mapa(&m.own[id], c));\n"
-"            all += count;\n"
-"            before += c < rank \? count : 0;\n"
-"        }\n",
+"        m.all[id] = cluster_sums(&m.own[id], rank, ctas, before);\n"
 "        m.row[id] = (i32)before;\n"
-"        m.all[id] = all;\n"
 "    }\n"
 "    if (ctas > 1) cluster_arrive();\n"
 "    place_experts(a.permute, m, ids_end, experts, special);\n"
@@ -15227,7 +16275,7 @@ static const char *const moe__kernel_text[] = {
 "// First half of K0 for many tokens: a CTA routes a chunk of neighbouring tokens, a warp one token after the other, and\n"
 "// leaves behind how often each id occurs in it.\n"
 "//\n"
-"//   shared memory: u32 count[S], u32 fault[4], two rows a warp. At most 128 registers (255 for P > 16).\n"
+"//   shared memory: u32 count[S], u32 fault[4], two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
 "{\n"
 "    const u32 stride = (u32)a.counts_stride, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
@@ -15252,7 +16300,7 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add(&fault[f], faults[f]);\n"
 "    cta_sync();\n"
-"    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n"
+"    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n",
 "    for (u32 i = tid(); i < stride / 2; i += ntid()) pairs[i] = count[2 * i] | count[2 * i + 1] << 16;\n"
 "    if (tid() < 4) a.chunk_faults[4 * cta() + tid()] = fault[tid()];\n"
 "}\n"
@@ -15271,13 +16319,21 @@ static const char *const moe__kernel_text[] = {
 "    const u32 *counts = (const u32 *)a.chunk_counts;\n"
 "    for (u32 pair = tid() % step; pair < pairs && group < groups; pair += step) {\n"
 "        u32 low = 0, high = 0, low_before = 0, high_before = 0;\n"
-"#pragma unroll 8\n"
-"        for (u32 c = group; c < chunks; c += groups) {\n"
-"            u32 two = counts[(i64)c * pairs + pair];\n"
-"            low += two & 0xffff;\n"
-"            high += two >> 16;\n"
-"            low_before += c < cta() \? two & 0xffff : 0;\n"
-"            high_before += c < cta() \? two >> 16 : 0;\n"
+"        for (u32 base = group; base < chunks; base += 32 * groups) { // 32 loads under way\n"
+"            u32 two[32];\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < 32; i++) {\n"
+"                u32 c = base + i * groups;\n"
+"                two[i] = c < chunks \? counts[(i64)c * pairs + pair] : 0;\n"
+"            }\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < 32; i++) {\n"
+"                u32 part = base + i * groups < cta() \? two[i] : 0;\n"
+"                low += two[i] & 0xffff;\n"
+"                high += two[i] >> 16;\n"
+"                low_before += part & 0xffff;\n"
+"                high_before += part >> 16;\n"
+"            }\n"
 "        }\n"
 "        red_add(&m.all[2 * pair], low);\n"
 "        red_add(&m.all[2 * pair + 1], high);\n"
@@ -15289,13 +16345,13 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// Second half of K0: a CTA places the slots of a chunk, each of its warps a run of them.\n"
-"//\n",
+"//\n"
 "//   sum     threads: pairs of ids; counters of all chunks -> all, row\n"
 "//   count   warps: their slots -> counter; threads: ids; counters over warps   | CTA barriers between\n"
 "//   place   experts -> rows, then each warp its slots; tables shared out by CTA\n"
 "//\n"
-"//   shared memory: sort_memory. At most 64 registers.\n"
-"MOE_ENTRY(moe_k_sort, sort_args, 256, 4)\n"
+"//   shared memory: sort_memory. At most 80 registers.\n"
+"MOE_ENTRY(moe_k_sort, sort_args, 256, 3)\n"
 "{\n"
 "    const u32 warps = ntid() / 32, slots = (u32)a.slots, ids_end = (u32)a.ids_end;\n"
 "    u32 wrong;\n"
@@ -15313,16 +16369,21 @@ static const char *const moe__kernel_text[] = {
 "    const u32 from = warp() * per_warp < mine \? warp() * per_warp : mine;\n"
 "    const u32 to = from + per_warp < mine \? from + per_warp : mine;\n"
 "    const i32 *ids = a.ids + (i64)begin * slots;\n"
+"    i32 next = from + lane() < to \? ids[from + lane()] : -1; // a step ahead of the loop\n"
 "    sum_chunks(a, m);\n"
-"    for (u32 at = from; at < to; at += 32) count_ids(counter, at + lane() < to \? ids[at + lane()] : -1);\n"
+"    for (u32 at = from; at < to; at += 32) {\n"
+"        i32 id = next;\n"
+"        next = at + 32 + lane() < to \? ids[at + 32 + lane()] : -1;\n"
+"        count_ids(counter, id);\n"
+"    }\n"
 "    cta_sync();\n"
-"    sum_warps(m, ids_end);\n"
+"    sum_warps<8>(m, ids_end);\n"
 "    place_experts(a.permute, m, ids_end, a.num_experts, a.special_experts);\n"
 "    cta_sync();\n"
 "    write_tables(a.permute, m, ids_end, a.num_experts, a.special_experts, cta(), ncta());\n"
 "    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr) a.permute.out_faults[tid()] = m.faults[tid()];\n"
 "    for (u32 at = from; at < to; at += 32) {\n"
-"        bool there = at + lane() < to;\n"
+"        bool there = at + lane() < to;\n",
 "        place_slots(a.permute, m, counter, (i64)begin * slots + at + lane(), there, there \? ids[at + lane()] : -1);\n"
 "    }\n"
 "}\n"
@@ -15350,7 +16411,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"#endif\n",
+"#endif\n"
 };
 
 static const char *const *moe__kernel_pieces(int32_t *count)
@@ -15361,7 +16422,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "a9bc843f06fdbba8ecc4aba070d94252b3be81e6a1f3173294f71399b9ee7075";
+    return "d020612fbd1df8fd0a0493633eee3768528684b21ff934de14563530934448a6";
 }
 #endif
 // >>kernels-end

@@ -526,7 +526,7 @@ TEST_UNUSED static const char *answer_differs(const answer *a, const answer *b)
     }
     for (int i = 0; i < ANSWER_PARTS; i++) {
         size_t n = a->words[i];
-        if ((i == ANSWER_TILE_EXPERT || i == ANSWER_TILE_LIMIT) && a->part[ANSWER_TILES][0] < n)
+        if (n > 0 && (i == ANSWER_TILE_EXPERT || i == ANSWER_TILE_LIMIT) && a->part[ANSWER_TILES][0] < n)
             n = a->part[ANSWER_TILES][0];
         for (size_t j = 0; j < n; j++) {
             if (a->part[i][j] == b->part[i][j]) continue;

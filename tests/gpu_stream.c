@@ -469,8 +469,7 @@ TEST(any_order_of_destruction)
 // Sealing and plan making with the n-th call of a driver function failing: refused, nothing is left, and then it works.
 TEST(failures_of_the_driver_leave_nothing_behind)
 {
-    static const char *const functions[] = { "cuMemAlloc", "cuStreamCreate", "cuMemcpyHtoDAsync",
-                                             "cuStreamSynchronize" };
+    static const char *const functions[] = { "cuMemAlloc", "cuMemcpyHtoDAsync" };
     moe_routing_desc r = preset(MOE_ROUTING_MINIMAX2, 2);
     int32_t map[16];
     if (!gpu_open_driver()) return;
@@ -479,8 +478,8 @@ TEST(failures_of_the_driver_leave_nothing_behind)
         return;
     }
     for (int e = 0; e < 16; e++) map[e] = e % 2 == 0 ? e / 2 : -1; // so that the plan has a table, too
-    for (int f = 0; f < 4; f++)
-        for (int nth = 1; nth <= 3; nth++) { // weights, plan, nobody
+    for (int f = -1; f < 2; f++) // first without a failure: modules stay with the context
+        for (int nth = f < 0 ? 3 : 1; nth <= 3; nth++) { // weights, plan, nobody
             pair p = { 0 };
             char value[64];
             int before = gpu_calls.leaks(NULL, 0), result;
@@ -491,7 +490,7 @@ TEST(failures_of_the_driver_leave_nothing_behind)
             p.layer.parallel.local_experts = 8;
             p.layer.parallel.expert_map = map;
             p.desc.max_tokens = 4;
-            snprintf(value, sizeof value, "%s:%d=2", functions[f], nth);
+            snprintf(value, sizeof value, "%s:%d=2", f < 0 ? "none" : functions[f], nth);
             setenv("MOE_EMU_FAIL", value, 1);
             GPU_CALL(gpu_calls.init(0));
             result = pair_open(&p, &err);
@@ -502,7 +501,7 @@ TEST(failures_of_the_driver_leave_nothing_behind)
             CHECK_EQ(p.plan[1] == NULL, nth < 3);
             if (nth == 1 && p.weights[1] != NULL) CHECK_OK(moe_weights_seal(p.weights[1], &err)); // once more
             pair_close(&p);
-            if (nth < 3) CHECK_EQ(gpu_calls.leaks(NULL, 0), before); // a plan that was made leaves its modules
+            if (f >= 0) CHECK_EQ(gpu_calls.leaks(NULL, 0), before);
         }
 }
 

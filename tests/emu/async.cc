@@ -405,8 +405,6 @@ void complete(async_op *a)
     delete a;
 }
 
-void end_matrix(warp_state *) {}
-
 // ---- small floating-point formats -----------------------------------------------------------------------------------
 
 // Exponent bits, mantissa bits, bias; fp8 saturates, E4M3 has no infinity.

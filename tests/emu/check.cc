@@ -234,10 +234,10 @@ std::string describe_address(const void *p)
 {
     if (self) {
         cta *c = self->block;
-        if ((size_t)((const u8 *)p - c->smem) < SMEM_WINDOW + (256u << 10)) return describe_in(&c->smem_range, p);
         for (cta *peer : c->cluster->ctas)
-            if ((size_t)((const u8 *)p - peer->smem) < peer->smem_bytes)
+            if (peer != c && (size_t)((const u8 *)p - peer->smem) < peer->smem_bytes)
                 return format("block %u of the cluster: ", peer->rank) + describe_in(&peer->smem_range, p);
+        if ((size_t)((const u8 *)p - c->smem) < SMEM_MAX) return describe_in(&c->smem_range, p);
     }
     auto i = running->memory.upper_bound((u8 *)p);
     if (i != running->memory.begin()) {

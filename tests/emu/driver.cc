@@ -301,6 +301,7 @@ static void unload(CUmod_st *m)
 {
     m->ctx->modules.erase(m);
     dlclose(m->object);
+    close(m->file);
     delete m;
 }
 
@@ -732,18 +733,19 @@ bool runs_on(const host_image &image, int capability)
 }
 
 // Opens the image as a library of its own: a new file in memory each time, so that two modules never share a thing.
-void *open_object(const std::string &object)
+// The file stays open as long as the module, as dlopen knows a library by its path.
+void *open_object(const std::string &object, int *file)
 {
-    int fd = memfd_create("module", MFD_CLOEXEC);
-    if (fd < 0) return nullptr;
+    *file = memfd_create("module", MFD_CLOEXEC);
+    if (*file < 0) return nullptr;
     void *handle = nullptr;
-    static unsigned number; // dlopen takes a name that it knows for the library that it was, and descriptors come again
-    std::string path = "/proc/self" + std::string(1 + number++ % 2048, '/') + "fd/" + std::to_string(fd);
-    if (write(fd, object.data(), object.size()) == (ssize_t)object.size())
+    std::string path = "/proc/self/fd/" + std::to_string(*file);
+    if (write(*file, object.data(), object.size()) == (ssize_t)object.size())
         handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (!handle) host_report(std::string("emu: module: ") + dlerror() + "\n");
-    close(fd);
-    return handle;
+    if (handle) return handle;
+    host_report(std::string("emu: module: ") + dlerror() + "\n");
+    close(*file);
+    return nullptr;
 }
 
 CUresult load(CUctx_st *ctx, const void *bytes, CUmodule *out)
@@ -756,11 +758,13 @@ CUresult load(CUctx_st *ctx, const void *bytes, CUmodule *out)
     if (!runs_on(image, ctx->dev->capability)) return is_ptx ? CUDA_ERROR_INVALID_PTX : CUDA_ERROR_NO_BINARY_FOR_GPU;
     if (image.kind == HOST_IMAGE_PTX_TEXT)
         if (CUresult r = compile_embedded(image, &image.shared_object)) return r;
-    void *object = open_object(image.shared_object);
+    int file;
+    void *object = open_object(image.shared_object, &file);
     if (!object) return CUDA_ERROR_INVALID_IMAGE;
     CUmod_st *m = new CUmod_st;
     m->ctx = ctx;
     m->object = object;
+    m->file = file;
     m->chip = image.chip;
     ctx->modules.insert(m);
     *out = m;

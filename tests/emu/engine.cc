@@ -188,7 +188,6 @@ struct smem_room {
     cell *cells;
 };
 static std::vector<smem_room> spare_smem;
-enum { SMEM_MAX = 228 << 10 };
 
 static smem_room new_smem(u32 bytes)
 {
@@ -676,7 +675,7 @@ static void step(emu_device *dev)
         }
     }
     if (!dev->ready.empty()) {
-        if (dev->spins > 4000000) stuck(dev, "no progress, threads poll for a value that nobody stores");
+        if (dev->spins > 1000000) stuck(dev, "no progress, threads poll for a value that nobody stores");
         else run_warp(dev, dev->ready[dev->random((u32)dev->ready.size())]);
         if (dev->spins > 100000 && dev->soft_ctas < dev->cfg.ctas_per_sm) {
             dev->soft_ctas = dev->cfg.ctas_per_sm;

@@ -1,6 +1,7 @@
 // Inside the engine: threads as fibers, clocks, shadow memory, operations.
-//   engine.cc  memory, operations, the scheduler            check.cc  clocks, shadow memory, races, reports, callbacks
-//   sync.cc    warps, barriers, atomics, clusters, mbarriers  async.cc  copies and products that complete later
+//   engine.cc  memory, operations, the scheduler              check.cc  clocks, shadow memory, races, reports, callbacks
+//   sync.cc    warps, barriers, atomics, clusters, mbarriers  async.cc  copies that complete later
+//   matrix.cc  wgmma, mma.sync, ldmatrix, stmatrix
 //
 // One lock covers everything: at any time one host thread is inside, and on it one fiber runs or the scheduler.
 #ifndef EMU_ENGINE_H
@@ -29,6 +30,7 @@ enum {
     STACK_BYTES = 128 << 10,
     AGENTS = 64,                // per CTA: copies and products in flight that have an identity of their own
     SMEM_WINDOW = 1024,         // shared addresses begin here, behind what the system keeps
+    SMEM_MAX = 228 << 10,
     CLUSTER_SHIFT = 24,         // of a remote shared address: rank + 1
     GROUP_MAX = 16              // CTAs of a cluster
 };

@@ -107,13 +107,13 @@ static void open_libraries(void)
 
 // ---- programs -------------------------------------------------------------------------------------------------------
 
-// add: p[i] += value, once by thread i of the grid. twice: p[i] = 2 p[i], behind the grid in front of it.
+// add: p[i] += FACTOR * value, once by thread i of the grid. twice: p[i] = 2 p[i], behind the grid in front of it.
 static const char kernels[] =
     "struct test_args { u32 *p; u32 count, value; };\n"
     "MOE_ENTRY(add, test_args, 64, 1)\n"
     "{\n"
     "    u32 i = cta() * ntid() + tid();\n"
-    "    if (i < a.count) a.p[i] += a.value;\n"
+    "    if (i < a.count) a.p[i] += FACTOR * a.value;\n"
     "}\n"
     "MOE_ENTRY(twice, test_args, 64, 1)\n"
     "{\n"
@@ -135,16 +135,16 @@ static char *read_text(const char *path)
 }
 
 // The kernel text with the two kernels behind it, compiled for a chip; bytes NULL: refused, *result says how.
-static image compile(const char *chip, int want_ptx, int *result)
+static image compile(const char *chip, const char *define, int want_ptx, int *result)
 {
     char option[64], *text = read_text("moe_kernels.cu.inc");
-    const char *options[] = { option, "--std=c++17", "--fmad=false", "-DMOE_K_NONE" };
+    const char *options[] = { option, "--std=c++17", "--fmad=false", "-DMOE_K_NONE", define };
     nvrtcProgram p;
     image made = { NULL, 0 };
     snprintf(option, sizeof option, "--gpu-architecture=%s", chip);
     strcat(text, kernels);
     CHECK_EQ(cu.nvrtcCreateProgram(&p, text, "test.cu", 0, NULL, NULL), 0);
-    *result = cu.nvrtcCompileProgram(p, 4, options);
+    *result = cu.nvrtcCompileProgram(p, 5, options);
     if (*result == 0) {
         CHECK_EQ((want_ptx ? cu.nvrtcGetPTXSize : cu.nvrtcGetCUBINSize)(p, &made.size), 0);
         made.bytes = (char *)malloc(made.size);
@@ -167,7 +167,7 @@ static image sm90(void)
 {
     static image made;
     int result = 0;
-    if (made.bytes == NULL) made = compile("sm_90a", 0, &result);
+    if (made.bytes == NULL) made = compile("sm_90a", "-DFACTOR=1", 0, &result);
     CHECK_EQ(result, 0);
     return made;
 }
@@ -363,7 +363,7 @@ TEST(images_run_on_their_chip_alone)
 {
     CUmodule m;
     int result;
-    image other = compile("sm_80", 0, &result);
+    image other = compile("sm_80", "-DFACTOR=1", 0, &result);
     CHECK_EQ(result, 0);
     open_device();
     CHECK_EQ(cu.cuModuleLoadData(&m, other.bytes), CUDA_ERROR_NO_BINARY_FOR_GPU);
@@ -376,10 +376,31 @@ TEST(images_run_on_their_chip_alone)
     free(other.bytes);
 }
 
+TEST(two_modules_share_nothing)
+{
+    CUmodule m;
+    CUfunction ten_times;
+    int result;
+    image other = compile("sm_90a", "-DFACTOR=10", 0, &result);
+    CHECK_EQ(result, 0);
+    REQUIRE(other.bytes != NULL);
+    open_device();
+    CHECK_EQ(cu.cuModuleLoadData(&m, other.bytes), 0);
+    CHECK_EQ(cu.cuModuleGetFunction(&ten_times, m, "add"), 0);
+    CHECK_EQ(launch(ten_times, NULL, dev.p, 1, 0), 0);
+    CHECK_EQ(add(NULL, 1), 0);
+    check_all(12);
+    CHECK_EQ(cu.cuModuleUnload(m), 0);
+    CHECK_EQ(add(NULL, 1), 0);
+    check_all(13);
+    close_device();
+    free(other.bytes);
+}
+
 TEST(ptx_is_compiled_by_a_driver_that_knows_its_version)
 {
     int result;
-    image ptx = compile("compute_80", 1, &result);
+    image ptx = compile("compute_80", "-DFACTOR=1", 1, &result);
     CUmodule m;
     CUfunction f;
     CHECK_EQ(result, 0);
@@ -417,14 +438,14 @@ TEST(nvrtc_refuses_what_it_does_not_know)
     CHECK_EQ(cu.nvrtcVersion(&major, &minor), 0);
     CHECK_EQ(major, 13);
     setenv("MOE_EMU_ARCHS", "75,80", 1);
-    compile("sm_90a", 0, &result);
+    compile("sm_90a", "-DFACTOR=1", 0, &result);
     CHECK_EQ(result, 5);
     unsetenv("MOE_EMU_ARCHS");
-    compile("sm_80a", 0, &result);
+    compile("sm_80a", "-DFACTOR=1", 0, &result);
     CHECK_EQ(result, 5);
     setenv("MOE_EMU_FAIL", "nvrtcCompileProgram:1=9", 1);
     CHECK_EQ(cu.nvrtcVersion(&major, &minor), 0);
-    compile("sm_90a", 0, &result);
+    compile("sm_90a", "-DFACTOR=1", 0, &result);
     CHECK_EQ(result, 9);
     unsetenv("MOE_EMU_FAIL");
     CHECK_EQ(cu.nvrtcVersion(&major, &minor), 0);
@@ -919,6 +940,7 @@ int main(int argc, char **argv)
         T(memory_ends)
         T(pointers_say_what_they_are)
         T(images_run_on_their_chip_alone)
+        T(two_modules_share_nothing)
         T(ptx_is_compiled_by_a_driver_that_knows_its_version)
         T(embedded_ptx_is_compiled_from_its_source)
         T(nvrtc_refuses_what_it_does_not_know)

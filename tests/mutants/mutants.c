@@ -289,7 +289,7 @@ int main(int argc, char **argv)
     snprintf(cache, sizeof cache, "%s/build/mutants/cache", root);
     mkdir(cache, 0777);
     setenv("MOE_EMU_CACHE", cache, 1);
-    setenv("MOE_CACHE_DIR", "off", 1);
+    setenv("MOE_CACHE", "off", 1);
     if (work_on_both_cores(0) < 0) return 1;
     caught = work_on_both_cores(1);
     printf("%d mutants, %d caught (%d s)\n", mutant_count, caught, (int)(time(NULL) - start));
