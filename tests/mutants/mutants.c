@@ -1,7 +1,8 @@
 // mutants.c - breaks one thing at a time and checks that a test reports it: `make mutants`
 //
 // cc -std=gnu99 -o build/run_mutants tests/mutants/mutants.c; runs in the repository's root, behind what `make emu`
-// builds. Arguments: only mutants whose name contains one of them. tests/mutants/list.txt has the mutants:
+// builds. Arguments: only mutants whose name contains one of them. tests/mutants/list.txt
+// has the mutants, pipeline.txt those of tests/gpu_pipeline.c where it is there:
 //
 //     mutant scales_without_release                  name
 //     class a store that no arrival releases         what it stands for
@@ -312,6 +313,7 @@ int main(int argc, char **argv)
     set_library("MOE_CUDA_LIB", "libcuda.so.1");
     set_library("MOE_NVRTC_LIB", "libnvrtc.so.13");
     read_list("tests/mutants/list.txt", argc, argv);
+    if (access("tests/gpu_pipeline.c", R_OK) == 0) read_list("tests/mutants/pipeline.txt", argc, argv);
     mkdir("build/mutants", 0777);
     snprintf(cache, sizeof cache, "%s/build/mutants/cache", root);
     mkdir(cache, 0777);
