@@ -14460,6 +14460,7 @@ static const char *const moe__kernel_text[] = {
 "#ifndef MOE_EMU\n"
 "\n"
 "#define DI __device__ __forceinline__\n"
+"#define ballot warp_ballot // a header that nvcc includes by itself has another function of this name\n"
 "#if defined(__CUDA_ARCH__)\n"
 "#define MOE_ARCH (__CUDA_ARCH__ / 10)\n"
 "#else\n"
@@ -14522,10 +14523,10 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI u32 atom_add(u32 *p, u32 v)\n"
 "{\n"
-"    u32 old;\n"
+"    u32 old;\n",
 "    asm volatile(\"atom.relaxed.gpu.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
-"}\n",
+"}\n"
 "DI void red_add(u32 *p, u32 v) { asm volatile(\"red.relaxed.gpu.add.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
 "DI u32 atom_add_acq_rel(u32 *p, u32 v)\n"
 "{\n"
@@ -14642,9 +14643,9 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI void mbar_arrive_n(u64 *b, u32 n)\n"
-"{\n"
+"{\n",
 "    ASM_90(\"mbarrier.arrive.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(n) : \"memory\");\n"
-"}\n",
+"}\n"
 "DI void mbar_arrive_expect_tx(u64 *b, u32 bytes)\n"
 "{\n"
 "    ASM_90(\"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(bytes) : \"memory\");\n"
@@ -14760,10 +14761,10 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u64 policy_evict_last()\n"
 "{\n"
-"    u64 policy = 0;\n"
+"    u64 policy = 0;\n",
 "    ASM_90(\"createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\" : \"=l\"(policy));\n"
 "    return policy;\n"
-"}\n",
+"}\n"
 "DI void bulk_g2s(void *dst, const void *src, u32 bytes, u64 *bar)\n"
 "{\n"
 "    ASM_90(\"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\"\n"
@@ -14835,8 +14836,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
 "\n"
-"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n"
-"DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n"
 "DI void fence_proxy_async_global() { ASM_90(\"fence.proxy.async.global;\" ::: \"memory\"); }\n"
 "\n"
 "// ---- warp matrix products ---- fragments as the PTX manual draws them; mma accumulates into d\n"
@@ -14912,8 +14913,8 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_90 LIST_80 \", \" TEN(8)\n"
 "#define LIST_96 LIST_90 \", %90, %91, %92, %93, %94, %95\"\n"
 "#define LIST_110 LIST_90 \", \" TEN(9) \", \" TEN(10)\n"
-"#define LIST_112 LIST_110 \", %110, %111\"\n"
-"#define LIST_120 LIST_110 \", \" TEN(11)\n",
+"#define LIST_112 LIST_110 \", %110, %111\"\n",
+"#define LIST_120 LIST_110 \", \" TEN(11)\n"
 "#define LIST_128 LIST_120 \", %120, %121, %122, %123, %124, %125, %126, %127\"\n"
 "\n"
 "#define D_4(i) \"+f\"(d[i]), \"+f\"(d[i + 1]), \"+f\"(d[i + 2]), \"+f\"(d[i + 3])\n"
@@ -14999,8 +15000,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI f32 sqrt_rn(f32 v) { return __fsqrt_rn(v); }\n"
-"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n"
-"DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n",
+"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n",
+"DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n"
 "DI u32 ffs(u32 v) { return (u32)__ffs((int)v); }\n"
 "DI u64 umulhi64(u64 a, u64 b) { return __umul64hi(a, b); }\n"
 "\n"
@@ -16233,12 +16234,12 @@ static const char *const moe__kernel_text[] = {
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
-"//   route      warps: token -> ids, weights; ids to shared memory, counters           | CTA barrier\n"
-"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n"
-"//   exchange   every CTA reads the others' totals -> totals of all, of those before   | cluster barrier (waited last)\n"
-"//   place      experts -> rows, then each warp its slots; tables shared out by CTA\n"
-"//\n"
-"//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n",
+"//   route      warps: token -> ids, weights; ids to shared memory, counters          | CTA barrier\n"
+"//   sum        threads: ids; counters over warps -> own                              | cluster barrier\n"
+"//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
+"//   place      experts -> rows, then each warp its slots; tables shared out by CTA   | wait is the last thing\n"
+"//\n",
+"//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n"
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
 "{\n"
 "    const u32 warps = ntid() / 32, slots = (u32)a.tokens.slots, ids_end = (u32)a.tokens.ids_end;\n"
@@ -16320,8 +16321,8 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    grid_wait();\n"
 "    grid_launch();\n"
-"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
-"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n",
+"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n",
+"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
 "    const u32 begin = cta() * chunk_tokens, end = begin + chunk_tokens < tokens \? begin + chunk_tokens : tokens;\n"
 "    for (u32 t = begin + warp(); t < end; t += ntid() / 32) {\n"
 "        token_slots s;\n"
@@ -16404,8 +16405,8 @@ static const char *const moe__kernel_text[] = {
 "    const i32 *ids = a.ids + (i64)begin * slots;\n"
 "    i32 next = from + lane() < to \? ids[from + lane()] : -1; // a step ahead of the loop\n"
 "    sum_chunks(a, m);\n"
-"    for (u32 at = from; at < to; at += 32) {\n"
-"        i32 id = next;\n",
+"    for (u32 at = from; at < to; at += 32) {\n",
+"        i32 id = next;\n"
 "        next = at + 32 + lane() < to \? ids[at + 32 + lane()] : -1;\n"
 "        count_ids(counter, id);\n"
 "    }\n"
@@ -16455,7 +16456,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "61bd6c54183683cceedd3d676e7a5b74e5777eea9069efb21bb462533a4495be";
+    return "02b310c83146f19a637a9b2f7df7ac313aa4b7ae75d173dce7461dc0fbf0771e";
 }
 #endif
 // >>kernels-end
