@@ -26,6 +26,7 @@ help:
 	@echo "make lib          build/libmoe.so"
 	@echo "make bench        speed of the CPU back end"
 	@echo "make golden       regenerates tests/golden and tests/data (Python)"
+	@echo "make embed        copies moe_kernels.cu.inc into moe.h; make check-embed says whether that was done"
 	@echo "make picture      regenerates examples/demo.svg"
 
 demo: $(B)/moe_layer
@@ -49,6 +50,12 @@ bench: $(BENCHES:%=$(B)/%)
 picture: $(B)/moe_layer
 	$(B)/moe_layer tests/golden/qwen3_moe --layer 1 --svg examples/demo.svg
 
+embed: $(B)/embed
+	@$(B)/embed moe.h moe_kernels.cu.inc
+
+check-embed: $(B)/embed
+	@$(B)/embed --check moe.h moe_kernels.cu.inc
+
 clean:
 	rm -rf build
 
@@ -57,6 +64,10 @@ clean:
 $(EXAMPLES:%=$(B)/%): $(B)/%: examples/%.c moe.h $(wildcard examples/*.h)
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread
+
+$(B)/embed: tests/embed.c
+	@mkdir -p $(@D)
+	$(CC) -std=c99 -O1 $(WARN) $(EXTRA) -o $@ $<
 
 $(B)/libmoe.so: moe.h
 	@mkdir -p $(@D)
@@ -81,4 +92,4 @@ test-logs: $(TESTS:%=$(B)/log/%.log)
 
 FORCE:
 .PRECIOUS: $(B)/tests/test_%$(EXE)
-.PHONY: all help demo test check test-bare lib golden bench picture clean test-logs FORCE
+.PHONY: all help demo test check test-bare lib golden bench embed check-embed picture clean test-logs FORCE

@@ -67,7 +67,7 @@ groups() {
 rm -rf build/log
 $MAKE -s -k -j"$JOBS" all
 variant "" build
-groups frame compile product examples layer
+groups frame compile product examples layer embed
 if [ "$suite" = check ]; then . tests/check.sh; fi
 
 echo "==== summary"
