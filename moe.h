@@ -41,8 +41,10 @@
 //     >>numeric  bf16, f16                     >>sys      files             >>math       exp, log1p, tanh, erf, sqrt
 //     >>json     reader                        >>routing  top-k, presets    >>layer      validation
 //     >>infer    config.json -> layer          >>checkpoint  safetensors    >>context    threads, instruction sets
-//     >>layout   packed weights                >>weights  set, seal, save   >>cpu        kernels
-//     >>plan     execute and its stages        >>reference  the oracle      >>history    changes, licence
+//     >>cuda     driver, NVRTC                 >>jit      compile, cache    >>layout     packed weights
+//     >>weights  set, seal, save               >>cpu      kernels           >>instances  kernels of a plan
+//     >>plan     execute and its stages        >>stages   on CUDA           >>ahead      compile without a GPU
+//     >>reference  the oracle                  >>kernels  their text        >>history    changes, licence
 //
 // ---------------------------------------------------------------------------------------------------------------------
 // >>manual
@@ -66,6 +68,7 @@
 //     MOE_NO_THREADS       one thread, no thread library            MOE_NO_CPU_SIMD   scalar kernels only
 //     MOE_NO_FILES         no file access; implies NO_CHECKPOINT    MOE_NO_CHECKPOINT no safetensors
 //     MOE_NO_CONFIG        no JSON; implies NO_CHECKPOINT           MOE_MALLOC, MOE_FREE  default allocator
+//     MOE_NO_CUDA          no GPU code at all                       MOE_NO_ENV        no variable of the environment
 //     MOE_ASSERT           internal invariants; empty by default
 //     -ffast-math is refused: it changes results. Other optimisation options do not. Results are those of the default
 //     rounding mode with denormals: a thread that sets FTZ or DAZ gets other bits.
@@ -106,6 +109,29 @@
 //     slice of the shared experts; what cannot be sliced (GEMM 2's bias, special and constant experts) is added by
 //     tp_rank 0.
 //
+// CUDA
+//     MOE_BACKEND_CUDA opens the driver (libcuda.so.1, nvcuda.dll; 12.0 or later, compute capability 8.0 or later) when
+//     the context is created, and NVRTC (12.0 or later) when a kernel has to be compiled: nothing of CUDA is needed to
+//     build. Before glibc 2.34 link -ldl. NVRTC is looked for where the system looks, in CUDA_HOME, CUDA_PATH, the
+//     usual folders of toolkits and NVIDIA's Python wheels, that of the driver's major version first. What was tried is
+//     in the message, at length in the log. Both stay loaded until the process ends. MOE_BACKEND_AUTO is the CPU.
+//     The device's primary context is retained, or the caller's CUcontext taken, which must outlive this library's;
+//     it is made current around calls of the driver only where it is not. Kernels are compiled and loaded by
+//     moe_plan_create(), never later; that may happen while another thread captures a stream.
+//
+// CACHE
+//     Compiled kernels are kept in a folder: desc.jit.cache_dir, else MOE_CACHE_DIR, $XDG_CACHE_HOME/moe,
+//     $HOME/.cache/moe (~/Library/Caches/moe, %LOCALAPPDATA%\moe), else in memory only. An entry's name and contents
+//     hold the SHA-256 of the kernels' text, options and chip; NVRTC's version is noted but not part of it, so that a
+//     warm start opens no NVRTC. A folder or file counts only if it belongs to this user or root, nobody else can write it,
+//     and no link leads to it from the cache folder on; whatever is wrong is a miss. Where nothing can be written,
+//     kernels stay in memory, and the log says so once. No locks: any number of processes may share a folder, and it
+//     may be deleted at any time. Nothing is deleted by itself: moe_cache_trim(). moe_jit_precompile() fills a folder
+//     without a GPU; as desc.jit.seed_dir it serves from a read-only image. moe_jit_export() makes C of kernels.
+//
+// ENVIRONMENT    desc wins; not read at all by a process with more rights than its user
+//     MOE_CACHE_DIR  folder    MOE_CACHE  rw, ro, off    MOE_CUDA_LIB, MOE_NVRTC_LIB  absolute paths: no other is tried
+//
 // STAGES ON CUDA
 //     A CUDA context runs moe_route(), moe_permute() and moe_router_logits(); this version has no GEMM kernels, so
 //     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there; moe_execute_check() and the plan's candidates
@@ -123,7 +149,7 @@
 //     Pure functions and functions of const objects: any thread, at any time. moe_weights_set_tensor(): several
 //     threads, if for different experts. moe_execute(): several threads with one plan and one set of weights, each with
 //     a workspace of its own; on the CPU such calls take turns on the context's pool of threads. A parallel_for hook
-//     replaces that pool.
+//     replaces that pool. Plans of one CUDA context are created in turns; kernels are compiled on its pool.
 //
 // ERRORS
 //     A call returns MOE_OK (0) or a negative moe_result, and fills the caller's moe_error with the member at fault,
@@ -670,8 +696,8 @@ typedef struct moe_context_desc {
     uint32_t struct_size;
     int32_t backend;              // moe_backend
     int32_t device;               // ordinal; the CPU has device 0
-    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for packing weights and
-    // compiling kernels. 0: one per core, with CUDA 8 at most.
+    // Threads that one call may use, the caller's among them: on the CPU for all work, with CUDA for compiling kernels.
+    // 0: one per core, with CUDA 8 at most.
     int32_t threads;
     void *cuda_context;           // CUcontext of the caller's; NULL: the device's primary one
     moe_allocator allocator;      // both functions or none; none: malloc and free
@@ -724,10 +750,11 @@ MOE_API int32_t moe_context_get_info(const moe_context *ctx, moe_context_info *i
 // ---- compiling ahead ------------------------------------------------------------------------------------------------
 
 typedef struct moe_jit_progress {
-    int32_t done, total; // kernels
-    int32_t cached;      // 1: it lay in the cache folder already
+    int32_t done;   // kernels
+    int32_t total;
+    int32_t cached; // 1: it lay in the cache folder already
     int32_t reserved;
-    uint64_t bytes;      // of its image
+    uint64_t bytes; // of its image
     const char *name;
     const char *chip;
 } moe_jit_progress;
@@ -745,15 +772,15 @@ typedef struct moe_precompile_desc {
     moe_allocator allocator;      // as in moe_context_desc
     void (*log)(void *user, int32_t level, const char *text); // nullable
     void *log_user;
-    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel, on the caller's thread
+    void (*progress)(void *user, const moe_jit_progress *progress); // nullable: after each kernel; the caller's thread
     void *progress_user;
     uint32_t reserved[8];
 } moe_precompile_desc;
 
 // Fills the cache folder. Kernels that lie there already are not compiled again.
 MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *err);
-// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also hold
-// "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
+// Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also
+// hold "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
 MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err);
 // Removes entries, those written first, until at most max_bytes are left; 0: all. cache_dir NULL: the default one. Safe
 // while others use the folder.
@@ -8070,8 +8097,8 @@ static int32_t moe__nvrtc_open(const moe_context *ctx, const char *wanted, int32
                      out->version / 1000, out->version % 1000 / 10, driver, ctx->cuda->driver_version % 1000 / 10);
         return MOE_OK;
     }
-    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can compile "
-                     "for compute capability %d.%d; %s", arch / 10, arch % 10,
+    return moe__fail(err, MOE_ERROR_NVRTC, "", "there is no NVRTC (libnvrtc, part of the CUDA toolkit) that can "
+                     "compile for compute capability %d.%d; %s", arch / 10, arch % 10,
                      moe__attempts_list(&attempts, list, sizeof list));
 }
 
@@ -8489,8 +8516,8 @@ static int32_t moe__kernel_load(moe_context *ctx, const moe__build *build, moe__
 // An entry is a header and a cubin, named <instance>-<chip>-<half of its key>.bin in v1/<16 digits of the kernels'
 // digest>/. Its name only finds it: magic, key, length and the payload's SHA-256 decide. Anything wrong is a miss.
 enum {
-    MOE__ENTRY_HEADER = 88,            // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
-    MOE__ENTRY_MAX = 64 << 20,         // bytes of a cubin
+    MOE__ENTRY_HEADER = 88,    // magic 8, format 4, NVRTC version 4, key 32, length 8, SHA-256 of the payload 32
+    MOE__ENTRY_MAX = 64 << 20, // bytes of a cubin
     MOE__ENTRY_FORMAT = 1
 };
 
@@ -8561,9 +8588,11 @@ static void moe__cache_trouble(const moe_context *ctx, const char *path, const c
 {
     if (ctx->jit->quiet) return;
     ctx->jit->quiet = 1;
-    if (number != 0) moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path,
-                              what, number);
-    else moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+    if (number == 0)
+        moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s: kernels stay in memory", path, what);
+    else
+        moe__log(ctx, MOE_LOG_WARNING, "cache folder %q %s (system error %d): kernels stay in memory", path, what,
+                 number);
 }
 
 #if defined(_WIN32)
@@ -14121,7 +14150,8 @@ MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_er
     if (dir[0] == 0) return moe__fail(err, MOE_ERROR_ARGUMENT, "cache_dir", "is NULL, and there is no default folder");
     if ((fd = moe__folder_step(-1, dir, 0, &why)) < 0) {
         if (why == NULL && errno == ENOENT) return moe__ok(err);
-        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir, why != NULL ? why : "cannot be opened");
+        return moe__fail(err, MOE_ERROR_FILE, "cache_dir", "is %q, which %s", dir,
+                         why != NULL ? why : "cannot be opened");
     }
     close(fd);
     if ((result = moe__path_join(format, dir, "v1", err)) != MOE_OK) return result;
@@ -14492,10 +14522,10 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI u32 atom_add(u32 *p, u32 v)\n"
 "{\n"
-"    u32 old;\n"
+"    u32 old;\n",
 "    asm volatile(\"atom.relaxed.gpu.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
-"}\n",
+"}\n"
 "DI void red_add(u32 *p, u32 v) { asm volatile(\"red.relaxed.gpu.add.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
 "DI u32 atom_add_acq_rel(u32 *p, u32 v)\n"
 "{\n"
@@ -14604,7 +14634,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "#if MOE_ARCH >= 90\n"
 "    u32 elected;\n"
-"    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n"
+"    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n",
 "    return elected != 0;\n"
 "#else\n"
 "    return lane() == 0;\n"
@@ -14614,7 +14644,7 @@ static const char *const moe__kernel_text[] = {
 "DI void mbar_arrive_n(u64 *b, u32 n)\n"
 "{\n"
 "    ASM_90(\"mbarrier.arrive.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(n) : \"memory\");\n"
-"}\n",
+"}\n"
 "DI void mbar_arrive_expect_tx(u64 *b, u32 bytes)\n"
 "{\n"
 "    ASM_90(\"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(bytes) : \"memory\");\n"
@@ -14721,7 +14751,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// ---- bulk and tensor copies ---- by the asynchronous proxy\n"
-"\n"
+"\n",
 "DI u64 policy_evict_first()\n"
 "{\n"
 "    u64 policy = 0;\n"
@@ -14733,7 +14763,7 @@ static const char *const moe__kernel_text[] = {
 "    u64 policy = 0;\n"
 "    ASM_90(\"createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\" : \"=l\"(policy));\n"
 "    return policy;\n"
-"}\n",
+"}\n"
 "DI void bulk_g2s(void *dst, const void *src, u32 bytes, u64 *bar)\n"
 "{\n"
 "    ASM_90(\"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\"\n"
@@ -14800,13 +14830,13 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_red_add_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
 "{\n"
-"    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n"
+"    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n",
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
 "}\n"
 "DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
 "\n"
 "DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n"
-"DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n"
 "DI void fence_proxy_async_global() { ASM_90(\"fence.proxy.async.global;\" ::: \"memory\"); }\n"
 "\n"
 "// ---- warp matrix products ---- fragments as the PTX manual draws them; mma accumulates into d\n"
@@ -14874,7 +14904,7 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_32 LIST_30 \", %30, %31\"\n"
 "#define LIST_40 LIST_30 \", \" TEN(3)\n"
 "#define LIST_48 LIST_40 \", %40, %41, %42, %43, %44, %45, %46, %47\"\n"
-"#define LIST_50 LIST_40 \", \" TEN(4)\n"
+"#define LIST_50 LIST_40 \", \" TEN(4)\n",
 "#define LIST_56 LIST_50 \", %50, %51, %52, %53, %54, %55\"\n"
 "#define LIST_60 LIST_50 \", \" TEN(5)\n"
 "#define LIST_64 LIST_60 \", %60, %61, %62, %63\"\n"
@@ -14883,7 +14913,7 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_96 LIST_90 \", %90, %91, %92, %93, %94, %95\"\n"
 "#define LIST_110 LIST_90 \", \" TEN(9) \", \" TEN(10)\n"
 "#define LIST_112 LIST_110 \", %110, %111\"\n"
-"#define LIST_120 LIST_110 \", \" TEN(11)\n",
+"#define LIST_120 LIST_110 \", \" TEN(11)\n"
 "#define LIST_128 LIST_120 \", %120, %121, %122, %123, %124, %125, %126, %127\"\n"
 "\n"
 "#define D_4(i) \"+f\"(d[i]), \"+f\"(d[i + 1]), \"+f\"(d[i + 2]), \"+f\"(d[i + 3])\n"
@@ -14951,7 +14981,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u16 cvt_e4m3x2(f32 lo, f32 hi)\n"
 "{\n"
-"    u16 v = 0;\n"
+"    u16 v = 0;\n",
 "    ASM_89(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
 "}\n"
@@ -14970,7 +15000,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 sqrt_rn(f32 v) { return __fsqrt_rn(v); }\n"
 "DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n"
-"DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n",
+"DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n"
 "DI u32 ffs(u32 v) { return (u32)__ffs((int)v); }\n"
 "DI u64 umulhi64(u64 a, u64 b) { return __umul64hi(a, b); }\n"
 "\n"
@@ -15050,7 +15080,7 @@ static const char *const moe__kernel_text[] = {
 "    i32 end_is_none;             // MOE_EXECUTE_ID_E_IS_NONE\n"
 "    routing_args routing;\n"
 "}; // 256 bytes\n"
-"\n"
+"\n",
 "// The tables of moe_permutation, each of them NULL where nobody wants it, and which experts are local.\n"
 "struct permute_args {\n"
 "    i32 *row_of_slot;      // [T, slots]\n"
@@ -15064,7 +15094,7 @@ static const char *const moe__kernel_text[] = {
 "    u32 *out_faults;       // [4]\n"
 "    const i32 *local_of_id; // [ids_end] local expert or -1; NULL: the range below\n"
 "    i32 tile;\n"
-"    i32 rows_max;\n",
+"    i32 rows_max;\n"
 "    i32 local_experts;     // with matrices here: routed ones, then the always-on ones\n"
 "    i32 local_first;       // range: ids local_first .. local_first + local_routed - 1 are local experts 0, 1, ...;\n"
 "    i32 local_routed;      // ids from E + S on are the local experts behind them, as many as there are left\n"
@@ -15130,7 +15160,7 @@ static const char *const moe__kernel_text[] = {
 "}; // 96 bytes\n"
 "\n"
 "// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
-"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
+"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n",
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
 "#define INF_F32 from_bits(0x7f800000u)\n"
@@ -15149,7 +15179,7 @@ static const char *const moe__kernel_text[] = {
 "    i32 k;\n"
 "    x = x < -104.0f \? -104.0f : x;\n"
 "    x = x > 89.0f \? 89.0f : x;\n"
-"    n = fmaf(x, 1.44269502f, magic);\n",
+"    n = fmaf(x, 1.44269502f, magic);\n"
 "    k = (i32)(bits(n) - bits(magic));\n"
 "    n = n - magic;\n"
 "    r = fmaf(n, -0.693147182f, x);\n"
@@ -15246,7 +15276,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 step = 16; step > 0; step /= 2) x = x + shfl_xor(x, step);\n"
 "    return x;\n"
 "}\n"
-"\n"
+"\n",
 "// Unsigned numbers that order as floats do, -0 equal to +0. Only NaN gives 0.\n"
 "DI u32 order_of(f32 x)\n"
 "{\n"
@@ -15261,7 +15291,7 @@ static const char *const moe__kernel_text[] = {
 "// a key that is NaN or +inf counts as -inf, so that it sorts last; the token is counted in MOE_FAULT_NAN_LOGITS and\n"
 "// routed all the same. A token without a row in the forced table or the bias gets ids -1 and weights 0. An id outside\n"
 "// its range becomes -1 with weight 0.\n"
-"//\n",
+"//\n"
 "//   registers     key[P], P = MOE_P_EXPERTS_PER_LANE: expert e lies in lane e % 32, register e / 32\n"
 "//   shared memory two rows of 32 P words a warp: the logits behind multiplier and soft cap; keys of groups, flags\n"
 "//   slots         slot s lies in lane s % 32, register s / 32 (40 at most)\n"
@@ -15296,7 +15326,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < N; i++) {\n"
 "        t[i] = key[base + i];\n"
-"        p[i] = lane() + 32 * (base + i);\n"
+"        p[i] = 32 * (base + i);\n"
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 step = 1; step < N; step *= 2)\n"
@@ -15306,7 +15336,7 @@ static const char *const moe__kernel_text[] = {
 "            t[i] = max_u32(t[i], t[i + step]);\n"
 "        }\n"
 "    top = t[0];\n"
-"    place = p[0];\n"
+"    place = lane() + p[0];\n"
 "}\n"
 "\n"
 "// The first `count` lanes from `first` on get the places of the `count` largest keys, best first, of equal ones the\n"
@@ -15327,7 +15357,7 @@ static const char *const moe__kernel_text[] = {
 "        u32 best = redux_max(top);\n"
 "        u32 at = redux_min(top == best \? place : 0xffffffffu);\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < N; i++) key[i] = at == lane() + 32 * i \? 0 : key[i];\n"
+"        for (u32 i = 0; i < N; i++) key[i] = at - lane() == 32 * i \? 0 : key[i];\n"
 "        if ((i32)lane() == j) chosen = (i32)at;\n"
 "    }\n"
 "}\n"
@@ -15335,11 +15365,9 @@ static const char *const moe__kernel_text[] = {
 "// x[i] = element lane + 32 i of `width` ones; -inf behind them.\n"
 "template <class T> DI void load_row(const T *row, u32 width, T none, T (&x)[PER_LANE])\n"
 "{\n"
+"    const i32 left = (i32)(width - lane()); // compared with constants: 32 i + lane would be a register each\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < PER_LANE; i++) {\n"
-"        u32 e = lane() + 32 * i;\n"
-"        x[i] = e < width \? row[e] : none;\n"
-"    }\n"
+"    for (u32 i = 0; i < PER_LANE; i++) x[i] = (i32)(32 * i) < left \? row[lane() + 32 * i] : none;\n"
 "}\n"
 "\n"
 "// The logits of a token behind multiplier and soft cap, into x and rows.logit. Says whether one was NaN or +inf.\n"
@@ -15349,7 +15377,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 width = (u32)a.width;\n"
 "    const i64 at = token * a.logits_stride;\n"
 "    bool bad = false;\n"
-"    if (a.logits_dtype == DTYPE_F32) {\n"
+"    if (a.logits_dtype == DTYPE_F32) {\n",
 "        load_row((const f32 *)a.logits + at, width, -INF_F32, x);\n"
 "    } else {\n"
 "        u16 half[PER_LANE];\n"
@@ -15371,7 +15399,7 @@ static const char *const moe__kernel_text[] = {
 "            rows.logit[e] = v < INF_F32 \? r.logit_softcap * tanh_f32(v / r.logit_softcap) : -INF_F32;\n"
 "        }\n"
 "        load_row(rows.logit, width, -INF_F32, x);\n"
-"    }\n",
+"    }\n"
 "    warp_sync();\n"
 "    return ballot(bad) != 0;\n"
 "}\n"
@@ -15397,19 +15425,26 @@ static const char *const moe__kernel_text[] = {
 "    warp_sync(); // other lanes may write the row again\n"
 "}\n"
 "\n"
+"// The same unrolled, so that elements overlap, where there are registers for it.\n"
+"template <class F> DI void map_fast(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], F f)\n"
+"{\n"
+"    if (PER_LANE > 16) {\n"
+"        map_row(rows, width, x, f);\n"
+"    } else {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < PER_LANE; i++) x[i] = f(x[i]);\n"
+"    }\n"
+"}\n"
+"\n"
 "// x[i] / d for x within 0..d. Quotients that might be denormal take the long way.\n"
 "DI void divide_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], f32 d)\n"
 "{\n"
 "    const f32 y = 1.0f / d;\n"
 "    bool small = false;\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < PER_LANE; i++) small |= x[i] < 1e-25f && x[i] != 0;\n"
-"    if (ballot(small) == 0) {\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) x[i] = divide_by(x[i], d, y);\n"
-"    } else {\n"
-"        map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
-"    }\n"
+"    for (u32 i = 0; i < PER_LANE; i++) small |= x[i] > 0 && x[i] < 1e-25f;\n"
+"    if (ballot(small) == 0) map_fast(rows, width, x, [=](f32 v) { return divide_by(v, d, y); });\n"
+"    else map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
 "}\n"
 "\n"
 "// Scores of a row, in place, where `all`; else only what score_of() needs.\n"
@@ -15422,23 +15457,21 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) top = max_u32(top, order_of(x[i]));\n"
 "        s.best = of_order(redux_max(top));\n"
+"        const f32 best = s.best;\n"
+"        map_fast(rows, width, x, [=](f32 v) { return best == -INF_F32 \? 0 : exp_f32(v - best); });\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) {\n"
-"            x[i] = s.best == -INF_F32 \? 0 : exp_f32(x[i] - s.best);\n"
-"            sum = sum + x[i];\n"
-"        }\n"
+"        for (u32 i = 0; i < PER_LANE; i++) sum = (i32)(32 * i) < (i32)(width - lane()) \? sum + x[i] : sum;\n"
 "        s.sum = lanes_sum(sum);\n"
 "        if (all && s.sum > 0) divide_row(rows, width, x, s.sum);\n"
 "    } else if (all && score == SCORE_SIGMOID) {\n"
-"#pragma unroll\n"
-"        for (u32 i = 0; i < PER_LANE; i++) x[i] = sigmoid_f32(x[i]);\n"
+"        map_fast(rows, width, x, [](f32 v) { return sigmoid_f32(v); });\n"
 "    } else if (all && score == SCORE_SQRT_SOFTPLUS) {\n"
 "        map_row(rows, width, x, [](f32 v) { return sqrt_softplus_f32(v); });\n"
 "    }\n"
 "    return s;\n"
 "}\n"
 "\n"
-"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n"
+"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n",
 "DI u32 group_rank(const u32 *key, u32 size, bool two)\n"
 "{\n"
 "    u32 first = KEY_NEG_INF, second = KEY_NEG_INF;\n"
@@ -15450,7 +15483,7 @@ static const char *const moe__kernel_text[] = {
 "    return two \? order_of(of_order(first) + of_order(second)) : first;\n"
 "}\n"
 "\n"
-"// The same for groups of 32, which are a register each, into rows.key[group].\n"
+"// The same for groups of 32, which are a register each (too many of them would be under way with P > 16).\n"
 "DI void group_ranks_32(const u32 (&key)[PER_LANE], u32 groups, bool two, u32 *rank)\n"
 "{\n"
 "#pragma unroll\n"
@@ -15479,7 +15512,7 @@ static const char *const moe__kernel_text[] = {
 "    for (i32 j = 0; j < kept; j++) {\n"
 "        u32 best = 0, place = lane();\n"
 "        for (u32 g = lane(); g < groups; g += 32) {\n"
-"            u32 key = rank[g]; // only this lane reads and writes it\n",
+"            u32 key = rank[g]; // only this lane reads and writes it\n"
 "            if (key > best) { best = key; place = g; }\n"
 "        }\n"
 "        u32 most = redux_max(best);\n"
@@ -15495,7 +15528,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 inverse = (1u << 21) / size + 1; // e * inverse >> 21 is e / size for e < 2048\n"
 "    const u32 excluded = r.group_excluded == EXCLUDED_ZERO \? KEY_ZERO : KEY_NEG_INF;\n"
 "    const bool two = r.group_rule == GROUP_TOP2_SUM;\n"
-"    if (size == 32) {\n"
+"    if (size == 32 && PER_LANE <= 16) {\n"
 "        group_ranks_32(key, groups, two, rows.key);\n"
 "        warp_sync();\n"
 "    } else {\n"
@@ -15535,10 +15568,10 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
-"        bool wrong = !(x[i] < INF_F32), there = lane() + 32 * i < ranked;\n"
+"        bool wrong = !(x[i] < INF_F32), there = (i32)(32 * i) < (i32)(ranked - lane());\n"
 "        bad |= wrong && there;\n"
 "        key[i] = !there \? 0 : wrong \? KEY_NEG_INF : order_of(x[i]);\n"
-"    }\n"
+"    }\n",
 "    const bool each = r.groups > 1 && r.group_rule == GROUP_EACH; // top_k / groups of each group, in group order\n"
 "    const i32 parts = each \? r.groups : 1, count = r.top_k / parts;\n"
 "    const u32 size = ranked / (u32)parts;\n"
@@ -15575,7 +15608,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "        u32 most = redux_max(best), id = redux_min(best == most \? place : 0xffffffffu);\n"
 "        warp_sync();\n"
-"        f32 top = rest[id], sum = 0;\n",
+"        f32 top = rest[id], sum = 0;\n"
 "        for (u32 e = lane(); e < ranked; e += 32) {\n"
 "            f32 logit = rows.logit[e], size = abs_f32(logit), far = (top - logit) / (size > top \? size : top);\n"
 "            sum = sum + (far > threshold || top == -INF_F32 \? 0 : exp_f32(rest[e] - top));\n"
@@ -15624,7 +15657,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// Pseudo-random 32 bits of (seed, token, draw): splitmix64's finaliser.\n"
 "DI u32 route_random(u32 seed, i64 token, i32 draw)\n"
-"{\n"
+"{\n",
 "    u64 z = (((u64)seed << 32) ^ ((u64)token << 6 | (u64)draw)) + 0x9e3779b97f4a7c15ull;\n"
 "    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;\n"
 "    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;\n"
@@ -15661,7 +15694,7 @@ static const char *const moe__kernel_text[] = {
 "                u32 below = shfl_up(running, step);\n"
 "                if (lane() >= step) running += below;\n"
 "            }\n"
-"            u32 past = ballot(at < running);\n",
+"            u32 past = ballot(at < running);\n"
 "            if (past != 0) { id = base + ffs(past) - 1; break; }\n"
 "            at -= shfl(running, 31);\n"
 "        }\n"
@@ -15708,7 +15741,7 @@ static const char *const moe__kernel_text[] = {
 "        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n"
 "        if (slot >= r.top_k && !r.extra_scored) continue;\n"
 "        if (r.scale_on == SCALE_ON_WEIGHTS) s.weight[h] = s.weight[h] * scale;\n"
-"        if (slot >= r.top_k) continue;\n"
+"        if (slot >= r.top_k) continue;\n",
 "        if (r.per_expert_scale) s.weight[h] = s.weight[h] * a.per_expert_scale[s.id[h]];\n"
 "        if (s.id[h] >= a.num_experts && r.special_kind == SPECIAL_SKIP) { s.id[h] = -1; s.weight[h] = 0; }\n"
 "    }\n"
@@ -15752,7 +15785,7 @@ static const char *const moe__kernel_text[] = {
 "    route_finish(a, lost, s);\n"
 "    return lost \? 1u << FAULT_TOKEN_IDS : bad \? 1u << FAULT_NAN_LOGITS : 0;\n"
 "}\n"
-"\n",
+"\n"
 "// The caller's ids and weights of one token. Returns how many of its ids are out of range.\n"
 "DI u32 read_token(const tokens_args &a, i64 token, token_slots &s)\n"
 "{\n"
@@ -15799,7 +15832,7 @@ static const char *const moe__kernel_text[] = {
 "    warp_sync(); // the next token overwrites the rows\n"
 "}\n"
 "\n"
-"// >>permute  slots in expert order  A counting sort, stable: tokens stay in order inside an expert. Every warp has a\n"
+"// >>permute  slots in expert order  A counting sort, stable: tokens stay in order inside an expert. Every warp has a\n",
 "// run of neighbouring slots and counts ids in 16-bit counters of its own; counters become the places of its slots among\n"
 "// those of the CTA; CTAs (of the cluster, or one a chunk) and experts are then added up. moe.h's moe_permute() gives\n"
 "// the same tables.\n"
@@ -15849,7 +15882,7 @@ static const char *const moe__kernel_text[] = {
 "// Adds the warp's 32 ids (-1: none) to its counters. Returns what each slot's counter was, lower lanes of the same id\n"
 "// included.\n"
 "DI u32 count_ids(u16 *counter, i32 id)\n"
-"{\n",
+"{\n"
 "    u32 same = match_any((u32)id), below = popc(same & ((1u << lane()) - 1)), before = 0;\n"
 "    if (id >= 0) before = counter[id];\n"
 "    warp_sync();\n"
@@ -15903,7 +15936,7 @@ static const char *const moe__kernel_text[] = {
 "    if (tid() == ntid() - 1) value[n] = before + sum;\n"
 "    cta_sync();\n"
 "}\n"
-"\n"
+"\n",
 "// From all[id] and row[id]: first row of each local expert, first row of this CTA for each id. A thread takes the ids\n"
 "// that it wrote. first[] is zero before.\n"
 "DI void place_experts(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special)\n"
@@ -15945,7 +15978,7 @@ static const char *const moe__kernel_text[] = {
 "        if ((i32)id < experts && p.out_expert_counts != nullptr) p.out_expert_counts[id] = (i32)m.all[id];\n"
 "        if (local < 0) continue;\n"
 "        u32 next = m.first[local + 1], limit = m.first[local] + m.all[id];\n"
-"        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n",
+"        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n"
 "        if (p.tile_limit != nullptr && m.all[id] > 0) p.tile_limit[next / tile - 1] = (i32)limit;\n"
 "        if (p.slot_of_row != nullptr)\n"
 "            for (u32 at = limit; at < next; at++) p.slot_of_row[at] = -1;\n"
@@ -15977,7 +16010,7 @@ static const char *const moe__kernel_text[] = {
 "// >>router  the router's own product  logits = W (x norm scale multiplier) + bias in fp32, in the order of moe.h's dot\n"
 "// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n"
 "// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
-"//\n"
+"//\n",
 "//   T         CTA tile, tokens x experts   half-warp   weights                       x\n"
 "//   up to 8   8 x 2                        1 x 1       ring of 16 stages of 256 k    registers, straight from memory\n"
 "//   to 256    16 x 16                      4 x 4       2 stages of 64 k, cp.async    the same stages, behind the norm\n"
@@ -16040,7 +16073,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 scale = a.input_scale != nullptr && k < (u32)a.input_size \? a.input_scale[k] : 1;\n"
 "    return x * norm * scale * a.input_multiplier;\n"
 "}\n"
-"\n",
+"\n"
 "// Weights [first, first + rows) x [k0, k0 + STAGE_K) into a stage, by all threads; zeros where there are none.\n"
 "template <u32 STAGE_K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 rows, u32 k0)\n"
 "{\n"
@@ -16072,7 +16105,7 @@ static const char *const moe__kernel_text[] = {
 "        cp_async_commit();\n"
 "    }\n"
 "    if (token < tokens) norm = router_norm(a, token);\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 s = 0; s < steps; s++) next[s] = token < tokens \? router_x(a, token, 16 * s + lane16()) : 0;\n"
 "    for (u32 c = 0; c < chunks; c++) {\n"
 "        const u32 k0 = c * ROUTER_RING_K, left = ((u32)a.ld - k0) / 16, ahead = c + ROUTER_RING - 1;\n"
@@ -16118,7 +16151,7 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
 "        const u32 k = c * ROUTER_K + my_k;\n"
-"        if (c < chunks) {\n",
+"        if (c < chunks) {\n"
 "            load_weights<ROUTER_K>(a, w_stage + c % 2 * 4 * TN * row, first, 4 * TN, c * ROUTER_K);\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < TM; i++) {\n"
@@ -16155,7 +16188,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
-"        for (u32 j = 0; j < TN; j++)\n"
+"        for (u32 j = 0; j < TN; j++)\n",
 "            router_store(a, lanes16_sum(sum[i][j]), first_token + token0 + i, first + expert0 + 2 * j, tokens);\n"
 "}\n"
 "\n"
@@ -16200,10 +16233,10 @@ static const char *const moe__kernel_text[] = {
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
-"//   route      warps: token -> ids, weights; ids to shared memory, counters           | CTA barrier\n"
-"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n"
-"//   exchange   every CTA reads the others' totals -> totals of all, of those before   | cluster barrier (waited last)\n"
-"//   place      experts -> rows, then each warp its slots; tables shared out by CTA\n"
+"//   route      warps: token -> ids, weights; ids to shared memory, counters          | CTA barrier\n"
+"//   sum        threads: ids; counters over warps -> own                              | cluster barrier\n"
+"//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
+"//   place      experts -> rows, then each warp its slots; tables shared out by CTA   | wait is the last thing\n"
 "//\n"
 "//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n"
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
@@ -16215,7 +16248,7 @@ static const char *const moe__kernel_text[] = {
 "    u16 *ids = (u16 *)smem();\n"
 "    u32 faults[4] = { 0, 0, 0, 0 };\n"
 "    sort_memory m;\n"
-"    warp_rows rows;\n",
+"    warp_rows rows;\n"
 "    u8 *behind = sort_layout(smem() + (room * 2 + 15) / 16 * 16, ids_end, m);\n"
 "    u16 *counter = m.counter + warp() * m.stride;\n"
 "    rows.logit = (f32 *)behind + warp() * 64 * PER_LANE;\n"
@@ -16243,7 +16276,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "    }\n"
 "    if (lane() == 0)\n"
-"        for (u32 f = 0; f < 4; f++)\n"
+"        for (u32 f = 0; f < 4; f++)\n",
 "            if (faults[f] != 0) red_add(&m.faults[f], faults[f]);\n"
 "    cta_sync();\n"
 "    sum_warps<ROUTE_ONE_THREADS / 32>(m, ids_end);\n"
@@ -16300,7 +16333,7 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add(&fault[f], faults[f]);\n"
 "    cta_sync();\n"
-"    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n",
+"    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n"
 "    for (u32 i = tid(); i < stride / 2; i += ntid()) pairs[i] = count[2 * i] | count[2 * i + 1] << 16;\n"
 "    if (tid() < 4) a.chunk_faults[4 * cta() + tid()] = fault[tid()];\n"
 "}\n"
@@ -16327,7 +16360,7 @@ static const char *const moe__kernel_text[] = {
 "                two[i] = c < chunks \? counts[(i64)c * pairs + pair] : 0;\n"
 "            }\n"
 "#pragma unroll\n"
-"            for (u32 i = 0; i < 32; i++) {\n"
+"            for (u32 i = 0; i < 32; i++) {\n",
 "                u32 part = base + i * groups < cta() \? two[i] : 0;\n"
 "                low += two[i] & 0xffff;\n"
 "                high += two[i] >> 16;\n"
@@ -16383,7 +16416,7 @@ static const char *const moe__kernel_text[] = {
 "    write_tables(a.permute, m, ids_end, a.num_experts, a.special_experts, cta(), ncta());\n"
 "    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr) a.permute.out_faults[tid()] = m.faults[tid()];\n"
 "    for (u32 at = from; at < to; at += 32) {\n"
-"        bool there = at + lane() < to;\n",
+"        bool there = at + lane() < to;\n"
 "        place_slots(a.permute, m, counter, (i64)begin * slots + at + lane(), there, there \? ids[at + lane()] : -1);\n"
 "    }\n"
 "}\n"
@@ -16411,7 +16444,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"#endif\n"
+"#endif\n",
 };
 
 static const char *const *moe__kernel_pieces(int32_t *count)
@@ -16422,7 +16455,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "d020612fbd1df8fd0a0493633eee3768528684b21ff934de14563530934448a6";
+    return "9273c2824fcb57506cfe470dee7e4d8d99ab8046778dbe491498209f211c8daa";
 }
 #endif
 // >>kernels-end
