@@ -12267,7 +12267,9 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     out->args_bytes = (int32_t)args_bytes;
     out->threads = threads;
     out->smem_bytes = smem_bytes;
-    moe__text_format(&label, "%s%d_sm%d", name, value, arch);
+    moe__text_string(&label, name);
+    if (value > 1) moe__text_format(&label, "%d", value); // a size; flags are in the name
+    moe__text_format(&label, "_sm%d", arch);
     if (parameter != NULL) moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
 }
 
@@ -12290,7 +12292,8 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
                            moe__sort_smem(256 / 32, ids_end));
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
-        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
+        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits",
+                           bf16 ? "router_logits_bf16" : "router_logits_f32", "BF16",
                            bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
 }
 #endif
@@ -14460,6 +14463,7 @@ static const char *const moe__kernel_text[] = {
 "#ifndef MOE_EMU\n"
 "\n"
 "#define DI __device__ __forceinline__\n"
+"#define ballot warp_ballot // a header that nvcc includes by itself has another function of this name\n"
 "#if defined(__CUDA_ARCH__)\n"
 "#define MOE_ARCH (__CUDA_ARCH__ / 10)\n"
 "#else\n"
@@ -14519,10 +14523,10 @@ static const char *const moe__kernel_text[] = {
 "DI u32 redux_or(u32 v) { return __reduce_or_sync(~0u, v); }\n"
 "\n"
 "// ---- atomics, memory ---- scope gpu\n"
-"\n"
+"\n",
 "DI u32 atom_add(u32 *p, u32 v)\n"
 "{\n"
-"    u32 old;\n",
+"    u32 old;\n"
 "    asm volatile(\"atom.relaxed.gpu.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
 "}\n"
@@ -14633,8 +14637,8 @@ static const char *const moe__kernel_text[] = {
 "DI bool elect() // one lane of a converged warp\n"
 "{\n"
 "#if MOE_ARCH >= 90\n"
-"    u32 elected;\n"
-"    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n",
+"    u32 elected;\n",
+"    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n"
 "    return elected != 0;\n"
 "#else\n"
 "    return lane() == 0;\n"
@@ -14745,13 +14749,13 @@ static const char *const moe__kernel_text[] = {
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.f32 [%0], %1;\" ::\"r\"(addr), \"f\"(v) : \"memory\");\n"
 "}\n"
 "DI void st_async(u32 addr, u32 v, u32 bar) // counts 4 bytes at the barrier beside it\n"
-"{\n"
+"{\n",
 "    ASM_90(\"st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\" ::\"r\"(addr), \"r\"(v), \"r\"(bar)\n"
 "           : \"memory\");\n"
 "}\n"
 "\n"
 "// ---- bulk and tensor copies ---- by the asynchronous proxy\n"
-"\n",
+"\n"
 "DI u64 policy_evict_first()\n"
 "{\n"
 "    u64 policy = 0;\n"
@@ -14825,12 +14829,12 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_store_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
 "{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n",
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
 "}\n"
 "DI void tma_red_add_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
 "{\n"
-"    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n",
+"    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n"
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
 "}\n"
 "DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
@@ -14898,13 +14902,13 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_4 \"%0, %1, %2, %3\"\n"
 "#define LIST_8 LIST_4 \", %4, %5, %6, %7\"\n"
 "#define LIST_12 TEN() \", %10, %11\"\n"
-"#define LIST_16 LIST_12 \", %12, %13, %14, %15\"\n"
+"#define LIST_16 LIST_12 \", %12, %13, %14, %15\"\n",
 "#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n"
 "#define LIST_30 TEN() \", \" TEN(1) \", \" TEN(2)\n"
 "#define LIST_32 LIST_30 \", %30, %31\"\n"
 "#define LIST_40 LIST_30 \", \" TEN(3)\n"
 "#define LIST_48 LIST_40 \", %40, %41, %42, %43, %44, %45, %46, %47\"\n"
-"#define LIST_50 LIST_40 \", \" TEN(4)\n",
+"#define LIST_50 LIST_40 \", \" TEN(4)\n"
 "#define LIST_56 LIST_50 \", %50, %51, %52, %53, %54, %55\"\n"
 "#define LIST_60 LIST_50 \", \" TEN(5)\n"
 "#define LIST_64 LIST_60 \", %60, %61, %62, %63\"\n"
@@ -14969,7 +14973,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u32 cvt_f16x2(f32 lo, f32 hi)\n"
 "{\n"
-"    u32 v;\n"
+"    u32 v;\n",
 "    asm(\"cvt.rn.f16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
 "}\n"
@@ -14981,7 +14985,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u16 cvt_e4m3x2(f32 lo, f32 hi)\n"
 "{\n"
-"    u16 v = 0;\n",
+"    u16 v = 0;\n"
 "    ASM_89(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
 "}\n"
@@ -15074,13 +15078,13 @@ static const char *const moe__kernel_text[] = {
 "    i32 num_experts;             // E\n"
 "    i32 width;                   // of the router: E + S + scored extra slots\n"
 "    i32 slots;                   // top_k + extra_slots\n"
-"    i32 ids_end;                 // E + S + X: ids are 0..ids_end - 1\n"
+"    i32 ids_end;                 // E + S + X: ids are 0..ids_end - 1\n",
 "    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n"
 "    i32 logits_dtype, ids_dtype, weights_dtype;\n"
 "    i32 end_is_none;             // MOE_EXECUTE_ID_E_IS_NONE\n"
 "    routing_args routing;\n"
 "}; // 256 bytes\n"
-"\n",
+"\n"
 "// The tables of moe_permutation, each of them NULL where nobody wants it, and which experts are local.\n"
 "struct permute_args {\n"
 "    i32 *row_of_slot;      // [T, slots]\n"
@@ -15158,9 +15162,9 @@ static const char *const moe__kernel_text[] = {
 "    i32 x_dtype, rms_norm;\n"
 "    f32 norm_epsilon, input_multiplier;\n"
 "}; // 96 bytes\n"
-"\n"
+"\n",
 "// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
-"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n",
+"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
 "#define INF_F32 from_bits(0x7f800000u)\n"
@@ -15266,7 +15270,7 @@ static const char *const moe__kernel_text[] = {
 "DI f32 load_float(const void *data, i32 dtype, i64 at)\n"
 "{\n"
 "    if (dtype == DTYPE_F32) return ((const f32 *)data)[at];\n"
-"    u16 half = ((const u16 *)data)[at];\n"
+"    u16 half = ((const u16 *)data)[at];\n",
 "    return dtype == DTYPE_BF16 \? bf16_f32(half) : cvt_f16(half);\n"
 "}\n"
 "\n"
@@ -15276,7 +15280,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 step = 16; step > 0; step /= 2) x = x + shfl_xor(x, step);\n"
 "    return x;\n"
 "}\n"
-"\n",
+"\n"
 "// Unsigned numbers that order as floats do, -0 equal to +0. Only NaN gives 0.\n"
 "DI u32 order_of(f32 x)\n"
 "{\n"
@@ -15370,14 +15374,14 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = 0; i < PER_LANE; i++) x[i] = (i32)(32 * i) < left \? row[lane() + 32 * i] : none;\n"
 "}\n"
 "\n"
-"// The logits of a token behind multiplier and soft cap, into x and rows.logit. Says whether one was NaN or +inf.\n"
+"// The logits of a token behind multiplier and soft cap, into x and rows.logit. Says whether one was NaN or +inf.\n",
 "DI bool route_logits(const tokens_args &a, i64 token, const warp_rows &rows, f32 (&x)[PER_LANE])\n"
 "{\n"
 "    const routing_args &r = a.routing;\n"
 "    const u32 width = (u32)a.width;\n"
 "    const i64 at = token * a.logits_stride;\n"
 "    bool bad = false;\n"
-"    if (a.logits_dtype == DTYPE_F32) {\n",
+"    if (a.logits_dtype == DTYPE_F32) {\n"
 "        load_row((const f32 *)a.logits + at, width, -INF_F32, x);\n"
 "    } else {\n"
 "        u16 half[PER_LANE];\n"
@@ -15464,14 +15468,14 @@ static const char *const moe__kernel_text[] = {
 "        s.sum = lanes_sum(sum);\n"
 "        if (all && s.sum > 0) divide_row(rows, width, x, s.sum);\n"
 "    } else if (all && score == SCORE_SIGMOID) {\n"
-"        map_fast(rows, width, x, [](f32 v) { return sigmoid_f32(v); });\n"
+"        map_fast(rows, width, x, [](f32 v) { return sigmoid_f32(v); });\n",
 "    } else if (all && score == SCORE_SQRT_SOFTPLUS) {\n"
 "        map_row(rows, width, x, [](f32 v) { return sqrt_softplus_f32(v); });\n"
 "    }\n"
 "    return s;\n"
 "}\n"
 "\n"
-"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n",
+"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n"
 "DI u32 group_rank(const u32 *key, u32 size, bool two)\n"
 "{\n"
 "    u32 first = KEY_NEG_INF, second = KEY_NEG_INF;\n"
@@ -15566,12 +15570,12 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = x[i] + bias[i];\n"
 "    }\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        bool wrong = !(x[i] < INF_F32), there = (i32)(32 * i) < (i32)(ranked - lane());\n"
 "        bad |= wrong && there;\n"
 "        key[i] = !there \? 0 : wrong \? KEY_NEG_INF : order_of(x[i]);\n"
-"    }\n",
+"    }\n"
 "    const bool each = r.groups > 1 && r.group_rule == GROUP_EACH; // top_k / groups of each group, in group order\n"
 "    const i32 parts = each \? r.groups : 1, count = r.top_k / parts;\n"
 "    const u32 size = ranked / (u32)parts;\n"
@@ -15650,14 +15654,14 @@ static const char *const moe__kernel_text[] = {
 "        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n"
 "        if (w[0] != 0) w[0] = w[0] / divisor;\n"
 "        if (second && w[1] != 0) w[1] = w[1] / divisor;\n"
-"    }\n"
+"    }\n",
 "    for (u32 h = 0; h < 2; h++)\n"
 "        if (lane() + 32 * h < n) s.weight[h] = w[h];\n"
 "}\n"
 "\n"
 "// Pseudo-random 32 bits of (seed, token, draw): splitmix64's finaliser.\n"
 "DI u32 route_random(u32 seed, i64 token, i32 draw)\n"
-"{\n",
+"{\n"
 "    u64 z = (((u64)seed << 32) ^ ((u64)token << 6 | (u64)draw)) + 0x9e3779b97f4a7c15ull;\n"
 "    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;\n"
 "    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;\n"
@@ -15738,10 +15742,10 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 h = 0; h < 2; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
 "        if (slot >= a.slots) break;\n"
-"        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n"
+"        if (lost) { s.id[h] = -1; s.weight[h] = 0; continue; }\n",
 "        if (slot >= r.top_k && !r.extra_scored) continue;\n"
 "        if (r.scale_on == SCALE_ON_WEIGHTS) s.weight[h] = s.weight[h] * scale;\n"
-"        if (slot >= r.top_k) continue;\n",
+"        if (slot >= r.top_k) continue;\n"
 "        if (r.per_expert_scale) s.weight[h] = s.weight[h] * a.per_expert_scale[s.id[h]];\n"
 "        if (s.id[h] >= a.num_experts && r.special_kind == SPECIAL_SKIP) { s.id[h] = -1; s.weight[h] = 0; }\n"
 "    }\n"
@@ -15828,11 +15832,11 @@ static const char *const moe__kernel_text[] = {
 "        if (slot >= a.slots) break;\n"
 "        if (a.out_ids != nullptr) a.out_ids[token * a.slots + slot] = s.id[h];\n"
 "        if (a.out_weights != nullptr) a.out_weights[token * a.slots + slot] = s.weight[h];\n"
-"    }\n"
+"    }\n",
 "    warp_sync(); // the next token overwrites the rows\n"
 "}\n"
 "\n"
-"// >>permute  slots in expert order  A counting sort, stable: tokens stay in order inside an expert. Every warp has a\n",
+"// >>permute  slots in expert order  A counting sort, stable: tokens stay in order inside an expert. Every warp has a\n"
 "// run of neighbouring slots and counts ids in 16-bit counters of its own; counters become the places of its slots among\n"
 "// those of the CTA; CTAs (of the cluster, or one a chunk) and experts are then added up. moe.h's moe_permute() gives\n"
 "// the same tables.\n"
@@ -15931,12 +15935,12 @@ static const char *const moe__kernel_text[] = {
 "    if (lane() == 31) scan[warp()] = running;\n"
 "    cta_sync();\n"
 "    for (u32 w = 0; w < warps; w++) before += w < warp() \? scan[w] : 0;\n"
-"    before += running - sum;\n"
+"    before += running - sum;\n",
 "    for (u32 i = begin; i < end; i++) value[i] += before;\n"
 "    if (tid() == ntid() - 1) value[n] = before + sum;\n"
 "    cta_sync();\n"
 "}\n"
-"\n",
+"\n"
 "// From all[id] and row[id]: first row of each local expert, first row of this CTA for each id. A thread takes the ids\n"
 "// that it wrote. first[] is zero before.\n"
 "DI void place_experts(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special)\n"
@@ -16008,9 +16012,9 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// >>router  the router's own product  logits = W (x norm scale multiplier) + bias in fp32, in the order of moe.h's dot\n"
-"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n"
+"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n",
 "// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
-"//\n",
+"//\n"
 "//   T         CTA tile, tokens x experts   half-warp   weights                       x\n"
 "//   up to 8   8 x 2                        1 x 1       ring of 16 stages of 256 k    registers, straight from memory\n"
 "//   to 256    16 x 16                      4 x 4       2 stages of 64 k, cp.async    the same stages, behind the norm\n"
@@ -16103,9 +16107,9 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 c = 0; c < ROUTER_RING - 1; c++) {\n"
 "        if (c < chunks) load_weights<ROUTER_RING_K>(a, ring + c * stage_words, first, 2, c * ROUTER_RING_K);\n"
 "        cp_async_commit();\n"
-"    }\n"
+"    }\n",
 "    if (token < tokens) norm = router_norm(a, token);\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 s = 0; s < steps; s++) next[s] = token < tokens \? router_x(a, token, 16 * s + lane16()) : 0;\n"
 "    for (u32 c = 0; c < chunks; c++) {\n"
 "        const u32 k0 = c * ROUTER_RING_K, left = ((u32)a.ld - k0) / 16, ahead = c + ROUTER_RING - 1;\n"
@@ -16455,7 +16459,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "9273c2824fcb57506cfe470dee7e4d8d99ab8046778dbe491498209f211c8daa";
+    return "02b310c83146f19a637a9b2f7df7ac313aa4b7ae75d173dce7461dc0fbf0771e";
 }
 #endif
 // >>kernels-end
