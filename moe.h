@@ -12267,7 +12267,9 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     out->args_bytes = (int32_t)args_bytes;
     out->threads = threads;
     out->smem_bytes = smem_bytes;
-    moe__text_format(&label, "%s%d_sm%d", name, value, arch);
+    moe__text_string(&label, name);
+    if (value > 1) moe__text_format(&label, "%d", value); // a size; flags are in the name
+    moe__text_format(&label, "_sm%d", arch);
     if (parameter != NULL) moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
 }
 
@@ -12290,7 +12292,8 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
                            moe__sort_smem(256 / 32, ids_end));
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
-        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
+        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits",
+                           bf16 ? "router_logits_bf16" : "router_logits_f32", "BF16",
                            bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
 }
 #endif
