@@ -40,7 +40,8 @@ if [ -f tests/test_math.c ]; then collect "every float:" build/full test_math; f
 variant native build/native TEST_FLAGS="-O3 -march=native -ffp-contract=fast"
 
 if command -v aarch64-linux-gnu-gcc >/dev/null 2>&1 && command -v qemu-aarch64 >/dev/null 2>&1; then
-    variant aarch64 build/aarch64 TEST_SECONDS=900 CC=aarch64-linux-gnu-gcc EXTRA=-static RUN=qemu-aarch64
+    variant aarch64 build/aarch64 TEST_SECONDS=900 CC=aarch64-linux-gnu-gcc \
+        RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 else
     omitted "aarch64: no aarch64-linux-gnu-gcc and qemu-aarch64"
 fi

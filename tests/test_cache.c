@@ -768,6 +768,5 @@ TEST_MAIN(T(a_warm_start_compiles_nothing_and_opens_no_nvrtc) T(a_context_compil
           T(exported_kernels_are_used_before_the_cache) T(trimming_keeps_what_was_written_last)
           T(every_allocation_may_fail))
 #else
-TEST(a_build_or_system_without_the_cache) { test_skip("libraries are made on Linux"); }
-TEST_MAIN(T(a_build_or_system_without_the_cache))
+TEST_MAIN() // the libraries that the tests open are made on Linux
 #endif

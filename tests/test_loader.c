@@ -212,6 +212,5 @@ TEST_MAIN(T(a_missing_driver_is_listed_by_path) T(library_paths_are_absolute) T(
 #endif
 )
 #else
-TEST(a_build_or_system_without_the_loader) { test_skip("libraries are made on Linux"); }
-TEST_MAIN(T(a_build_or_system_without_the_loader))
+TEST_MAIN() // the libraries that the tests open are made on Linux
 #endif
