@@ -69,7 +69,7 @@ if have g++ && [ "$(uname -s) $(uname -m)" = "Linux x86_64" ]; then
     refuse "for another chip it says where NVRTC is not" $nvrtc prewarm kernels $qwen sm_86
     nvrtc=
     try "prewarm without a config has the common shapes" lists 11 0 common
-    refuse "a chip that there is not is refused" "desc.chips" prewarm none $qwen sm_91
+    refuse "a chip that there is not is refused" "desc.chips" prewarm none $qwen sm_90
 else
     skip "prewarm" "the emulated NVRTC needs g++, Linux and an x86-64 processor"
 fi
