@@ -31,6 +31,7 @@ help:
 	@echo "make mutants      breaks one thing at a time and checks that a test reports it"
 	@echo "make golden       regenerates tests/golden and tests/data (Python)"
 	@echo "make embed        copies moe_kernels.cu.inc into moe.h; make check-embed says whether that was done"
+	@echo "make kernels      every kernel through NVRTC into tests/data/resources.tsv; make check-kernels compares"
 	@echo "make picture      regenerates examples/demo.svg"
 
 demo: $(B)/moe_layer
@@ -44,8 +45,6 @@ test-bare:
 
 test-gpu test-sanitizer:
 	@sh tests/gpu.sh $@
-
-emu: $(EMU_LIBS)
 
 mutants: emu $(B)/run_mutants
 	@$(B)/run_mutants
@@ -68,6 +67,12 @@ embed: $(B)/embed
 check-embed: $(B)/embed
 	@$(B)/embed --check moe.h moe_kernels.cu.inc
 
+kernels: $(B)/kernels
+	$(B)/kernels tests/data/resources.tsv
+
+check-kernels: $(B)/kernels
+	$(B)/kernels --check tests/data/resources.tsv
+
 clean:
 	rm -rf build
 
@@ -80,6 +85,10 @@ $(EXAMPLES:%=$(B)/%): $(B)/%: examples/%.c moe.h $(wildcard examples/*.h)
 $(B)/embed: tests/embed.c
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O1 $(WARN) $(EXTRA) -o $@ $<
+
+$(B)/kernels: tests/kernels.c moe.h
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread
 
 $(B)/libmoe.so: moe.h
 	@mkdir -p $(@D)
@@ -106,6 +115,8 @@ EMU_FLAGS = -std=c++17 -O2 -g -fPIC -fno-omit-frame-pointer
 EMU_LIBS = $(EMU_B)/libcuda.so.1 $(EMU_B)/libnvrtc.so.13
 EMU_ENGINE = engine check sync async matrix
 EMU_DRIVER = driver stream graph host
+
+emu: $(EMU_LIBS)
 
 $(EMU_B)/%.o: tests/emu/%.cc $(wildcard tests/emu/*.h)
 	@mkdir -p $(@D)
@@ -151,4 +162,4 @@ emu-logs: gpu-logs $(B)/log/emu_test_engine.log $(B)/log/emu_test_driver.log
 
 FORCE:
 .PRECIOUS: $(B)/tests/test_%$(EXE) $(B)/tests/gpu_%
-.PHONY: all help demo test check test-gpu test-sanitizer emu mutants gpu-logs emu-logs test-bare lib golden bench embed check-embed picture clean test-logs FORCE
+.PHONY: all help demo test check test-gpu test-sanitizer emu mutants gpu-logs emu-logs test-bare lib golden bench embed check-embed kernels check-kernels picture clean test-logs FORCE

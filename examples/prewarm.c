@@ -1,7 +1,8 @@
 // prewarm.c - fills a cache folder with the kernels of a model's MoE layer, for chips that need not be here; no GPU
 //
-//     cc -O2 examples/prewarm.c -o prewarm -lpthread        (with a glibc before 2.34 also -ldl)
-//     ./prewarm /var/cache/moe config.json sm_90a sm_100f   without a config: common routing shapes; no chips: sm_90a
+//     cc -O2 examples/prewarm.c -o prewarm -lpthread && ./prewarm /var/cache/moe config.json sm_90a sm_100f
+//
+// With a glibc before 2.34 also -ldl. Without a config: common routing shapes; without chips: sm_90a.
 //
 // An engine that is started with MOE_CACHE_DIR=/var/cache/moe (or has the folder in an image, as jit.seed_dir) then
 // makes its plans in milliseconds and needs no NVRTC.

@@ -2,6 +2,8 @@
 strict=-fno-omit-frame-pointer
 
 groups matrix options include
+groups kernels
+grep '^omitted: ' build/log/group_kernels.log # not counted as missing in CI: NVRTC is nothing that Debian has
 if can_emulate; then
     emulated sm_80 build/sm_80 MOE_EMU_DEVICES=80
     emulated "seed 2" build/seed MOE_EMU_SEED=2

@@ -38,6 +38,42 @@ for folder in qwen3_moe gpt_oss llama4 deepseek_v3; do # other layouts: stacked,
     try "own_loader, $folder layer ${layer:-0}" says 'tensors set' "$temp/own_loader" tests/golden/$folder "${layer:-0}"
 done
 
+# ---- kernels ahead of time, with the NVRTC of the emulated device --------------------------------------------------
+prewarm() { # FOLDER ARGUMENTS...
+    mkdir -p build/emu/objects
+    folder=$(pwd)/$temp/$1
+    shift
+    env MOE_NVRTC_LIB="${nvrtc:-$(pwd)/build/emu/libnvrtc.so.13}" MOE_EMU_DEVICE_H="$(pwd)/tests/emu/device.h" \
+        MOE_EMU_CACHE="$(pwd)/build/emu/objects" "$temp/prewarm" "$folder" "$@"
+}
+lists() { # COUNT CACHED ARGUMENTS...: as many lines, each numbered, of kernels, and a total of what is in the folder
+    count=$1 cached=$2
+    shift 2
+    prewarm "$@" >"$temp/lines" || { cat "$temp/lines"; return 1; }
+    stored=$(find "$temp/$1" -name '*.bin' | wc -l)
+    awk -v count="$count" -v cached="$cached" '
+        $1 == ++n "/" count && $4 > 0 && $5 == "bytes" { bytes += $4; there += / there already$/; next }
+        { total = $0 }
+        END { exit !(n == count + 1 && there == cached && index(total, bytes " bytes in /") == 1) }' "$temp/lines" &&
+        [ "$stored" -eq "$count" ] || { cat "$temp/lines"; echo "$stored files"; return 1; }
+}
+if have g++ && [ "$(uname -s) $(uname -m)" = "Linux x86_64" ]; then
+    qwen=tests/golden/qwen3_moe/config.json
+    rm -rf "$temp/kernels" "$temp/common"
+    try "the emulated NVRTC builds" ${MAKE:-make} -s build/emu/libnvrtc.so.13
+    try "prewarm builds with the line in its comment" build_line examples/prewarm.c
+    try "prewarm has a line for each kernel of a config.json for two chips, and a total" \
+        lists 10 0 kernels $qwen sm_80 sm_90a
+    nvrtc=/nonexistent/libnvrtc.so
+    try "the second time all are there, and NVRTC need not be" lists 10 10 kernels $qwen sm_80 sm_90a
+    refuse "for another chip it says where NVRTC is not" $nvrtc prewarm kernels $qwen sm_86
+    nvrtc=
+    try "prewarm without a config has the common shapes" lists 11 0 common
+    refuse "a chip that there is not is refused" "desc.chips" prewarm none $qwen sm_90
+else
+    skip "prewarm" "the emulated NVRTC needs g++, Linux and an x86-64 processor"
+fi
+
 # ---- other languages ------------------------------------------------------------------------------------------------
 if have "$CXX"; then
     cpp() { $CXX -std=c++11 -o "$temp/hello_cpp" examples/ffi/hello.cpp -lpthread; }

@@ -2,11 +2,13 @@
 # Each option switched off: compiled without a warning, linked, one call of each part run.
 . tests/group.sh
 PARTS_FILE=$temp/parts.moe
-export PARTS_FILE
+MOE_CUDA_LIB=not/absolute/libcuda.so.1
+export PARTS_FILE MOE_CUDA_LIB
 warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror"
 threads="-lpthread"
 for option in NONE MOE_NO_THREADS MOE_NO_FILES MOE_NO_CONFIG MOE_NO_CHECKPOINT MOE_NO_CPU_SIMD MOE_STATIC \
-    "MOE_NO_THREADS -DMOE_NO_FILES -DMOE_NO_CONFIG -DMOE_NO_CPU_SIMD"; do
+    MOE_NO_CUDA MOE_NO_ENV "MOE_NO_CUDA -DMOE_NO_FILES" "MOE_NO_THREADS -DMOE_NO_FILES" \
+    "MOE_NO_THREADS -DMOE_NO_FILES -DMOE_NO_CONFIG -DMOE_NO_CPU_SIMD -DMOE_NO_CUDA -DMOE_NO_ENV"; do
     case $option in *NO_THREADS*) libs= ;; *) libs=$threads ;; esac
     for compiler in gcc clang; do
         case $compiler in gcc) level=-O1 ;; *) level=-O0 ;; esac

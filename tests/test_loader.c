@@ -167,6 +167,38 @@ TEST(nvrtc_has_messages_of_its_own)
     compile_refused(nvrtc("no_family.so", 12, 8, "80, 90, 100", 1), "sm_100f", MOE_ERROR_NVRTC, "NVRTC 12.8");
 }
 
+// A library that alone knows its chip lies at `file` below the folder that `variable` names: a new one each time, as
+// libraries stay open.
+static void found_below(const char *variable, const char *file, int major)
+{
+    static int number;
+    char prefix[32], name[256], path[1500], command[1600], words[64];
+    snprintf(prefix, sizeof prefix, "prefix%d", number++);
+    snprintf(name, sizeof name, "%s/%s", prefix, file);
+    fake_path(path, name);
+    *strrchr(path, '/') = 0;
+    snprintf(command, sizeof command, "mkdir -p '%s'", path);
+    if (system(command) != 0) test_fail(__FILE__, __LINE__, command);
+    nvrtc(name, major, 9, "130", 1);
+    fake_path(path, prefix);
+    setenv(variable, path, 1);
+    snprintf(words, sizeof words, "does not compile with NVRTC %d.9", major);
+    compile_refused(NULL, "sm_130f", MOE_ERROR_COMPILE, words);
+    CHECK_CONTAINS(said, name);
+    unsetenv(variable);
+}
+
+TEST(toolkits_and_wheels_are_searched_for_nvrtc)
+{
+    unsetenv("MOE_NVRTC_LIB");
+    found_below("CUDA_HOME", "lib64/libnvrtc.so.13", 13);
+    found_below("CUDA_HOME", "lib/libnvrtc.so.13", 13);
+    found_below("CUDA_PATH", "lib64/libnvrtc.so.12", 12);
+    found_below("CONDA_PREFIX", "lib/libnvrtc.so.12", 12);
+    found_below("VIRTUAL_ENV", "lib/python3.11/site-packages/nvidia/cu13/lib/libnvrtc.so.13", 13);
+    found_below("VIRTUAL_ENV", "lib/python3.8/dist-packages/nvidia/cuda_nvrtc/lib/libnvrtc.so.12", 12);
+}
+
 TEST(the_compilers_words_are_in_the_message_and_the_log)
 {
     compile_refused(nvrtc("fails.so", 12, 4, "80, 90", 1), "sm_90a", MOE_ERROR_COMPILE, "NVRTC_ERROR_TEST: line 1\nline 2");
@@ -206,6 +238,7 @@ TEST_MAIN(T(a_missing_driver_is_listed_by_path) T(library_paths_are_absolute) T(
           T(no_device_is_told_with_the_drivers_name_for_it) T(an_old_driver_is_told_with_its_version)
           T(a_missing_function_is_named) T(functions_of_later_versions_may_be_missing)
           T(a_device_number_past_the_last_is_refused) T(an_old_chip_is_refused) T(nvrtc_has_messages_of_its_own)
+          T(toolkits_and_wheels_are_searched_for_nvrtc)
           T(the_compilers_words_are_in_the_message_and_the_log) T(chips_are_checked_by_name)
 #if !defined(TEST_SANITIZED)
           T(a_process_with_more_rights_than_its_user_ignores_the_environment)

@@ -144,10 +144,34 @@ static int check(moe_error *err)
     return code;
 }
 
+// The back end for GPUs, which MOE_NO_CUDA leaves out. Where the environment names a library by a path that is not
+// absolute, it is refused, unless MOE_NO_ENV leaves the environment alone.
+static int check_cuda(moe_error *err)
+{
+    const char *library = getenv("MOE_CUDA_LIB");
+    moe_context_desc desc;
+    moe_context *ctx;
+    int32_t result;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = MOE_BACKEND_CUDA;
+    result = moe_context_create(&desc, &ctx, err);
+    if (result == MOE_OK) moe_context_destroy(ctx);
+#if defined(MOE_NO_CUDA)
+    (void)library;
+    if (result == MOE_OK || strstr(err->text, "MOE_NO_CUDA") == NULL) return 18;
+#elif defined(MOE_NO_ENV)
+    if (library != NULL && result != MOE_OK && strstr(err->text, library) != NULL) return 19;
+#else
+    if (library != NULL && library[0] != '/' && (result == MOE_OK || strstr(err->text, library) == NULL)) return 20;
+#endif
+    return 0;
+}
+
 int main(void)
 {
     moe_error err;
     int code = check(&err);
+    if (code == 0) code = check_cuda(&err);
     if (code != 0) printf("call %d: %s\n", code, err.text);
     return code;
 }
