@@ -12189,8 +12189,7 @@ enum {
     MOE__ONE_WIDTH = 512,       // of the router
     MOE__CLUSTER_MAX = 8,       // what every chip with clusters takes
     MOE__CHUNK_MIN = 16,        // tokens of a CTA in two launches: one for each warp of the first
-    MOE__CHUNK_MAX = 1024,
-    MOE__ROUTER_SMEM = 41472
+    MOE__CHUNK_MAX = 1024
 };
 
 static int32_t moe__chip_has_clusters(int32_t arch) { return arch >= 90; }
@@ -12246,15 +12245,30 @@ static int32_t moe__route_one_smem(int32_t width, int32_t ids_end, int32_t slots
            moe__sort_smem(warps, ids_end);
 }
 
-// Tiles of the router's product, at most two CTAs an SM.
-static int32_t moe__router_ctas(int32_t tokens, int32_t width, int32_t sms)
+// What a CTA of the router's product computes: tokens x experts, and how much of k at a time.
+typedef struct moe__router_shape {
+    int32_t tokens, experts, k;
+} moe__router_shape;
+
+static moe__router_shape moe__router_shape_of(int32_t tokens, int32_t x_dtype)
 {
-    int32_t side = tokens <= 256 ? 16 : 32, tiles = (width + 1) / 2;
-    if (tokens > 8) {
-        int32_t across = (width + side - 1) / side, down = (tokens + side - 1) / side;
-        tiles = down > 2 * sms / across ? 2 * sms : down * across;
-    }
-    return moe__min32(tiles, 2 * sms);
+    static const moe__router_shape shapes[] = { { 1, 2, 4096 }, { 8, 2, 1024 }, { 8, 8, 512 }, { 16, 16, 256 },
+                                                { 32, 32, 128 } };
+    if (x_dtype == MOE_DTYPE_F32) return shapes[3];
+    return shapes[tokens <= 1 ? 0 : tokens <= 8 ? 1 : tokens <= 32 ? 2 : tokens <= 512 ? 3 : 4];
+}
+
+// Its tiles, at most two CTAs an SM.
+static int32_t moe__router_ctas(moe__router_shape shape, int32_t tokens, int32_t width, int32_t sms)
+{
+    int32_t across = (width + shape.experts - 1) / shape.experts, down = (tokens + shape.tokens - 1) / shape.tokens;
+    return down > 2 * sms / across ? 2 * sms : down * across;
+}
+
+// Two stages of x and of weights, and a norm for each token.
+static int32_t moe__router_smem(moe__router_shape shape, int32_t bf16)
+{
+    return 8 * shape.tokens * shape.k + 2 * shape.experts * (shape.k + 16) * (bf16 ? 2 : 4) + 4 * shape.tokens;
 }
 
 static void moe__instance_make(moe__instance *out, const char *entry, const char *name, const char *parameter,
@@ -12291,7 +12305,9 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
         moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
-                           bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
+                           bf16, arch, sizeof(moe__router_args), 256,
+                           moe__max32(moe__router_smem(moe__router_shape_of(1, MOE_DTYPE_BF16), bf16),
+                                      moe__router_smem(moe__router_shape_of(8, MOE_DTYPE_BF16), bf16))); // the most
 }
 #endif
 
@@ -13527,6 +13543,7 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
     const moe_router_desc *router = &plan->layer.router;
     moe__router_args a;
     int32_t entered, result = moe__check_device(run, NULL), bf16 = run->weights->device.router_bf16;
+    moe__router_shape shape = moe__router_shape_of(run->args.num_tokens, plan->desc.x_dtype);
     if (result != MOE_OK) return result;
     if ((uintptr_t)out % 4 != 0) return MOE_ERROR_ARGUMENT;
     a.x = run->args.x;
@@ -13547,9 +13564,9 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
     a.input_multiplier = router->input_multiplier;
     if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
     result = moe__stage_launch(plan, bf16 ? MOE__KERNEL_ROUTER_BF16 : MOE__KERNEL_ROUTER_F32,
-                               moe__router_ctas(a.num_tokens, a.width, plan->ctx->cuda->sms), 1,
-                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl, MOE__ROUTER_SMEM, &a,
-                               stream);
+                               moe__router_ctas(shape, a.num_tokens, a.width, plan->ctx->cuda->sms), 1,
+                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl,
+                               moe__router_smem(shape, bf16), &a, stream);
     moe__cuda_leave(plan->ctx, entered);
     return moe__cuda_result(result);
 }
@@ -16012,13 +16029,16 @@ static const char *const moe__kernel_text[] = {
 "// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n"
 "// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
 "//\n"
-"//   T         CTA tile, tokens x experts   half-warp   weights                       x\n"
-"//   up to 8   8 x 2                        1 x 1       ring of 16 stages of 256 k    registers, straight from memory\n"
-"//   to 256    16 x 16                      4 x 4       2 stages of 64 k, cp.async    the same stages, behind the norm\n"
-"//   more      32 x 32                      8 x 8\n"
+"//   T         CTA tile, tokens x experts   half-warps   each    K of a stage\n"
+"//   1         1 x 2                        1 x 2        1 x 1   4096\n"
+"//   to 8      8 x 2                        8 x 2        1 x 1   1024\n"
+"//   to 32     8 x 8                        4 x 4        2 x 2   512\n"
+"//   to 512    16 x 16                      4 x 4        4 x 4   256\n"
+"//   more      32 x 32                      4 x 4        8 x 8   128\n"
 "//\n"
-"// A CTA takes tiles cta, cta + ncta, ... Rows of a stage are 16 words longer than their contents, so that neighbouring\n"
-"// experts, which the two halves of a warp read, lie in different banks. 41,472 bytes of shared memory, 256 threads.\n"
+"// A CTA takes tiles cta, cta + ncta, ... It has two stages: while one is multiplied, cp.async fills the other's weights\n"
+"// and x is on its way to registers. Behind norm and scale x is put down in pairs, k and k + 16 side by side. Rows of\n"
+"// weights are 16 words longer than their contents, so that the halves of a warp do not meet in a bank.\n"
 "\n"
 "#ifndef MOE_P_BF16\n"
 "#define MOE_P_BF16 0\n"
@@ -16032,15 +16052,7 @@ static const char *const moe__kernel_text[] = {
 "DI f32 widen_weight(router_weight w) { return w; }\n"
 "#endif\n"
 "\n"
-"enum {\n"
-"    ROUTER_FEW = 8,          // tokens\n"
-"    ROUTER_SOME = 256,\n"
-"    ROUTER_RING = 16,        // stages\n"
-"    ROUTER_RING_K = 256,\n"
-"    ROUTER_K = 64,\n"
-"    ROUTER_PAD = 16,\n"
-"    ROUTER_STAGES = 40960    // bytes of both; norms lie behind them\n"
-"};\n"
+"enum { ROUTER_PAD = 16 };\n"
 "\n"
 "DI u32 lane16() { return tid() % 16; }\n"
 "\n"
@@ -16051,20 +16063,31 @@ static const char *const moe__kernel_text[] = {
 "    return x;\n"
 "}\n"
 "\n"
-"DI f32 router_x(const router_args &a, u32 token, u32 k)\n"
+"// x as it lies in memory, and later what that is: a conversion beside the load would make each load wait for the one\n"
+"// before.\n"
+"template <class X> DI X load_x(const router_args &a, u32 token, u32 k)\n"
 "{\n"
-"    return k < (u32)a.input_size \? load_float(a.x, a.x_dtype, (i64)token * a.x_stride + k) : 0;\n"
+"    return k < (u32)a.input_size \? ((const X *)a.x)[(i64)token * a.x_stride + k] : (X)0;\n"
 "}\n"
+"\n",
+"DI f32 widen_x(const router_args &, f32 x) { return x; }\n"
+"DI f32 widen_x(const router_args &a, u16 x) { return a.x_dtype == DTYPE_BF16 \? bf16_f32(x) : cvt_f16(x); }\n"
 "\n"
-"// 1 / sqrt(mean of squares + epsilon) of a token, by 16 threads; 1 without norm.\n",
-"DI f32 router_norm(const router_args &a, u32 token)\n"
+"// 1 / sqrt(mean of squares + epsilon) of a token, by 16 threads; 1 without norm. Squares of the zeros behind the last\n"
+"// element change no bit of the sum.\n"
+"template <class X> DI f32 router_norm(const router_args &a, u32 token)\n"
 "{\n"
 "    f32 sum = 0;\n"
 "    if (!a.rms_norm) return 1;\n"
-"#pragma unroll 8\n"
-"    for (u32 k = lane16(); k < (u32)a.ld; k += 16) {\n"
-"        f32 x = router_x(a, token, k);\n"
-"        sum = fmaf(x, x, sum);\n"
+"    for (u32 k = lane16(); k < (u32)a.ld; k += 16 * 16) {\n"
+"        X raw[16];\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < 16; i++) raw[i] = load_x<X>(a, token, k + 16 * i);\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < 16; i++) {\n"
+"            f32 x = widen_x(a, raw[i]);\n"
+"            sum = fmaf(x, x, sum);\n"
+"        }\n"
 "    }\n"
 "    return 1.0f / sqrt_rn(lanes16_sum(sum) / (f32)a.input_size + a.norm_epsilon);\n"
 "}\n"
@@ -16075,15 +16098,15 @@ static const char *const moe__kernel_text[] = {
 "    return x * norm * scale * a.input_multiplier;\n"
 "}\n"
 "\n"
-"// Weights [first, first + rows) x [k0, k0 + STAGE_K) into a stage, by all threads; zeros where there are none.\n"
-"template <u32 STAGE_K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 rows, u32 k0)\n"
+"// Weights [first, first + ROWS) x [k0, k0 + K) into a stage, by all threads; zeros where there are none.\n"
+"template <u32 ROWS, u32 K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 k0)\n"
 "{\n"
-"    const u32 piece = 16 / sizeof(router_weight), pieces = STAGE_K / piece;\n"
+"    const u32 piece = 16 / sizeof(router_weight), pieces = K / piece;\n"
 "    const router_weight *w = (const router_weight *)a.weight;\n"
-"    for (u32 i = tid(); i < rows * pieces; i += ntid()) {\n"
+"    for (u32 i = tid(); i < ROWS * pieces; i += ntid()) {\n"
 "        u32 row = i / pieces, k = k0 + i % pieces * piece;\n"
 "        bool there = first + row < (u32)a.width && k < (u32)a.ld;\n"
-"        cp_async_16(stage + row * (STAGE_K + ROUTER_PAD) + i % pieces * piece,\n"
+"        cp_async_16(stage + row * (K + ROUTER_PAD) + i % pieces * piece,\n"
 "                    there \? w + (i64)(first + row) * a.ld + k : w, there \? 16 : 0);\n"
 "    }\n"
 "}\n"
@@ -16094,94 +16117,73 @@ static const char *const moe__kernel_text[] = {
 "    a.out[(i64)token * a.width + expert] = a.bias == nullptr \? sum : sum + a.bias[expert];\n"
 "}\n"
 "\n"
-"// Two experts, up to 8 tokens: a warp has a token, its halves an expert each.\n"
-"DI void router_few(const router_args &a, u32 first, u32 tokens)\n"
+"// Adds `pairs` times 32 elements of a stage. x: this thread's of the first token; w: of the first expert.\n"
+"template <u32 TM, u32 TN, u32 WN, u32 K> DI void router_multiply(const f32x2 *x, const router_weight *w, u32 pairs,\n"
+"                                                                 f32 (&sum)[TM][TN])\n"
 "{\n"
-"    const u32 stage_words = 2 * (ROUTER_RING_K + ROUTER_PAD), steps = ROUTER_RING_K / 16;\n"
-"    const u32 chunks = ((u32)a.ld + ROUTER_RING_K - 1) / ROUTER_RING_K, half = lane() / 16, token = warp();\n"
-"    router_weight *ring = (router_weight *)smem();\n"
-"    f32 sum = 0, norm = 1, x[steps], next[steps];\n"
-"    for (u32 c = 0; c < ROUTER_RING - 1; c++) {\n"
-"        if (c < chunks) load_weights<ROUTER_RING_K>(a, ring + c * stage_words, first, 2, c * ROUTER_RING_K);\n"
-"        cp_async_commit();\n"
-"    }\n"
-"    if (token < tokens) norm = router_norm(a, token);\n"
+"#pragma unroll (TM * TN < 4 \? 8 : 1)\n"
+"    for (u32 s = 0; s < pairs; s++) {\n"
+"        f32x2 xs[TM];\n"
 "#pragma unroll\n"
-"    for (u32 s = 0; s < steps; s++) next[s] = token < tokens \? router_x(a, token, 16 * s + lane16()) : 0;\n"
-"    for (u32 c = 0; c < chunks; c++) {\n"
-"        const u32 k0 = c * ROUTER_RING_K, left = ((u32)a.ld - k0) / 16, ahead = c + ROUTER_RING - 1;\n"
-"        const router_weight *w = ring + c % ROUTER_RING * stage_words + half * (ROUTER_RING_K + ROUTER_PAD) + lane16();\n"
-"        cp_async_wait<ROUTER_RING - 2>();\n"
-"        cta_sync();\n"
-"        if (ahead < chunks)\n"
-"            load_weights<ROUTER_RING_K>(a, ring + ahead % ROUTER_RING * stage_words, first, 2, ahead * ROUTER_RING_K);\n"
-"        cp_async_commit();\n"
-"        if (token >= tokens) continue;\n"
+"        for (u32 i = 0; i < TM; i++) xs[i] = x[i * (K / 2) + 16 * s];\n"
 "#pragma unroll\n"
-"        for (u32 s = 0; s < steps; s++) {\n"
-"            u32 k = k0 + 16 * s + lane16();\n"
-"            x[s] = router_scaled(a, next[s], norm, k);\n"
-"            next[s] = router_x(a, token, k + ROUTER_RING_K);\n"
+"        for (u32 h = 0; h < 2; h++) {\n"
+"            f32 ws[TN];\n"
+"#pragma unroll\n"
+"            for (u32 j = 0; j < TN; j++) ws[j] = widen_weight(w[j * WN * (K + ROUTER_PAD) + 32 * s + 16 * h]);\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < TM; i++)\n"
+"#pragma unroll\n"
+"                for (u32 j = 0; j < TN; j++) sum[i][j] = fmaf(h == 0 \? xs[i].x : xs[i].y, ws[j], sum[i][j]);\n"
 "        }\n"
-"#pragma unroll\n"
-"        for (u32 s = 0; s < steps; s++)\n"
-"            if (s < left) sum = fmaf(x[s], widen_weight(w[16 * s]), sum);\n"
 "    }\n"
-"    cp_async_wait<0>();\n"
-"    cta_sync();\n"
-"    if (token < tokens) router_store(a, lanes16_sum(sum), token, first + half, tokens);\n"
 "}\n"
 "\n"
-"// 4 TM tokens from `first_token` on x 4 TN experts from `first` on. Warp w has tokens (w % 4) TM ..., its half h\n"
-"// experts (w / 4) 2 TN + h, + 2, + 4, ...\n"
-"template <u32 TM, u32 TN> DI void router_tile(const router_args &a, u32 first_token, u32 first, u32 tokens)\n"
+"// TM WM tokens from `first_token` on x TN WN experts from `first` on. Half-warp h has tokens h / WN TM ..., experts\n"
+"// h % WN, + WN, + 2 WN, ...\n"
+"template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K>\n"
+"DI void router_tile(const router_args &a, u32 first_token, u32 first, u32 tokens)\n"
 "{\n"
-"    const u32 row = ROUTER_K + ROUTER_PAD, chunks = ((u32)a.ld + ROUTER_K - 1) / ROUTER_K;\n"
-"    const u32 token0 = warp() % 4 * TM, expert0 = warp() / 4 * 2 * TN + lane() / 16;\n"
-"    const u32 my_k = tid() % ROUTER_K, my_row = tid() / ROUTER_K;\n"
-"    f32 *norms = (f32 *)(smem() + ROUTER_STAGES), *x_stage = (f32 *)smem(), sum[TM][TN], next[TM];\n",
-"    router_weight *w_stage = (router_weight *)(x_stage + 2 * 4 * TM * row);\n"
-"    for (u32 i = tid() / 16; i < 4 * TM; i += 16) {\n"
-"        f32 norm = router_norm(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
-"        if (lane16() == 0) norms[i] = norm;\n"
+"    const u32 height = TM * WM, breadth = TN * WN, each = height * K / 512, chunks = ((u32)a.ld + K - 1) / K;\n"
+"    const u32 token0 = tid() / 16 / WN * TM, expert0 = tid() / 16 % WN;\n"
+"    const bool busy = token0 < height && first_token + token0 < tokens;\n"
+"    f32x2 *x_stage = (f32x2 *)smem();\n"
+"    router_weight *w_stage = (router_weight *)(x_stage + height * K);\n"
+"    f32 *norms = (f32 *)(w_stage + 2 * breadth * (K + ROUTER_PAD)), sum[TM][TN];\n"
+"    for (u32 i = tid() / 16; i < (height + 15) / 16 * 16; i += 16) {\n"
+"        f32 norm = router_norm<X>(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
+"        if (lane16() == 0 && i < height) norms[i] = norm;\n"
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
 "        for (u32 j = 0; j < TN; j++) sum[i][j] = 0;\n"
-"    cta_sync();\n"
+"    cta_sync();\n",
 "    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
-"        const u32 k = c * ROUTER_K + my_k;\n"
+"        X next[2 * each];\n"
 "        if (c < chunks) {\n"
-"            load_weights<ROUTER_K>(a, w_stage + c % 2 * 4 * TN * row, first, 4 * TN, c * ROUTER_K);\n"
+"            load_weights<breadth, K>(a, w_stage + c % 2 * breadth * (K + ROUTER_PAD), first, c * K);\n"
 "#pragma unroll\n"
-"            for (u32 i = 0; i < TM; i++) {\n"
-"                u32 token = first_token + my_row + 4 * i;\n"
-"                next[i] = token < tokens \? router_x(a, token, k) : 0;\n"
+"            for (u32 i = 0; i < 2 * each; i++) {\n"
+"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n"
+"                u32 k = c * K + pair % (K / 2) / 16 * 32 + i % 2 * 16 + lane16();\n"
+"                next[i] = token < tokens \? load_x<X>(a, token, k) : (X)0;\n"
 "            }\n"
 "        }\n"
 "        cp_async_commit();\n"
-"        if (c > 0) {\n"
-"            const u32 steps = c < chunks \? ROUTER_K / 16 : ((u32)a.ld - (chunks - 1) * ROUTER_K) / 16;\n"
-"            const f32 *x = x_stage + ((c - 1) % 2 * 4 * TM + token0) * row + lane16();\n"
-"            const router_weight *w = w_stage + ((c - 1) % 2 * 4 * TN + expert0) * row + lane16();\n"
-"            for (u32 s = 0; s < steps; s++) {\n"
-"                f32 xs[TM], ws[TN];\n"
-"#pragma unroll\n"
-"                for (u32 i = 0; i < TM; i++) xs[i] = x[i * row + 16 * s];\n"
-"#pragma unroll\n"
-"                for (u32 j = 0; j < TN; j++) ws[j] = widen_weight(w[2 * j * row + 16 * s]);\n"
-"#pragma unroll\n"
-"                for (u32 i = 0; i < TM; i++)\n"
-"#pragma unroll\n"
-"                    for (u32 j = 0; j < TN; j++) sum[i][j] = fmaf(xs[i], ws[j], sum[i][j]);\n"
-"            }\n"
-"        }\n"
+"        if (c > 0 && busy)\n"
+"            router_multiply<TM, TN, WN, K>(\n"
+"                x_stage + ((c - 1) % 2 * height + token0) * (K / 2) + lane16(),\n"
+"                w_stage + ((c - 1) % 2 * breadth + expert0) * (K + ROUTER_PAD) + lane16(),\n"
+"                (c < chunks \? K : (u32)a.ld - (chunks - 1) * K) / 32, sum);\n"
 "        if (c < chunks) {\n"
 "#pragma unroll\n"
-"            for (u32 i = 0; i < TM; i++)\n"
-"                x_stage[(c % 2 * 4 * TM + my_row + 4 * i) * row + my_k] =\n"
-"                    router_scaled(a, next[i], norms[my_row + 4 * i], k);\n"
+"            for (u32 i = 0; i < each; i++) {\n"
+"                u32 pair = tid() + i * 256, k = c * K + pair % (K / 2) / 16 * 32 + lane16();\n"
+"                f32 norm = norms[pair / (K / 2)], x = router_scaled(a, widen_x(a, next[2 * i]), norm, k);\n"
+"                f32 y = router_scaled(a, widen_x(a, next[2 * i + 1]), norm, k + 16);\n"
+"                x_stage[c % 2 * height * (K / 2) + pair] = { x, y };\n"
+"            }\n"
 "        }\n"
 "        cp_async_wait<0>();\n"
 "        cta_sync();\n"
@@ -16190,7 +16192,29 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
 "        for (u32 j = 0; j < TN; j++)\n"
-"            router_store(a, lanes16_sum(sum[i][j]), first_token + token0 + i, first + expert0 + 2 * j, tokens);\n"
+"            router_store(a, lanes16_sum(sum[i][j]), busy \? first_token + token0 + i : tokens, first + expert0 + WN * j,\n"
+"                         tokens);\n"
+"}\n"
+"\n"
+"// All tiles of this CTA, experts fastest.\n"
+"template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K> DI void router_tiles(const router_args &a, u32 tokens)\n"
+"{\n"
+"    const u32 height = TM * WM, breadth = TN * WN, across = ((u32)a.width + breadth - 1) / breadth;\n"
+"    const u32 tiles = across * ((tokens + height - 1) / height);\n"
+"    for (u32 tile = cta(); tile < tiles; tile += ncta())\n"
+"        router_tile<X, TM, TN, WM, WN, K>(a, tile / across * height, tile % across * breadth, tokens);\n"
+"}\n"
+"\n"
+"// Shapes go by the number of tokens that the host knows, because the grid does.\n"
+"DI void router_run(const router_args &a, u32 tokens)\n"
+"{\n"
+"    const u32 bound = (u32)a.num_tokens;\n"
+"    if (a.x_dtype == DTYPE_F32) router_tiles<f32, 4, 4, 4, 4, 256>(a, tokens);\n"
+"    else if (bound <= 1) router_tiles<u16, 1, 1, 1, 2, 4096>(a, tokens);\n"
+"    else if (bound <= 8) router_tiles<u16, 1, 1, 8, 2, 1024>(a, tokens);\n"
+"    else if (bound <= 32) router_tiles<u16, 2, 2, 4, 4, 512>(a, tokens);\n"
+"    else if (bound <= 512) router_tiles<u16, 4, 4, 4, 4, 256>(a, tokens);\n"
+"    else router_tiles<u16, 8, 8, 4, 4, 128>(a, tokens);\n"
 "}\n"
 "\n"
 "// >>entry  kernels\n"
@@ -16230,7 +16254,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return all;\n"
 "}\n"
-"\n"
+"\n",
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
@@ -16238,7 +16262,7 @@ static const char *const moe__kernel_text[] = {
 "//   sum        threads: ids; counters over warps -> own                              | cluster barrier\n"
 "//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
 "//   place      experts -> rows, then each warp its slots; tables shared out by CTA   | wait is the last thing\n"
-"//\n",
+"//\n"
 "//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n"
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
 "{\n"
@@ -16311,7 +16335,7 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   shared memory: u32 count[S], u32 fault[4], two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
-"{\n"
+"{\n",
 "    const u32 stride = (u32)a.counts_stride, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
 "    u32 faults[4] = { 0, 0, 0, 0 }, *count = (u32 *)smem(), *fault = count + stride;\n"
 "    warp_rows rows;\n"
@@ -16321,7 +16345,7 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    grid_wait();\n"
 "    grid_launch();\n"
-"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n",
+"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
 "    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
 "    const u32 begin = cta() * chunk_tokens, end = begin + chunk_tokens < tokens \? begin + chunk_tokens : tokens;\n"
 "    for (u32 t = begin + warp(); t < end; t += ntid() / 32) {\n"
@@ -16396,7 +16420,7 @@ static const char *const moe__kernel_text[] = {
 "    clear_words(m.faults, 4);\n"
 "    cta_sync();\n"
 "    grid_wait();\n"
-"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
+"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n",
 "    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
 "    const u32 mine = (left < (u32)a.chunk_tokens \? left : (u32)a.chunk_tokens) * slots;\n"
 "    const u32 per_warp = (mine + 32 * warps - 1) / (32 * warps) * 32;\n"
@@ -16405,7 +16429,7 @@ static const char *const moe__kernel_text[] = {
 "    const i32 *ids = a.ids + (i64)begin * slots;\n"
 "    i32 next = from + lane() < to \? ids[from + lane()] : -1; // a step ahead of the loop\n"
 "    sum_chunks(a, m);\n"
-"    for (u32 at = from; at < to; at += 32) {\n",
+"    for (u32 at = from; at < to; at += 32) {\n"
 "        i32 id = next;\n"
 "        next = at + 32 + lane() < to \? ids[at + 32 + lane()] : -1;\n"
 "        count_ids(counter, id);\n"
@@ -16426,23 +16450,14 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#if defined(MOE_K_ROUTER_LOGITS) || defined(MOE_K_ALL)\n"
 "\n"
-"// Tiles of >>router, experts fastest. At most 128 registers.\n"
+"// At most 128 registers.\n"
 "MOE_ENTRY(moe_k_router_logits, router_args, 256, 2)\n"
 "{\n"
 "    u32 wrong;\n"
 "    grid_wait();\n"
-"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong), bound = (u32)a.num_tokens;\n"
-"    const u32 side = bound <= ROUTER_SOME \? 16 : 32, width = (u32)a.width;\n"
+"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
 "    if (cta() == 0 && tid() < 4 && a.out_faults != nullptr) a.out_faults[tid()] = tid() == FAULT_COUNTS \? wrong : 0;\n"
-"    if (bound <= ROUTER_FEW) {\n"
-"        for (u32 first = 2 * cta(); first < width; first += 2 * ncta()) router_few(a, first, tokens);\n"
-"        return;\n"
-"    }\n"
-"    const u32 across = (width + side - 1) / side, tiles = across * ((tokens + side - 1) / side);\n"
-"    for (u32 tile = cta(); tile < tiles; tile += ncta()) {\n"
-"        if (side == 16) router_tile<4, 4>(a, tile / across * side, tile % across * side, tokens);\n"
-"        else router_tile<8, 8>(a, tile / across * side, tile % across * side, tokens);\n"
-"    }\n"
+"    router_run(a, tokens);\n"
 "}\n"
 "\n"
 "#endif\n"
@@ -16456,7 +16471,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "02b310c83146f19a637a9b2f7df7ac313aa4b7ae75d173dce7461dc0fbf0771e";
+    return "293cd34edda1b393bf0152d904af2911f22b6466e7d6455035cd13955eec9953";
 }
 #endif
 // >>kernels-end
