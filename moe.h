@@ -12144,7 +12144,7 @@ typedef struct moe__permute_args {
     int32_t *out_expert_counts;
     uint32_t *out_faults;
     const int32_t *local_of_id;
-    int32_t tile, rows_max, local_experts, local_first, local_routed, reserved;
+    int32_t tile, rows_max, local_experts, local_first, local_routed, tile_shift;
 } moe__permute_args;
 
 typedef struct moe__route_one_args {
@@ -12201,14 +12201,6 @@ static int32_t moe__one_tokens(int32_t width, int32_t arch)
     return moe__chip_has_clusters(arch) ? MOE__ONE_TOKENS : MOE__ONE_TOKENS_ALONE;
 }
 
-// CTAs of that launch: a warp for each token until the cluster is full.
-static int32_t moe__one_ctas(int32_t tokens, int32_t arch)
-{
-    int32_t ctas = 1;
-    while (moe__chip_has_clusters(arch) && ctas < MOE__CLUSTER_MAX && ctas * 8 < tokens) ctas *= 2;
-    return ctas;
-}
-
 // Experts that a lane keeps: kernels exist for these.
 static int32_t moe__experts_per_lane(int32_t width)
 {
@@ -12222,7 +12214,16 @@ static int32_t moe__experts_per_lane(int32_t width)
 static int32_t moe__route_threads(int32_t width, int32_t one)
 {
     int32_t lanes = moe__experts_per_lane(width);
-    return lanes > 16 ? 128 : one ? 256 : lanes > 8 ? 512 : 1024;
+    int32_t threads = lanes > 16 ? 128 : lanes > 8 ? 512 : 1024;
+    return one && lanes <= 16 ? threads / 2 : threads;
+}
+
+// CTAs of one launch: a warp for each token until the cluster is full.
+static int32_t moe__one_ctas(int32_t tokens, int32_t width, int32_t arch)
+{
+    int32_t ctas = 1, warps = moe__route_threads(width, 1) / 32;
+    while (moe__chip_has_clusters(arch) && ctas < MOE__CLUSTER_MAX && ctas * warps < tokens) ctas *= 2;
+    return ctas;
 }
 
 static int32_t moe__counter_stride(int32_t ids_end) { return (int32_t)moe__align_up((uint64_t)ids_end, 8); }
@@ -12296,7 +12297,7 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     if (one > 0) // fewer tokens are fewer a CTA
         moe__instance_make(&out[MOE__KERNEL_ROUTE_ONE], "moe_k_route_one", "route_one_e", "EXPERTS_PER_LANE", lanes,
                            arch, sizeof(moe__route_one_args), moe__route_threads(width, 1),
-                           moe__route_one_smem(width, ids_end, slots, one, moe__one_ctas(one, arch)));
+                           moe__route_one_smem(width, ids_end, slots, one, moe__one_ctas(one, width, arch)));
     if (desc->max_tokens > one) {
         moe__instance_make(&out[MOE__KERNEL_ROUTE], "moe_k_route", "route_e", "EXPERTS_PER_LANE", lanes, arch,
                            sizeof(moe__route_args), moe__route_threads(width, 0), moe__route_smem(width, ids_end));
@@ -13451,6 +13452,9 @@ static void moe__stage_permute(const moe__run *run, const moe_permutation *p, mo
     a->out_expert_counts = run->args.out_expert_counts;
     a->out_faults = run->args.out_faults;
     a->tile = p->tile;
+    a->tile_shift = 0;
+    while (p->tile >> a->tile_shift > 1) a->tile_shift++;
+    if (1 << a->tile_shift != p->tile) a->tile_shift = -1;
     a->row_of_slot = p->row_of_slot;
     a->slot_of_row = p->slot_of_row;
     a->expert_offsets = p->expert_offsets;
@@ -13518,7 +13522,7 @@ static int32_t moe__stage_route(const moe__run *run, const moe_permutation *p, v
     if (tokens > plan->stages.one_tokens || plan->stages.one_tokens == 0) {
         result = moe__stage_route_two(run, &one, stream);
     } else {
-        ctas = moe__one_ctas(tokens, arch);
+        ctas = moe__one_ctas(tokens, plan->width, arch);
         result = moe__stage_launch(plan, MOE__KERNEL_ROUTE_ONE, ctas, ctas,
                                    (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl,
                                    moe__route_one_smem(plan->width, plan->ids_end, plan->slots, tokens, ctas), &one,
@@ -14545,6 +14549,10 @@ static const char *const moe__kernel_text[] = {
 "    return old;\n"
 "}\n"
 "DI void red_add(u32 *p, u32 v) { asm volatile(\"red.relaxed.gpu.add.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
+"DI void red_add_shared(u32 *p, u32 v) // no generic address: that would be an atomic on any memory\n"
+"{\n"
+"    asm volatile(\"red.relaxed.cta.shared.add.u32 [%0], %1;\" ::\"r\"(saddr(p)), \"r\"(v) : \"memory\");\n"
+"}\n"
 "DI u32 atom_add_acq_rel(u32 *p, u32 v)\n"
 "{\n"
 "    u32 old;\n"
@@ -14651,7 +14659,7 @@ static const char *const moe__kernel_text[] = {
 "DI bool elect() // one lane of a converged warp\n"
 "{\n"
 "#if MOE_ARCH >= 90\n"
-"    u32 elected;\n"
+"    u32 elected;\n",
 "    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n"
 "    return elected != 0;\n"
 "#else\n"
@@ -14660,7 +14668,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI void mbar_arrive_n(u64 *b, u32 n)\n"
-"{\n",
+"{\n"
 "    ASM_90(\"mbarrier.arrive.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(n) : \"memory\");\n"
 "}\n"
 "DI void mbar_arrive_expect_tx(u64 *b, u32 bytes)\n"
@@ -14769,7 +14777,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// ---- bulk and tensor copies ---- by the asynchronous proxy\n"
-"\n"
+"\n",
 "DI u64 policy_evict_first()\n"
 "{\n"
 "    u64 policy = 0;\n"
@@ -14778,7 +14786,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u64 policy_evict_last()\n"
 "{\n"
-"    u64 policy = 0;\n",
+"    u64 policy = 0;\n"
 "    ASM_90(\"createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\" : \"=l\"(policy));\n"
 "    return policy;\n"
 "}\n"
@@ -14850,10 +14858,10 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n"
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
-"}\n"
+"}\n",
 "DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
 "\n"
-"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n"
 "DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n"
 "DI void fence_proxy_async_global() { ASM_90(\"fence.proxy.async.global;\" ::: \"memory\"); }\n"
 "\n"
@@ -14926,11 +14934,11 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_56 LIST_50 \", %50, %51, %52, %53, %54, %55\"\n"
 "#define LIST_60 LIST_50 \", \" TEN(5)\n"
 "#define LIST_64 LIST_60 \", %60, %61, %62, %63\"\n"
-"#define LIST_80 LIST_60 \", \" TEN(6) \", \" TEN(7)\n"
+"#define LIST_80 LIST_60 \", \" TEN(6) \", \" TEN(7)\n",
 "#define LIST_90 LIST_80 \", \" TEN(8)\n"
 "#define LIST_96 LIST_90 \", %90, %91, %92, %93, %94, %95\"\n"
 "#define LIST_110 LIST_90 \", \" TEN(9) \", \" TEN(10)\n"
-"#define LIST_112 LIST_110 \", %110, %111\"\n",
+"#define LIST_112 LIST_110 \", %110, %111\"\n"
 "#define LIST_120 LIST_110 \", \" TEN(11)\n"
 "#define LIST_128 LIST_120 \", %120, %121, %122, %123, %124, %125, %126, %127\"\n"
 "\n"
@@ -15011,13 +15019,13 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u32 cvt_e4m3x2_f16x2(u16 v)\n"
 "{\n"
-"    u32 wide = 0;\n"
+"    u32 wide = 0;\n",
 "    ASM_89(\"cvt.rn.f16x2.e4m3x2 %0, %1;\" : \"=r\"(wide) : \"h\"(v));\n"
 "    return wide;\n"
 "}\n"
 "\n"
 "DI f32 sqrt_rn(f32 v) { return __fsqrt_rn(v); }\n"
-"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n",
+"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n"
 "DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n"
 "DI u32 ffs(u32 v) { return (u32)__ffs((int)v); }\n"
 "DI u64 umulhi64(u64 a, u64 b) { return __umul64hi(a, b); }\n"
@@ -15107,16 +15115,16 @@ static const char *const moe__kernel_text[] = {
 "    i32 *expert_counts;    // [local_experts]\n"
 "    i32 *tile_expert;      // [rows_max / tile]\n"
 "    i32 *tile_limit;       // [rows_max / tile]\n"
-"    i32 *num_tiles;        // [1]\n"
+"    i32 *num_tiles;        // [1]\n",
 "    i32 *out_expert_counts; // [E]\n"
 "    u32 *out_faults;       // [4]\n"
 "    const i32 *local_of_id; // [ids_end] local expert or -1; NULL: the range below\n"
 "    i32 tile;\n"
-"    i32 rows_max;\n",
+"    i32 rows_max;\n"
 "    i32 local_experts;     // with matrices here: routed ones, then the always-on ones\n"
 "    i32 local_first;       // range: ids local_first .. local_first + local_routed - 1 are local experts 0, 1, ...;\n"
 "    i32 local_routed;      // ids from E + S on are the local experts behind them, as many as there are left\n"
-"    i32 reserved;\n"
+"    i32 tile_shift;        // tile is 1 << tile_shift; -1: no power of two\n"
 "}; // 104 bytes\n"
 "\n"
 "// How they are launched. R = 32 MOE_P_EXPERTS_PER_LANE >= width (4, 8, 12, 16, 32 or 64 a lane; any with IDS and\n"
@@ -15124,13 +15132,13 @@ static const char *const moe__kernel_text[] = {
 "// bytes:\n"
 "//\n"
 "//   entry                threads                grid = C                     shared memory\n"
-"//   moe_k_route_one      256; R > 512: 128      1..8, one cluster            I + W (8 R + 2 S) + 16 S + 256,\n"
-"//                                               T <= 1024                    I = 2 ceil(T / C) slots rounded up to 16\n"
+"//   moe_k_route_one      512; R > 256: 256;     1..8, one cluster            I + W (8 R + 2 S) + 16 S + 256,\n"
+"//                        R > 512: 128           T <= 1024                    I = 2 ceil(T / C) slots rounded up to 16\n"
 "//   moe_k_route          1024; R > 256: 512;    ceil(T / chunk_tokens)       8 W R + 4 S + 256\n"
 "//                        R > 512: 128\n"
 "//   moe_k_sort           256                    the same, at least 1         2 W S + 16 S + 256\n"
-"//   moe_k_router_logits  256                    any; good: 2 an SM, but      41,472\n"
-"//                                               not more than tiles (>>router)\n"
+"//   moe_k_router_logits  256                    any; good: 2 an SM, but      8 h K + 2 b (K + 16) word + 4 h, tiles\n"
+"//                                               not more than tiles          of h x b, stages of K (>>router)\n"
 "//\n"
 "// moe_k_route triggers its dependents, and moe_k_sort waits for it (programmatic launch). Good chunks: T over the\n"
 "// number of SMs, rounded up to 16.\n"
@@ -15187,7 +15195,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
 "DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
 "DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
-"\n"
+"\n",
 "// e^x without a branch, so that the exponentials of a row overlap: what moe.h returns early is what the limits give,\n"
 "// and of the products by two powers of two only the second rounds, if any does. Of no use for NaN.\n"
 "DI f32 exp_f32(f32 x)\n"
@@ -15197,7 +15205,7 @@ static const char *const moe__kernel_text[] = {
 "    i32 k;\n"
 "    x = x < -104.0f \? -104.0f : x;\n"
 "    x = x > 89.0f \? 89.0f : x;\n"
-"    n = fmaf(x, 1.44269502f, magic);\n",
+"    n = fmaf(x, 1.44269502f, magic);\n"
 "    k = (i32)(bits(n) - bits(magic));\n"
 "    n = n - magic;\n"
 "    r = fmaf(n, -0.693147182f, x);\n"
@@ -15304,12 +15312,12 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 of_order(u32 key) { return from_bits(key >> 31 != 0 \? key ^ 0x80000000u : ~key); }\n"
 "\n"
-"// >>routing  logits -> experts and weights of a token  A warp routes a token, as moe.h's >>routing does: what that says\n"
+"// >>routing  logits -> experts and weights of a token  A warp routes a token, as moe.h's >>routing does: what that says\n",
 "// about sums, ties and -inf holds here, and where data is legal all bits are the same. Data that it refuses: a logit or\n"
 "// a key that is NaN or +inf counts as -inf, so that it sorts last; the token is counted in MOE_FAULT_NAN_LOGITS and\n"
 "// routed all the same. A token without a row in the forced table or the bias gets ids -1 and weights 0. An id outside\n"
 "// its range becomes -1 with weight 0.\n"
-"//\n",
+"//\n"
 "//   registers     key[P], P = MOE_P_EXPERTS_PER_LANE: expert e lies in lane e % 32, register e / 32\n"
 "//   shared memory two rows of 32 P words a warp: the logits behind multiplier and soft cap; keys of groups, flags\n"
 "//   slots         slot s lies in lane s % 32, register s / 32 (40 at most)\n"
@@ -15372,10 +15380,16 @@ static const char *const moe__kernel_text[] = {
 "            place = t > top \? p : place;\n"
 "            top = max_u32(top, t);\n"
 "        }\n"
-"        u32 best = redux_max(top);\n"
-"        u32 at = redux_min(top == best \? place : 0xffffffffu);\n"
+"        u32 best = redux_max(top), equal = ballot(top == best), at;\n"
+"        if ((equal & (equal - 1)) == 0) { // one lane: nothing waits for it to tell the others\n"
+"            at = shfl(place, ffs(equal) - 1);\n"
+"            place = top == best \? place : 0xffffffffu;\n"
+"        } else {\n"
+"            at = redux_min(top == best \? place : 0xffffffffu);\n"
+"            place = at;\n"
+"        }\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < N; i++) key[i] = at - lane() == 32 * i \? 0 : key[i];\n"
+"        for (u32 i = 0; i < N; i++) key[i] = place - lane() == 32 * i \? 0 : key[i];\n"
 "        if ((i32)lane() == j) chosen = (i32)at;\n"
 "    }\n"
 "}\n"
@@ -15399,7 +15413,7 @@ static const char *const moe__kernel_text[] = {
 "        load_row((const f32 *)a.logits + at, width, -INF_F32, x);\n"
 "    } else {\n"
 "        u16 half[PER_LANE];\n"
-"        load_row((const u16 *)a.logits + at, width, (u16)(a.logits_dtype == DTYPE_BF16 \? 0xff80 : 0xfc00), half);\n"
+"        load_row((const u16 *)a.logits + at, width, (u16)(a.logits_dtype == DTYPE_BF16 \? 0xff80 : 0xfc00), half);\n",
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = a.logits_dtype == DTYPE_BF16 \? bf16_f32(half[i]) : cvt_f16(half[i]);\n"
 "    }\n"
@@ -15413,7 +15427,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    if (r.logit_softcap > 0) { // rolled: rare, and long\n"
 "        for (u32 e = lane(); e < width; e += 32) {\n"
-"            f32 v = rows.logit[e];\n",
+"            f32 v = rows.logit[e];\n"
 "            rows.logit[e] = v < INF_F32 \? r.logit_softcap * tanh_f32(v / r.logit_softcap) : -INF_F32;\n"
 "        }\n"
 "        load_row(rows.logit, width, -INF_F32, x);\n"
@@ -15500,7 +15514,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return two \? order_of(of_order(first) + of_order(second)) : first;\n"
 "}\n"
-"\n"
+"\n",
 "// The same for groups of 32, which are a register each (too many of them would be under way with P > 16).\n"
 "DI void group_ranks_32(const u32 (&key)[PER_LANE], u32 groups, bool two, u32 *rank)\n"
 "{\n"
@@ -15512,7 +15526,7 @@ static const char *const moe__kernel_text[] = {
 "            u32 equal = ballot(key[i] == first);\n"
 "            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n"
 "            value = order_of(of_order(first) + of_order(second));\n"
-"        }\n",
+"        }\n"
 "        if (lane() == 0) rank[i] = value;\n"
 "    }\n"
 "}\n"
@@ -15598,7 +15612,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
 "    }\n"
-"    for (i32 part = 0; part < parts; part++) {\n"
+"    for (i32 part = 0; part < parts; part++) {\n",
 "        if (each) {\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < PER_LANE; i++) { // the keys of this part, which this lane wrote\n"
@@ -15613,7 +15627,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// PhiMoE: k times the best of the rest, weighted by a softmax over those of the rest that are close to it.\n"
 "DI void route_sparse_mixer(const tokens_args &a, const warp_rows &rows, token_slots &s)\n"
-"{\n",
+"{\n"
 "    const u32 ranked = (u32)(a.num_experts + a.routing.special_experts);\n"
 "    const f32 threshold = 2.0f * a.routing.sparse_mixer;\n"
 "    f32 *rest = (f32 *)rows.key;\n"
@@ -15688,7 +15702,7 @@ static const char *const moe__kernel_text[] = {
 "    if (e >= (u32)a.num_experts || drawn[e] != 0) return 0;\n"
 "    return a.routing.simulate == SIMULATE_ZIPF \? 0x1000000u / (e + 1) : 1;\n"
 "}\n"
-"\n"
+"\n",
 "// Draws without replacement, by integers. 32 experts at a time: the first whose running sum passes the number drawn.\n"
 "DI void route_simulate(const tokens_args &a, i64 token, const warp_rows &rows, i32 &chosen)\n"
 "{\n"
@@ -15699,7 +15713,7 @@ static const char *const moe__kernel_text[] = {
 "        chosen = (i32)(((u64)token * (u64)r.top_k + lane()) % experts);\n"
 "    else chosen = (i32)lane();\n"
 "    if (r.simulate != SIMULATE_UNIFORM && r.simulate != SIMULATE_ZIPF) return;\n"
-"    for (u32 e = lane(); e < experts; e += 32) {\n",
+"    for (u32 e = lane(); e < experts; e += 32) {\n"
 "        drawn[e] = 0;\n"
 "        total += draw_weight(a, drawn, e);\n"
 "    }\n"
@@ -15774,7 +15788,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 route_token(const tokens_args &a, i64 token, const warp_rows &rows, token_slots &s)\n"
 "{\n"
 "    const routing_args &r = a.routing;\n"
-"    const i64 token_id = a.token_ids == nullptr \? -1 : load_id(a.token_ids, a.ids_dtype, token);\n"
+"    const i64 token_id = a.token_ids == nullptr \? -1 : load_id(a.token_ids, a.ids_dtype, token);\n",
 "    const bool marked = token_id >= r.marked_token_lo && token_id < r.marked_token_hi;\n"
 "    const i32 *forced = nullptr;\n"
 "    i32 bias_row = r.bias_rows == 2 && marked;\n"
@@ -15788,7 +15802,7 @@ static const char *const moe__kernel_text[] = {
 "        bias_row = a.bias_index[token];\n"
 "        lost = bias_row < 0 || bias_row >= r.bias_rows;\n"
 "    }\n"
-"    if (r.forced_rows > 0 && !marked) {\n",
+"    if (r.forced_rows > 0 && !marked) {\n"
 "        if (token_id < 0 || token_id >= r.forced_rows) lost = true;\n"
 "        else forced = a.forced_ids + token_id * r.top_k;\n"
 "    }\n"
@@ -15864,7 +15878,7 @@ static const char *const moe__kernel_text[] = {
 "struct sort_memory {\n"
 "    u16 *counter;\n"
 "    u32 *own, *all;\n"
-"    i32 *row;\n"
+"    i32 *row;\n",
 "    u32 *first;\n"
 "    u32 *scan;   // [32] sums of warps\n"
 "    u32 *faults; // [4]\n"
@@ -15885,7 +15899,7 @@ static const char *const moe__kernel_text[] = {
 "    return (u8 *)(m.faults + 24);\n"
 "}\n"
 "\n"
-"// Local expert of an id, or -1.\n",
+"// Local expert of an id, or -1.\n"
 "DI i32 local_of(const permute_args &p, i32 id, i32 experts, i32 special)\n"
 "{\n"
 "    if (p.local_of_id != nullptr) return p.local_of_id[id];\n"
@@ -15909,6 +15923,12 @@ static const char *const moe__kernel_text[] = {
 "    return before + below;\n"
 "}\n"
 "\n"
+"// rows / tile.\n"
+"DI u32 tiles_of(const permute_args &p, u32 rows)\n"
+"{\n"
+"    return p.tile_shift >= 0 \? rows >> p.tile_shift : rows / (u32)p.tile;\n"
+"}\n"
+"\n"
 "DI void clear_words(u32 *word, u32 n)\n"
 "{\n"
 "    for (u32 i = tid(); i < n; i += ntid()) word[i] = 0;\n"
@@ -15930,14 +15950,14 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"// value[0 .. n) becomes the sum of those before it, each rounded up to `tile`; value[n] the sum of all.\n"
-"DI void scan_tiles(u32 *value, u32 n, u32 tile, u32 *scan)\n"
+"// value[0 .. n) becomes the sum of those before it, each rounded up to p.tile; value[n] the sum of all.\n"
+"DI void scan_tiles(const permute_args &p, u32 *value, u32 n, u32 *scan)\n"
 "{\n"
 "    const u32 each = (n + ntid() - 1) / ntid(), begin = tid() * each < n \? tid() * each : n;\n"
 "    const u32 end = begin + each < n \? begin + each : n, warps = ntid() / 32;\n"
 "    u32 sum = 0, running, before = 0;\n"
 "    for (u32 i = begin; i < end; i++) {\n"
-"        u32 count = value[i], padded = tile == 1 \? count : (count + tile - 1) / tile * tile;\n"
+"        u32 count = value[i], padded = tiles_of(p, count + (u32)p.tile - 1) * (u32)p.tile;\n"
 "        value[i] = sum;\n"
 "        sum += padded;\n"
 "    }\n"
@@ -15965,10 +15985,10 @@ static const char *const moe__kernel_text[] = {
 "        if (local >= 0) m.first[local] = m.all[id];\n"
 "    }\n"
 "    cta_sync();\n"
-"    scan_tiles(m.first, local_experts, (u32)p.tile, m.scan);\n"
+"    scan_tiles(p, m.first, local_experts, m.scan);\n"
 "    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
 "        i32 local = local_of(p, (i32)id, experts, special);\n"
-"        m.row[id] = local >= 0 \? m.row[id] + (i32)m.first[local] : -1;\n"
+"        m.row[id] = local >= 0 \? m.row[id] + (i32)m.first[local] : -1;\n",
 "    }\n"
 "}\n"
 "\n"
@@ -15984,34 +16004,44 @@ static const char *const moe__kernel_text[] = {
 "    return low;\n"
 "}\n"
 "\n"
+"// Rows without a slot: eight threads fill an expert's last tile, all threads of all CTAs what is behind the last expert.\n"
+"DI void write_padding(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special, u32 part,\n"
+"                      u32 parts)\n"
+"{\n"
+"    for (u32 id = part + tid() / 8 * parts; id < ids_end; id += ntid() / 8 * parts) {\n"
+"        i32 local = local_of(p, (i32)id, experts, special);\n"
+"        if (local < 0) continue;\n"
+"        for (u32 at = m.first[local] + m.all[id] + tid() % 8; at < m.first[local + 1]; at += 8) p.slot_of_row[at] = -1;\n"
+"    }\n"
+"    for (u32 at = m.first[p.local_experts] + part * ntid() + tid(); at < (u32)p.rows_max; at += parts * ntid())\n"
+"        p.slot_of_row[at] = -1;\n"
+"}\n"
+"\n"
 "// Tables that do not depend on single slots; CTA `part` of `parts` writes its share. An expert's last tile is limited\n"
 "// by the thread of its id, the others by threads of tiles.\n"
 "DI void write_tables(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special, u32 part,\n"
 "                     u32 parts)\n"
-"{\n",
-"    const u32 local_experts = (u32)p.local_experts, tile = (u32)p.tile, end = m.first[local_experts];\n"
+"{\n"
+"    const u32 local_experts = (u32)p.local_experts, tile = (u32)p.tile, tiles = tiles_of(p, m.first[local_experts]);\n"
 "    const u32 thread = part * ntid() + tid(), threads = parts * ntid();\n"
 "    for (u32 id = thread; id < ids_end; id += threads) {\n"
 "        i32 local = local_of(p, (i32)id, experts, special);\n"
 "        if ((i32)id < experts && p.out_expert_counts != nullptr) p.out_expert_counts[id] = (i32)m.all[id];\n"
 "        if (local < 0) continue;\n"
-"        u32 next = m.first[local + 1], limit = m.first[local] + m.all[id];\n"
 "        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n"
-"        if (p.tile_limit != nullptr && m.all[id] > 0) p.tile_limit[next / tile - 1] = (i32)limit;\n"
-"        if (p.slot_of_row != nullptr)\n"
-"            for (u32 at = limit; at < next; at++) p.slot_of_row[at] = -1;\n"
+"        if (p.tile_limit != nullptr && m.all[id] > 0)\n"
+"            p.tile_limit[tiles_of(p, m.first[local + 1]) - 1] = (i32)(m.first[local] + m.all[id]);\n"
 "    }\n"
 "    if (p.tile_expert != nullptr || p.tile_limit != nullptr)\n"
-"        for (u32 at = thread * tile; at < end; at += threads * tile) {\n"
-"            u32 e = expert_of_row(m.first, local_experts, at);\n"
-"            if (p.tile_expert != nullptr) p.tile_expert[at / tile] = (i32)e;\n"
-"            if (p.tile_limit != nullptr && at + tile < m.first[e + 1]) p.tile_limit[at / tile] = (i32)(at + tile);\n"
+"        for (u32 i = thread; i < tiles; i += threads) {\n"
+"            u32 end = (i + 1) * tile, e = expert_of_row(m.first, local_experts, end - tile);\n"
+"            if (p.tile_expert != nullptr) p.tile_expert[i] = (i32)e;\n"
+"            if (p.tile_limit != nullptr && end < m.first[e + 1]) p.tile_limit[i] = (i32)end;\n"
 "        }\n"
 "    if (p.expert_offsets != nullptr)\n"
 "        for (u32 e = thread; e <= local_experts; e += threads) p.expert_offsets[e] = (i32)m.first[e];\n"
-"    if (p.slot_of_row != nullptr)\n"
-"        for (u32 at = end + thread; at < (u32)p.rows_max; at += threads) p.slot_of_row[at] = -1;\n"
-"    if (thread == 0 && p.num_tiles != nullptr) p.num_tiles[0] = (i32)(end / tile);\n"
+"    if (thread == 0 && p.num_tiles != nullptr) p.num_tiles[0] = (i32)tiles;\n"
+"    if (p.slot_of_row != nullptr) write_padding(p, m, ids_end, experts, special, part, parts);\n"
 "}\n"
 "\n"
 "// Rows of the warp's next 32 slots; `id` of the slot in this lane, -1 where it has none.\n"
@@ -16032,7 +16062,7 @@ static const char *const moe__kernel_text[] = {
 "//   T         CTA tile, tokens x experts   half-warps   each    K of a stage\n"
 "//   1         1 x 2                        1 x 2        1 x 1   4096\n"
 "//   to 8      8 x 2                        8 x 2        1 x 1   1024\n"
-"//   to 32     8 x 8                        4 x 4        2 x 2   512\n"
+"//   to 32     8 x 8                        4 x 4        2 x 2   512\n",
 "//   to 512    16 x 16                      4 x 4        4 x 4   256\n"
 "//   more      32 x 32                      4 x 4        8 x 8   128\n"
 "//\n"
@@ -16069,7 +16099,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    return k < (u32)a.input_size \? ((const X *)a.x)[(i64)token * a.x_stride + k] : (X)0;\n"
 "}\n"
-"\n",
+"\n"
 "DI f32 widen_x(const router_args &, f32 x) { return x; }\n"
 "DI f32 widen_x(const router_args &a, u16 x) { return a.x_dtype == DTYPE_BF16 \? bf16_f32(x) : cvt_f16(x); }\n"
 "\n"
@@ -16130,7 +16160,7 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 h = 0; h < 2; h++) {\n"
 "            f32 ws[TN];\n"
 "#pragma unroll\n"
-"            for (u32 j = 0; j < TN; j++) ws[j] = widen_weight(w[j * WN * (K + ROUTER_PAD) + 32 * s + 16 * h]);\n"
+"            for (u32 j = 0; j < TN; j++) ws[j] = widen_weight(w[j * WN * (K + ROUTER_PAD) + 32 * s + 16 * h]);\n",
 "#pragma unroll\n"
 "            for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
@@ -16158,7 +16188,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
 "        for (u32 j = 0; j < TN; j++) sum[i][j] = 0;\n"
-"    cta_sync();\n",
+"    cta_sync();\n"
 "    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
 "        X next[2 * each];\n"
 "        if (c < chunks) {\n"
@@ -16212,7 +16242,7 @@ static const char *const moe__kernel_text[] = {
 "    if (a.x_dtype == DTYPE_F32) router_tiles<f32, 4, 4, 4, 4, 256>(a, tokens);\n"
 "    else if (bound <= 1) router_tiles<u16, 1, 1, 1, 2, 4096>(a, tokens);\n"
 "    else if (bound <= 8) router_tiles<u16, 1, 1, 8, 2, 1024>(a, tokens);\n"
-"    else if (bound <= 32) router_tiles<u16, 2, 2, 4, 4, 512>(a, tokens);\n"
+"    else if (bound <= 32) router_tiles<u16, 2, 2, 4, 4, 512>(a, tokens);\n",
 "    else if (bound <= 512) router_tiles<u16, 4, 4, 4, 4, 256>(a, tokens);\n"
 "    else router_tiles<u16, 8, 8, 4, 4, 128>(a, tokens);\n"
 "}\n"
@@ -16223,7 +16253,7 @@ static const char *const moe__kernel_text[] = {
 "#define ROUTE_ONE_THREADS 128\n"
 "#define ROUTE_THREADS 128\n"
 "#else\n"
-"#define ROUTE_ONE_THREADS 256\n"
+"#define ROUTE_ONE_THREADS (PER_LANE > 8 \? 256 : 512)\n"
 "#define ROUTE_THREADS (PER_LANE > 8 \? 512 : 1024)\n"
 "#endif\n"
 "\n"
@@ -16254,7 +16284,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return all;\n"
 "}\n"
-"\n",
+"\n"
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
@@ -16302,8 +16332,8 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    if (lane() == 0)\n"
 "        for (u32 f = 0; f < 4; f++)\n"
-"            if (faults[f] != 0) red_add(&m.faults[f], faults[f]);\n"
-"    cta_sync();\n"
+"            if (faults[f] != 0) red_add_shared(&m.faults[f], faults[f]);\n"
+"    cta_sync();\n",
 "    sum_warps<ROUTE_ONE_THREADS / 32>(m, ids_end);\n"
 "    if (ctas > 1) cluster_sync();\n"
 "    else cta_sync();\n"
@@ -16335,7 +16365,7 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   shared memory: u32 count[S], u32 fault[4], two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
-"{\n",
+"{\n"
 "    const u32 stride = (u32)a.counts_stride, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
 "    u32 faults[4] = { 0, 0, 0, 0 }, *count = (u32 *)smem(), *fault = count + stride;\n"
 "    warp_rows rows;\n"
@@ -16352,11 +16382,11 @@ static const char *const moe__kernel_text[] = {
 "        token_slots s;\n"
 "        do_token(a.tokens, (i64)t, rows, s, faults);\n"
 "        for (u32 h = 0; h < 2 && 32 * h < slots; h++)\n"
-"            if (lane() + 32 * h < slots && s.id[h] >= 0) red_add(&count[s.id[h]], 1);\n"
+"            if (lane() + 32 * h < slots && s.id[h] >= 0) red_add_shared(&count[s.id[h]], 1);\n"
 "    }\n"
 "    if (lane() == 0)\n"
 "        for (u32 f = 0; f < 4; f++)\n"
-"            if (faults[f] != 0) red_add(&fault[f], faults[f]);\n"
+"            if (faults[f] != 0) red_add_shared(&fault[f], faults[f]);\n"
 "    cta_sync();\n"
 "    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n"
 "    for (u32 i = tid(); i < stride / 2; i += ntid()) pairs[i] = count[2 * i] | count[2 * i + 1] << 16;\n"
@@ -16389,17 +16419,17 @@ static const char *const moe__kernel_text[] = {
 "                u32 part = base + i * groups < cta() \? two[i] : 0;\n"
 "                low += two[i] & 0xffff;\n"
 "                high += two[i] >> 16;\n"
-"                low_before += part & 0xffff;\n"
+"                low_before += part & 0xffff;\n",
 "                high_before += part >> 16;\n"
 "            }\n"
 "        }\n"
-"        red_add(&m.all[2 * pair], low);\n"
-"        red_add(&m.all[2 * pair + 1], high);\n"
-"        red_add((u32 *)&m.row[2 * pair], low_before);\n"
-"        red_add((u32 *)&m.row[2 * pair + 1], high_before);\n"
+"        red_add_shared(&m.all[2 * pair], low);\n"
+"        red_add_shared(&m.all[2 * pair + 1], high);\n"
+"        red_add_shared((u32 *)&m.row[2 * pair], low_before);\n"
+"        red_add_shared((u32 *)&m.row[2 * pair + 1], high_before);\n"
 "    }\n"
 "    for (u32 i = tid(); i < 4 * chunks && cta() == 0; i += ntid())\n"
-"        if (a.chunk_faults[i] != 0) red_add(&m.faults[i % 4], a.chunk_faults[i]);\n"
+"        if (a.chunk_faults[i] != 0) red_add_shared(&m.faults[i % 4], a.chunk_faults[i]);\n"
 "}\n"
 "\n"
 "// Second half of K0: a CTA places the slots of a chunk, each of its warps a run of them.\n"
@@ -16420,7 +16450,7 @@ static const char *const moe__kernel_text[] = {
 "    clear_words(m.faults, 4);\n"
 "    cta_sync();\n"
 "    grid_wait();\n"
-"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n",
+"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
 "    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
 "    const u32 mine = (left < (u32)a.chunk_tokens \? left : (u32)a.chunk_tokens) * slots;\n"
 "    const u32 per_warp = (mine + 32 * warps - 1) / (32 * warps) * 32;\n"
@@ -16471,7 +16501,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "293cd34edda1b393bf0152d904af2911f22b6466e7d6455035cd13955eec9953";
+    return "050305eb50f20c6e4a88ee42b2bf10ff1ed88e9471f0a4cff26e762268192805";
 }
 #endif
 // >>kernels-end
