@@ -12144,7 +12144,7 @@ typedef struct moe__permute_args {
     int32_t *out_expert_counts;
     uint32_t *out_faults;
     const int32_t *local_of_id;
-    int32_t tile, rows_max, local_experts, local_first, local_routed, reserved;
+    int32_t tile, rows_max, local_experts, local_first, local_routed, tile_shift;
 } moe__permute_args;
 
 typedef struct moe__route_one_args {
@@ -12189,8 +12189,7 @@ enum {
     MOE__ONE_WIDTH = 512,       // of the router
     MOE__CLUSTER_MAX = 8,       // what every chip with clusters takes
     MOE__CHUNK_MIN = 16,        // tokens of a CTA in two launches: one for each warp of the first
-    MOE__CHUNK_MAX = 1024,
-    MOE__ROUTER_SMEM = 41472
+    MOE__CHUNK_MAX = 1024
 };
 
 static int32_t moe__chip_has_clusters(int32_t arch) { return arch >= 90; }
@@ -12200,14 +12199,6 @@ static int32_t moe__one_tokens(int32_t width, int32_t arch)
 {
     if (width > MOE__ONE_WIDTH) return 0;
     return moe__chip_has_clusters(arch) ? MOE__ONE_TOKENS : MOE__ONE_TOKENS_ALONE;
-}
-
-// CTAs of that launch: a warp for each token until the cluster is full.
-static int32_t moe__one_ctas(int32_t tokens, int32_t arch)
-{
-    int32_t ctas = 1;
-    while (moe__chip_has_clusters(arch) && ctas < MOE__CLUSTER_MAX && ctas * 8 < tokens) ctas *= 2;
-    return ctas;
 }
 
 // Experts that a lane keeps: kernels exist for these.
@@ -12223,7 +12214,16 @@ static int32_t moe__experts_per_lane(int32_t width)
 static int32_t moe__route_threads(int32_t width, int32_t one)
 {
     int32_t lanes = moe__experts_per_lane(width);
-    return lanes > 16 ? 128 : one ? 256 : lanes > 8 ? 512 : 1024;
+    int32_t threads = lanes > 16 ? 128 : lanes > 8 ? 512 : 1024;
+    return one && lanes <= 16 ? threads / 2 : threads;
+}
+
+// CTAs of one launch: a warp for each token until the cluster is full.
+static int32_t moe__one_ctas(int32_t tokens, int32_t width, int32_t arch)
+{
+    int32_t ctas = 1, warps = moe__route_threads(width, 1) / 32;
+    while (moe__chip_has_clusters(arch) && ctas < MOE__CLUSTER_MAX && ctas * warps < tokens) ctas *= 2;
+    return ctas;
 }
 
 static int32_t moe__counter_stride(int32_t ids_end) { return (int32_t)moe__align_up((uint64_t)ids_end, 8); }
@@ -12246,15 +12246,30 @@ static int32_t moe__route_one_smem(int32_t width, int32_t ids_end, int32_t slots
            moe__sort_smem(warps, ids_end);
 }
 
-// Tiles of the router's product, at most two CTAs an SM.
-static int32_t moe__router_ctas(int32_t tokens, int32_t width, int32_t sms)
+// What a CTA of the router's product computes: tokens x experts, and how much of k at a time.
+typedef struct moe__router_shape {
+    int32_t tokens, experts, k;
+} moe__router_shape;
+
+static moe__router_shape moe__router_shape_of(int32_t tokens, int32_t x_dtype)
 {
-    int32_t side = tokens <= 256 ? 16 : 32, tiles = (width + 1) / 2;
-    if (tokens > 8) {
-        int32_t across = (width + side - 1) / side, down = (tokens + side - 1) / side;
-        tiles = down > 2 * sms / across ? 2 * sms : down * across;
-    }
-    return moe__min32(tiles, 2 * sms);
+    static const moe__router_shape shapes[] = { { 1, 2, 4096 }, { 8, 2, 1024 }, { 8, 8, 512 }, { 16, 16, 256 },
+                                                { 32, 32, 128 } };
+    if (x_dtype == MOE_DTYPE_F32) return shapes[3];
+    return shapes[tokens <= 1 ? 0 : tokens <= 8 ? 1 : tokens <= 32 ? 2 : tokens <= 512 ? 3 : 4];
+}
+
+// Its tiles, at most two CTAs an SM.
+static int32_t moe__router_ctas(moe__router_shape shape, int32_t tokens, int32_t width, int32_t sms)
+{
+    int32_t across = (width + shape.experts - 1) / shape.experts, down = (tokens + shape.tokens - 1) / shape.tokens;
+    return down > 2 * sms / across ? 2 * sms : down * across;
+}
+
+// Two stages of x and of weights, and a norm for each token.
+static int32_t moe__router_smem(moe__router_shape shape, int32_t bf16)
+{
+    return 8 * shape.tokens * shape.k + 2 * shape.experts * (shape.k + 16) * (bf16 ? 2 : 4) + 4 * shape.tokens;
 }
 
 static void moe__instance_make(moe__instance *out, const char *entry, const char *name, const char *parameter,
@@ -12284,7 +12299,7 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     if (one > 0) // fewer tokens are fewer a CTA
         moe__instance_make(&out[MOE__KERNEL_ROUTE_ONE], "moe_k_route_one", "route_one_e", "EXPERTS_PER_LANE", lanes,
                            arch, sizeof(moe__route_one_args), moe__route_threads(width, 1),
-                           moe__route_one_smem(width, ids_end, slots, one, moe__one_ctas(one, arch)));
+                           moe__route_one_smem(width, ids_end, slots, one, moe__one_ctas(one, width, arch)));
     if (desc->max_tokens > one) {
         moe__instance_make(&out[MOE__KERNEL_ROUTE], "moe_k_route", "route_e", "EXPERTS_PER_LANE", lanes, arch,
                            sizeof(moe__route_args), moe__route_threads(width, 0), moe__route_smem(width, ids_end));
@@ -12292,9 +12307,16 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
                            moe__sort_smem(256 / 32, ids_end));
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
+<<<<<<< HEAD
         moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits",
                            bf16 ? "router_logits_bf16" : "router_logits_f32", "BF16",
                            bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
+=======
+        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
+                           bf16, arch, sizeof(moe__router_args), 256,
+                           moe__max32(moe__router_smem(moe__router_shape_of(1, MOE_DTYPE_BF16), bf16),
+                                      moe__router_smem(moe__router_shape_of(8, MOE_DTYPE_BF16), bf16))); // the most
+>>>>>>> ge
 }
 #endif
 
@@ -13438,6 +13460,9 @@ static void moe__stage_permute(const moe__run *run, const moe_permutation *p, mo
     a->out_expert_counts = run->args.out_expert_counts;
     a->out_faults = run->args.out_faults;
     a->tile = p->tile;
+    a->tile_shift = 0;
+    while (p->tile >> a->tile_shift > 1) a->tile_shift++;
+    if (1 << a->tile_shift != p->tile) a->tile_shift = -1;
     a->row_of_slot = p->row_of_slot;
     a->slot_of_row = p->slot_of_row;
     a->expert_offsets = p->expert_offsets;
@@ -13505,7 +13530,7 @@ static int32_t moe__stage_route(const moe__run *run, const moe_permutation *p, v
     if (tokens > plan->stages.one_tokens || plan->stages.one_tokens == 0) {
         result = moe__stage_route_two(run, &one, stream);
     } else {
-        ctas = moe__one_ctas(tokens, arch);
+        ctas = moe__one_ctas(tokens, plan->width, arch);
         result = moe__stage_launch(plan, MOE__KERNEL_ROUTE_ONE, ctas, ctas,
                                    (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl,
                                    moe__route_one_smem(plan->width, plan->ids_end, plan->slots, tokens, ctas), &one,
@@ -13530,6 +13555,7 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
     const moe_router_desc *router = &plan->layer.router;
     moe__router_args a;
     int32_t entered, result = moe__check_device(run, NULL), bf16 = run->weights->device.router_bf16;
+    moe__router_shape shape = moe__router_shape_of(run->args.num_tokens, plan->desc.x_dtype);
     if (result != MOE_OK) return result;
     if ((uintptr_t)out % 4 != 0) return MOE_ERROR_ARGUMENT;
     a.x = run->args.x;
@@ -13550,9 +13576,9 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
     a.input_multiplier = router->input_multiplier;
     if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
     result = moe__stage_launch(plan, bf16 ? MOE__KERNEL_ROUTER_BF16 : MOE__KERNEL_ROUTER_F32,
-                               moe__router_ctas(a.num_tokens, a.width, plan->ctx->cuda->sms), 1,
-                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl, MOE__ROUTER_SMEM, &a,
-                               stream);
+                               moe__router_ctas(shape, a.num_tokens, a.width, plan->ctx->cuda->sms), 1,
+                               (run->args.flags & MOE_EXECUTE_PDL_IN) != 0 && plan->stages.pdl,
+                               moe__router_smem(shape, bf16), &a, stream);
     moe__cuda_leave(plan->ctx, entered);
     return moe__cuda_result(result);
 }
@@ -14531,6 +14557,10 @@ static const char *const moe__kernel_text[] = {
 "    return old;\n"
 "}\n"
 "DI void red_add(u32 *p, u32 v) { asm volatile(\"red.relaxed.gpu.add.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
+"DI void red_add_shared(u32 *p, u32 v) // no generic address: that would be an atomic on any memory\n"
+"{\n"
+"    asm volatile(\"red.relaxed.cta.shared.add.u32 [%0], %1;\" ::\"r\"(saddr(p)), \"r\"(v) : \"memory\");\n"
+"}\n"
 "DI u32 atom_add_acq_rel(u32 *p, u32 v)\n"
 "{\n"
 "    u32 old;\n"
@@ -14637,7 +14667,7 @@ static const char *const moe__kernel_text[] = {
 "DI bool elect() // one lane of a converged warp\n"
 "{\n"
 "#if MOE_ARCH >= 90\n"
-"    u32 elected;\n"
+"    u32 elected;\n",
 "    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n"
 "    return elected != 0;\n"
 "#else\n"
@@ -14646,7 +14676,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI void mbar_arrive_n(u64 *b, u32 n)\n"
-"{\n",
+"{\n"
 "    ASM_90(\"mbarrier.arrive.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(n) : \"memory\");\n"
 "}\n"
 "DI void mbar_arrive_expect_tx(u64 *b, u32 bytes)\n"
@@ -14755,7 +14785,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// ---- bulk and tensor copies ---- by the asynchronous proxy\n"
-"\n"
+"\n",
 "DI u64 policy_evict_first()\n"
 "{\n"
 "    u64 policy = 0;\n"
@@ -14764,7 +14794,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u64 policy_evict_last()\n"
 "{\n"
-"    u64 policy = 0;\n",
+"    u64 policy = 0;\n"
 "    ASM_90(\"createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\" : \"=l\"(policy));\n"
 "    return policy;\n"
 "}\n"
@@ -14836,10 +14866,10 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n"
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
-"}\n"
+"}\n",
 "DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
 "\n"
-"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n"
 "DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n"
 "DI void fence_proxy_async_global() { ASM_90(\"fence.proxy.async.global;\" ::: \"memory\"); }\n"
 "\n"
@@ -14912,11 +14942,11 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_56 LIST_50 \", %50, %51, %52, %53, %54, %55\"\n"
 "#define LIST_60 LIST_50 \", \" TEN(5)\n"
 "#define LIST_64 LIST_60 \", %60, %61, %62, %63\"\n"
-"#define LIST_80 LIST_60 \", \" TEN(6) \", \" TEN(7)\n"
+"#define LIST_80 LIST_60 \", \" TEN(6) \", \" TEN(7)\n",
 "#define LIST_90 LIST_80 \", \" TEN(8)\n"
 "#define LIST_96 LIST_90 \", %90, %91, %92, %93, %94, %95\"\n"
 "#define LIST_110 LIST_90 \", \" TEN(9) \", \" TEN(10)\n"
-"#define LIST_112 LIST_110 \", %110, %111\"\n",
+"#define LIST_112 LIST_110 \", %110, %111\"\n"
 "#define LIST_120 LIST_110 \", \" TEN(11)\n"
 "#define LIST_128 LIST_120 \", %120, %121, %122, %123, %124, %125, %126, %127\"\n"
 "\n"
@@ -14997,13 +15027,13 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u32 cvt_e4m3x2_f16x2(u16 v)\n"
 "{\n"
-"    u32 wide = 0;\n"
+"    u32 wide = 0;\n",
 "    ASM_89(\"cvt.rn.f16x2.e4m3x2 %0, %1;\" : \"=r\"(wide) : \"h\"(v));\n"
 "    return wide;\n"
 "}\n"
 "\n"
 "DI f32 sqrt_rn(f32 v) { return __fsqrt_rn(v); }\n"
-"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n",
+"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n"
 "DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n"
 "DI u32 ffs(u32 v) { return (u32)__ffs((int)v); }\n"
 "DI u64 umulhi64(u64 a, u64 b) { return __umul64hi(a, b); }\n"
@@ -15093,16 +15123,16 @@ static const char *const moe__kernel_text[] = {
 "    i32 *expert_counts;    // [local_experts]\n"
 "    i32 *tile_expert;      // [rows_max / tile]\n"
 "    i32 *tile_limit;       // [rows_max / tile]\n"
-"    i32 *num_tiles;        // [1]\n"
+"    i32 *num_tiles;        // [1]\n",
 "    i32 *out_expert_counts; // [E]\n"
 "    u32 *out_faults;       // [4]\n"
 "    const i32 *local_of_id; // [ids_end] local expert or -1; NULL: the range below\n"
 "    i32 tile;\n"
-"    i32 rows_max;\n",
+"    i32 rows_max;\n"
 "    i32 local_experts;     // with matrices here: routed ones, then the always-on ones\n"
 "    i32 local_first;       // range: ids local_first .. local_first + local_routed - 1 are local experts 0, 1, ...;\n"
 "    i32 local_routed;      // ids from E + S on are the local experts behind them, as many as there are left\n"
-"    i32 reserved;\n"
+"    i32 tile_shift;        // tile is 1 << tile_shift; -1: no power of two\n"
 "}; // 104 bytes\n"
 "\n"
 "// How they are launched. R = 32 MOE_P_EXPERTS_PER_LANE >= width (4, 8, 12, 16, 32 or 64 a lane; any with IDS and\n"
@@ -15110,13 +15140,13 @@ static const char *const moe__kernel_text[] = {
 "// bytes:\n"
 "//\n"
 "//   entry                threads                grid = C                     shared memory\n"
-"//   moe_k_route_one      256; R > 512: 128      1..8, one cluster            I + W (8 R + 2 S) + 16 S + 256,\n"
-"//                                               T <= 1024                    I = 2 ceil(T / C) slots rounded up to 16\n"
+"//   moe_k_route_one      512; R > 256: 256;     1..8, one cluster            I + W (8 R + 2 S) + 16 S + 256,\n"
+"//                        R > 512: 128           T <= 1024                    I = 2 ceil(T / C) slots rounded up to 16\n"
 "//   moe_k_route          1024; R > 256: 512;    ceil(T / chunk_tokens)       8 W R + 4 S + 256\n"
 "//                        R > 512: 128\n"
 "//   moe_k_sort           256                    the same, at least 1         2 W S + 16 S + 256\n"
-"//   moe_k_router_logits  256                    any; good: 2 an SM, but      41,472\n"
-"//                                               not more than tiles (>>router)\n"
+"//   moe_k_router_logits  256                    any; good: 2 an SM, but      8 h K + 2 b (K + 16) word + 4 h, tiles\n"
+"//                                               not more than tiles          of h x b, stages of K (>>router)\n"
 "//\n"
 "// moe_k_route triggers its dependents, and moe_k_sort waits for it (programmatic launch). Good chunks: T over the\n"
 "// number of SMs, rounded up to 16.\n"
@@ -15173,7 +15203,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
 "DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
 "DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
-"\n"
+"\n",
 "// e^x without a branch, so that the exponentials of a row overlap: what moe.h returns early is what the limits give,\n"
 "// and of the products by two powers of two only the second rounds, if any does. Of no use for NaN.\n"
 "DI f32 exp_f32(f32 x)\n"
@@ -15183,7 +15213,7 @@ static const char *const moe__kernel_text[] = {
 "    i32 k;\n"
 "    x = x < -104.0f \? -104.0f : x;\n"
 "    x = x > 89.0f \? 89.0f : x;\n"
-"    n = fmaf(x, 1.44269502f, magic);\n",
+"    n = fmaf(x, 1.44269502f, magic);\n"
 "    k = (i32)(bits(n) - bits(magic));\n"
 "    n = n - magic;\n"
 "    r = fmaf(n, -0.693147182f, x);\n"
@@ -15290,12 +15320,12 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 of_order(u32 key) { return from_bits(key >> 31 != 0 \? key ^ 0x80000000u : ~key); }\n"
 "\n"
-"// >>routing  logits -> experts and weights of a token  A warp routes a token, as moe.h's >>routing does: what that says\n"
+"// >>routing  logits -> experts and weights of a token  A warp routes a token, as moe.h's >>routing does: what that says\n",
 "// about sums, ties and -inf holds here, and where data is legal all bits are the same. Data that it refuses: a logit or\n"
 "// a key that is NaN or +inf counts as -inf, so that it sorts last; the token is counted in MOE_FAULT_NAN_LOGITS and\n"
 "// routed all the same. A token without a row in the forced table or the bias gets ids -1 and weights 0. An id outside\n"
 "// its range becomes -1 with weight 0.\n"
-"//\n",
+"//\n"
 "//   registers     key[P], P = MOE_P_EXPERTS_PER_LANE: expert e lies in lane e % 32, register e / 32\n"
 "//   shared memory two rows of 32 P words a warp: the logits behind multiplier and soft cap; keys of groups, flags\n"
 "//   slots         slot s lies in lane s % 32, register s / 32 (40 at most)\n"
@@ -15358,10 +15388,16 @@ static const char *const moe__kernel_text[] = {
 "            place = t > top \? p : place;\n"
 "            top = max_u32(top, t);\n"
 "        }\n"
-"        u32 best = redux_max(top);\n"
-"        u32 at = redux_min(top == best \? place : 0xffffffffu);\n"
+"        u32 best = redux_max(top), equal = ballot(top == best), at;\n"
+"        if ((equal & (equal - 1)) == 0) { // one lane: nothing waits for it to tell the others\n"
+"            at = shfl(place, ffs(equal) - 1);\n"
+"            place = top == best \? place : 0xffffffffu;\n"
+"        } else {\n"
+"            at = redux_min(top == best \? place : 0xffffffffu);\n"
+"            place = at;\n"
+"        }\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < N; i++) key[i] = at - lane() == 32 * i \? 0 : key[i];\n"
+"        for (u32 i = 0; i < N; i++) key[i] = place - lane() == 32 * i \? 0 : key[i];\n"
 "        if ((i32)lane() == j) chosen = (i32)at;\n"
 "    }\n"
 "}\n"
@@ -15385,7 +15421,7 @@ static const char *const moe__kernel_text[] = {
 "        load_row((const f32 *)a.logits + at, width, -INF_F32, x);\n"
 "    } else {\n"
 "        u16 half[PER_LANE];\n"
-"        load_row((const u16 *)a.logits + at, width, (u16)(a.logits_dtype == DTYPE_BF16 \? 0xff80 : 0xfc00), half);\n"
+"        load_row((const u16 *)a.logits + at, width, (u16)(a.logits_dtype == DTYPE_BF16 \? 0xff80 : 0xfc00), half);\n",
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = a.logits_dtype == DTYPE_BF16 \? bf16_f32(half[i]) : cvt_f16(half[i]);\n"
 "    }\n"
@@ -15399,7 +15435,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    if (r.logit_softcap > 0) { // rolled: rare, and long\n"
 "        for (u32 e = lane(); e < width; e += 32) {\n"
-"            f32 v = rows.logit[e];\n",
+"            f32 v = rows.logit[e];\n"
 "            rows.logit[e] = v < INF_F32 \? r.logit_softcap * tanh_f32(v / r.logit_softcap) : -INF_F32;\n"
 "        }\n"
 "        load_row(rows.logit, width, -INF_F32, x);\n"
@@ -15486,7 +15522,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return two \? order_of(of_order(first) + of_order(second)) : first;\n"
 "}\n"
-"\n"
+"\n",
 "// The same for groups of 32, which are a register each (too many of them would be under way with P > 16).\n"
 "DI void group_ranks_32(const u32 (&key)[PER_LANE], u32 groups, bool two, u32 *rank)\n"
 "{\n"
@@ -15498,7 +15534,7 @@ static const char *const moe__kernel_text[] = {
 "            u32 equal = ballot(key[i] == first);\n"
 "            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n"
 "            value = order_of(of_order(first) + of_order(second));\n"
-"        }\n",
+"        }\n"
 "        if (lane() == 0) rank[i] = value;\n"
 "    }\n"
 "}\n"
@@ -15584,7 +15620,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
 "    }\n"
-"    for (i32 part = 0; part < parts; part++) {\n"
+"    for (i32 part = 0; part < parts; part++) {\n",
 "        if (each) {\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < PER_LANE; i++) { // the keys of this part, which this lane wrote\n"
@@ -15599,7 +15635,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// PhiMoE: k times the best of the rest, weighted by a softmax over those of the rest that are close to it.\n"
 "DI void route_sparse_mixer(const tokens_args &a, const warp_rows &rows, token_slots &s)\n"
-"{\n",
+"{\n"
 "    const u32 ranked = (u32)(a.num_experts + a.routing.special_experts);\n"
 "    const f32 threshold = 2.0f * a.routing.sparse_mixer;\n"
 "    f32 *rest = (f32 *)rows.key;\n"
@@ -15674,7 +15710,7 @@ static const char *const moe__kernel_text[] = {
 "    if (e >= (u32)a.num_experts || drawn[e] != 0) return 0;\n"
 "    return a.routing.simulate == SIMULATE_ZIPF \? 0x1000000u / (e + 1) : 1;\n"
 "}\n"
-"\n"
+"\n",
 "// Draws without replacement, by integers. 32 experts at a time: the first whose running sum passes the number drawn.\n"
 "DI void route_simulate(const tokens_args &a, i64 token, const warp_rows &rows, i32 &chosen)\n"
 "{\n"
@@ -15685,7 +15721,7 @@ static const char *const moe__kernel_text[] = {
 "        chosen = (i32)(((u64)token * (u64)r.top_k + lane()) % experts);\n"
 "    else chosen = (i32)lane();\n"
 "    if (r.simulate != SIMULATE_UNIFORM && r.simulate != SIMULATE_ZIPF) return;\n"
-"    for (u32 e = lane(); e < experts; e += 32) {\n",
+"    for (u32 e = lane(); e < experts; e += 32) {\n"
 "        drawn[e] = 0;\n"
 "        total += draw_weight(a, drawn, e);\n"
 "    }\n"
@@ -15760,7 +15796,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 route_token(const tokens_args &a, i64 token, const warp_rows &rows, token_slots &s)\n"
 "{\n"
 "    const routing_args &r = a.routing;\n"
-"    const i64 token_id = a.token_ids == nullptr \? -1 : load_id(a.token_ids, a.ids_dtype, token);\n"
+"    const i64 token_id = a.token_ids == nullptr \? -1 : load_id(a.token_ids, a.ids_dtype, token);\n",
 "    const bool marked = token_id >= r.marked_token_lo && token_id < r.marked_token_hi;\n"
 "    const i32 *forced = nullptr;\n"
 "    i32 bias_row = r.bias_rows == 2 && marked;\n"
@@ -15774,7 +15810,7 @@ static const char *const moe__kernel_text[] = {
 "        bias_row = a.bias_index[token];\n"
 "        lost = bias_row < 0 || bias_row >= r.bias_rows;\n"
 "    }\n"
-"    if (r.forced_rows > 0 && !marked) {\n",
+"    if (r.forced_rows > 0 && !marked) {\n"
 "        if (token_id < 0 || token_id >= r.forced_rows) lost = true;\n"
 "        else forced = a.forced_ids + token_id * r.top_k;\n"
 "    }\n"
@@ -15850,7 +15886,7 @@ static const char *const moe__kernel_text[] = {
 "struct sort_memory {\n"
 "    u16 *counter;\n"
 "    u32 *own, *all;\n"
-"    i32 *row;\n"
+"    i32 *row;\n",
 "    u32 *first;\n"
 "    u32 *scan;   // [32] sums of warps\n"
 "    u32 *faults; // [4]\n"
@@ -15871,7 +15907,7 @@ static const char *const moe__kernel_text[] = {
 "    return (u8 *)(m.faults + 24);\n"
 "}\n"
 "\n"
-"// Local expert of an id, or -1.\n",
+"// Local expert of an id, or -1.\n"
 "DI i32 local_of(const permute_args &p, i32 id, i32 experts, i32 special)\n"
 "{\n"
 "    if (p.local_of_id != nullptr) return p.local_of_id[id];\n"
@@ -15895,6 +15931,12 @@ static const char *const moe__kernel_text[] = {
 "    return before + below;\n"
 "}\n"
 "\n"
+"// rows / tile.\n"
+"DI u32 tiles_of(const permute_args &p, u32 rows)\n"
+"{\n"
+"    return p.tile_shift >= 0 \? rows >> p.tile_shift : rows / (u32)p.tile;\n"
+"}\n"
+"\n"
 "DI void clear_words(u32 *word, u32 n)\n"
 "{\n"
 "    for (u32 i = tid(); i < n; i += ntid()) word[i] = 0;\n"
@@ -15916,14 +15958,14 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"// value[0 .. n) becomes the sum of those before it, each rounded up to `tile`; value[n] the sum of all.\n"
-"DI void scan_tiles(u32 *value, u32 n, u32 tile, u32 *scan)\n"
+"// value[0 .. n) becomes the sum of those before it, each rounded up to p.tile; value[n] the sum of all.\n"
+"DI void scan_tiles(const permute_args &p, u32 *value, u32 n, u32 *scan)\n"
 "{\n"
 "    const u32 each = (n + ntid() - 1) / ntid(), begin = tid() * each < n \? tid() * each : n;\n"
 "    const u32 end = begin + each < n \? begin + each : n, warps = ntid() / 32;\n"
 "    u32 sum = 0, running, before = 0;\n"
 "    for (u32 i = begin; i < end; i++) {\n"
-"        u32 count = value[i], padded = tile == 1 \? count : (count + tile - 1) / tile * tile;\n"
+"        u32 count = value[i], padded = tiles_of(p, count + (u32)p.tile - 1) * (u32)p.tile;\n"
 "        value[i] = sum;\n"
 "        sum += padded;\n"
 "    }\n"
@@ -15951,10 +15993,10 @@ static const char *const moe__kernel_text[] = {
 "        if (local >= 0) m.first[local] = m.all[id];\n"
 "    }\n"
 "    cta_sync();\n"
-"    scan_tiles(m.first, local_experts, (u32)p.tile, m.scan);\n"
+"    scan_tiles(p, m.first, local_experts, m.scan);\n"
 "    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
 "        i32 local = local_of(p, (i32)id, experts, special);\n"
-"        m.row[id] = local >= 0 \? m.row[id] + (i32)m.first[local] : -1;\n"
+"        m.row[id] = local >= 0 \? m.row[id] + (i32)m.first[local] : -1;\n",
 "    }\n"
 "}\n"
 "\n"
@@ -15970,34 +16012,44 @@ static const char *const moe__kernel_text[] = {
 "    return low;\n"
 "}\n"
 "\n"
+"// Rows without a slot: eight threads fill an expert's last tile, all threads of all CTAs what is behind the last expert.\n"
+"DI void write_padding(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special, u32 part,\n"
+"                      u32 parts)\n"
+"{\n"
+"    for (u32 id = part + tid() / 8 * parts; id < ids_end; id += ntid() / 8 * parts) {\n"
+"        i32 local = local_of(p, (i32)id, experts, special);\n"
+"        if (local < 0) continue;\n"
+"        for (u32 at = m.first[local] + m.all[id] + tid() % 8; at < m.first[local + 1]; at += 8) p.slot_of_row[at] = -1;\n"
+"    }\n"
+"    for (u32 at = m.first[p.local_experts] + part * ntid() + tid(); at < (u32)p.rows_max; at += parts * ntid())\n"
+"        p.slot_of_row[at] = -1;\n"
+"}\n"
+"\n"
 "// Tables that do not depend on single slots; CTA `part` of `parts` writes its share. An expert's last tile is limited\n"
 "// by the thread of its id, the others by threads of tiles.\n"
 "DI void write_tables(const permute_args &p, const sort_memory &m, u32 ids_end, i32 experts, i32 special, u32 part,\n"
 "                     u32 parts)\n"
-"{\n",
-"    const u32 local_experts = (u32)p.local_experts, tile = (u32)p.tile, end = m.first[local_experts];\n"
+"{\n"
+"    const u32 local_experts = (u32)p.local_experts, tile = (u32)p.tile, tiles = tiles_of(p, m.first[local_experts]);\n"
 "    const u32 thread = part * ntid() + tid(), threads = parts * ntid();\n"
 "    for (u32 id = thread; id < ids_end; id += threads) {\n"
 "        i32 local = local_of(p, (i32)id, experts, special);\n"
 "        if ((i32)id < experts && p.out_expert_counts != nullptr) p.out_expert_counts[id] = (i32)m.all[id];\n"
 "        if (local < 0) continue;\n"
-"        u32 next = m.first[local + 1], limit = m.first[local] + m.all[id];\n"
 "        if (p.expert_counts != nullptr) p.expert_counts[local] = (i32)m.all[id];\n"
-"        if (p.tile_limit != nullptr && m.all[id] > 0) p.tile_limit[next / tile - 1] = (i32)limit;\n"
-"        if (p.slot_of_row != nullptr)\n"
-"            for (u32 at = limit; at < next; at++) p.slot_of_row[at] = -1;\n"
+"        if (p.tile_limit != nullptr && m.all[id] > 0)\n"
+"            p.tile_limit[tiles_of(p, m.first[local + 1]) - 1] = (i32)(m.first[local] + m.all[id]);\n"
 "    }\n"
 "    if (p.tile_expert != nullptr || p.tile_limit != nullptr)\n"
-"        for (u32 at = thread * tile; at < end; at += threads * tile) {\n"
-"            u32 e = expert_of_row(m.first, local_experts, at);\n"
-"            if (p.tile_expert != nullptr) p.tile_expert[at / tile] = (i32)e;\n"
-"            if (p.tile_limit != nullptr && at + tile < m.first[e + 1]) p.tile_limit[at / tile] = (i32)(at + tile);\n"
+"        for (u32 i = thread; i < tiles; i += threads) {\n"
+"            u32 end = (i + 1) * tile, e = expert_of_row(m.first, local_experts, end - tile);\n"
+"            if (p.tile_expert != nullptr) p.tile_expert[i] = (i32)e;\n"
+"            if (p.tile_limit != nullptr && end < m.first[e + 1]) p.tile_limit[i] = (i32)end;\n"
 "        }\n"
 "    if (p.expert_offsets != nullptr)\n"
 "        for (u32 e = thread; e <= local_experts; e += threads) p.expert_offsets[e] = (i32)m.first[e];\n"
-"    if (p.slot_of_row != nullptr)\n"
-"        for (u32 at = end + thread; at < (u32)p.rows_max; at += threads) p.slot_of_row[at] = -1;\n"
-"    if (thread == 0 && p.num_tiles != nullptr) p.num_tiles[0] = (i32)(end / tile);\n"
+"    if (thread == 0 && p.num_tiles != nullptr) p.num_tiles[0] = (i32)tiles;\n"
+"    if (p.slot_of_row != nullptr) write_padding(p, m, ids_end, experts, special, part, parts);\n"
 "}\n"
 "\n"
 "// Rows of the warp's next 32 slots; `id` of the slot in this lane, -1 where it has none.\n"
@@ -16015,13 +16067,16 @@ static const char *const moe__kernel_text[] = {
 "// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n"
 "// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
 "//\n"
-"//   T         CTA tile, tokens x experts   half-warp   weights                       x\n"
-"//   up to 8   8 x 2                        1 x 1       ring of 16 stages of 256 k    registers, straight from memory\n"
-"//   to 256    16 x 16                      4 x 4       2 stages of 64 k, cp.async    the same stages, behind the norm\n"
-"//   more      32 x 32                      8 x 8\n"
+"//   T         CTA tile, tokens x experts   half-warps   each    K of a stage\n"
+"//   1         1 x 2                        1 x 2        1 x 1   4096\n"
+"//   to 8      8 x 2                        8 x 2        1 x 1   1024\n"
+"//   to 32     8 x 8                        4 x 4        2 x 2   512\n",
+"//   to 512    16 x 16                      4 x 4        4 x 4   256\n"
+"//   more      32 x 32                      4 x 4        8 x 8   128\n"
 "//\n"
-"// A CTA takes tiles cta, cta + ncta, ... Rows of a stage are 16 words longer than their contents, so that neighbouring\n"
-"// experts, which the two halves of a warp read, lie in different banks. 41,472 bytes of shared memory, 256 threads.\n"
+"// A CTA takes tiles cta, cta + ncta, ... It has two stages: while one is multiplied, cp.async fills the other's weights\n"
+"// and x is on its way to registers. Behind norm and scale x is put down in pairs, k and k + 16 side by side. Rows of\n"
+"// weights are 16 words longer than their contents, so that the halves of a warp do not meet in a bank.\n"
 "\n"
 "#ifndef MOE_P_BF16\n"
 "#define MOE_P_BF16 0\n"
@@ -16035,15 +16090,7 @@ static const char *const moe__kernel_text[] = {
 "DI f32 widen_weight(router_weight w) { return w; }\n"
 "#endif\n"
 "\n"
-"enum {\n"
-"    ROUTER_FEW = 8,          // tokens\n"
-"    ROUTER_SOME = 256,\n"
-"    ROUTER_RING = 16,        // stages\n"
-"    ROUTER_RING_K = 256,\n"
-"    ROUTER_K = 64,\n"
-"    ROUTER_PAD = 16,\n"
-"    ROUTER_STAGES = 40960    // bytes of both; norms lie behind them\n"
-"};\n"
+"enum { ROUTER_PAD = 16 };\n"
 "\n"
 "DI u32 lane16() { return tid() % 16; }\n"
 "\n"
@@ -16054,20 +16101,31 @@ static const char *const moe__kernel_text[] = {
 "    return x;\n"
 "}\n"
 "\n"
-"DI f32 router_x(const router_args &a, u32 token, u32 k)\n"
+"// x as it lies in memory, and later what that is: a conversion beside the load would make each load wait for the one\n"
+"// before.\n"
+"template <class X> DI X load_x(const router_args &a, u32 token, u32 k)\n"
 "{\n"
-"    return k < (u32)a.input_size \? load_float(a.x, a.x_dtype, (i64)token * a.x_stride + k) : 0;\n"
+"    return k < (u32)a.input_size \? ((const X *)a.x)[(i64)token * a.x_stride + k] : (X)0;\n"
 "}\n"
 "\n"
-"// 1 / sqrt(mean of squares + epsilon) of a token, by 16 threads; 1 without norm.\n",
-"DI f32 router_norm(const router_args &a, u32 token)\n"
+"DI f32 widen_x(const router_args &, f32 x) { return x; }\n"
+"DI f32 widen_x(const router_args &a, u16 x) { return a.x_dtype == DTYPE_BF16 \? bf16_f32(x) : cvt_f16(x); }\n"
+"\n"
+"// 1 / sqrt(mean of squares + epsilon) of a token, by 16 threads; 1 without norm. Squares of the zeros behind the last\n"
+"// element change no bit of the sum.\n"
+"template <class X> DI f32 router_norm(const router_args &a, u32 token)\n"
 "{\n"
 "    f32 sum = 0;\n"
 "    if (!a.rms_norm) return 1;\n"
-"#pragma unroll 8\n"
-"    for (u32 k = lane16(); k < (u32)a.ld; k += 16) {\n"
-"        f32 x = router_x(a, token, k);\n"
-"        sum = fmaf(x, x, sum);\n"
+"    for (u32 k = lane16(); k < (u32)a.ld; k += 16 * 16) {\n"
+"        X raw[16];\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < 16; i++) raw[i] = load_x<X>(a, token, k + 16 * i);\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < 16; i++) {\n"
+"            f32 x = widen_x(a, raw[i]);\n"
+"            sum = fmaf(x, x, sum);\n"
+"        }\n"
 "    }\n"
 "    return 1.0f / sqrt_rn(lanes16_sum(sum) / (f32)a.input_size + a.norm_epsilon);\n"
 "}\n"
@@ -16078,15 +16136,15 @@ static const char *const moe__kernel_text[] = {
 "    return x * norm * scale * a.input_multiplier;\n"
 "}\n"
 "\n"
-"// Weights [first, first + rows) x [k0, k0 + STAGE_K) into a stage, by all threads; zeros where there are none.\n"
-"template <u32 STAGE_K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 rows, u32 k0)\n"
+"// Weights [first, first + ROWS) x [k0, k0 + K) into a stage, by all threads; zeros where there are none.\n"
+"template <u32 ROWS, u32 K> DI void load_weights(const router_args &a, router_weight *stage, u32 first, u32 k0)\n"
 "{\n"
-"    const u32 piece = 16 / sizeof(router_weight), pieces = STAGE_K / piece;\n"
+"    const u32 piece = 16 / sizeof(router_weight), pieces = K / piece;\n"
 "    const router_weight *w = (const router_weight *)a.weight;\n"
-"    for (u32 i = tid(); i < rows * pieces; i += ntid()) {\n"
+"    for (u32 i = tid(); i < ROWS * pieces; i += ntid()) {\n"
 "        u32 row = i / pieces, k = k0 + i % pieces * piece;\n"
 "        bool there = first + row < (u32)a.width && k < (u32)a.ld;\n"
-"        cp_async_16(stage + row * (STAGE_K + ROUTER_PAD) + i % pieces * piece,\n"
+"        cp_async_16(stage + row * (K + ROUTER_PAD) + i % pieces * piece,\n"
 "                    there \? w + (i64)(first + row) * a.ld + k : w, there \? 16 : 0);\n"
 "    }\n"
 "}\n"
@@ -16097,56 +16155,42 @@ static const char *const moe__kernel_text[] = {
 "    a.out[(i64)token * a.width + expert] = a.bias == nullptr \? sum : sum + a.bias[expert];\n"
 "}\n"
 "\n"
-"// Two experts, up to 8 tokens: a warp has a token, its halves an expert each.\n"
-"DI void router_few(const router_args &a, u32 first, u32 tokens)\n"
+"// Adds `pairs` times 32 elements of a stage. x: this thread's of the first token; w: of the first expert.\n"
+"template <u32 TM, u32 TN, u32 WN, u32 K> DI void router_multiply(const f32x2 *x, const router_weight *w, u32 pairs,\n"
+"                                                                 f32 (&sum)[TM][TN])\n"
 "{\n"
-"    const u32 stage_words = 2 * (ROUTER_RING_K + ROUTER_PAD), steps = ROUTER_RING_K / 16;\n"
-"    const u32 chunks = ((u32)a.ld + ROUTER_RING_K - 1) / ROUTER_RING_K, half = lane() / 16, token = warp();\n"
-"    router_weight *ring = (router_weight *)smem();\n"
-"    f32 sum = 0, norm = 1, x[steps], next[steps];\n"
-"    for (u32 c = 0; c < ROUTER_RING - 1; c++) {\n"
-"        if (c < chunks) load_weights<ROUTER_RING_K>(a, ring + c * stage_words, first, 2, c * ROUTER_RING_K);\n"
-"        cp_async_commit();\n"
-"    }\n"
-"    if (token < tokens) norm = router_norm(a, token);\n"
+"#pragma unroll (TM * TN < 4 \? 8 : 1)\n"
+"    for (u32 s = 0; s < pairs; s++) {\n"
+"        f32x2 xs[TM];\n"
 "#pragma unroll\n"
-"    for (u32 s = 0; s < steps; s++) next[s] = token < tokens \? router_x(a, token, 16 * s + lane16()) : 0;\n"
-"    for (u32 c = 0; c < chunks; c++) {\n"
-"        const u32 k0 = c * ROUTER_RING_K, left = ((u32)a.ld - k0) / 16, ahead = c + ROUTER_RING - 1;\n"
-"        const router_weight *w = ring + c % ROUTER_RING * stage_words + half * (ROUTER_RING_K + ROUTER_PAD) + lane16();\n"
-"        cp_async_wait<ROUTER_RING - 2>();\n"
-"        cta_sync();\n"
-"        if (ahead < chunks)\n"
-"            load_weights<ROUTER_RING_K>(a, ring + ahead % ROUTER_RING * stage_words, first, 2, ahead * ROUTER_RING_K);\n"
-"        cp_async_commit();\n"
-"        if (token >= tokens) continue;\n"
+"        for (u32 i = 0; i < TM; i++) xs[i] = x[i * (K / 2) + 16 * s];\n"
 "#pragma unroll\n"
-"        for (u32 s = 0; s < steps; s++) {\n"
-"            u32 k = k0 + 16 * s + lane16();\n"
-"            x[s] = router_scaled(a, next[s], norm, k);\n"
-"            next[s] = router_x(a, token, k + ROUTER_RING_K);\n"
+"        for (u32 h = 0; h < 2; h++) {\n"
+"            f32 ws[TN];\n"
+"#pragma unroll\n"
+"            for (u32 j = 0; j < TN; j++) ws[j] = widen_weight(w[j * WN * (K + ROUTER_PAD) + 32 * s + 16 * h]);\n",
+"#pragma unroll\n"
+"            for (u32 i = 0; i < TM; i++)\n"
+"#pragma unroll\n"
+"                for (u32 j = 0; j < TN; j++) sum[i][j] = fmaf(h == 0 \? xs[i].x : xs[i].y, ws[j], sum[i][j]);\n"
 "        }\n"
-"#pragma unroll\n"
-"        for (u32 s = 0; s < steps; s++)\n"
-"            if (s < left) sum = fmaf(x[s], widen_weight(w[16 * s]), sum);\n"
 "    }\n"
-"    cp_async_wait<0>();\n"
-"    cta_sync();\n"
-"    if (token < tokens) router_store(a, lanes16_sum(sum), token, first + half, tokens);\n"
 "}\n"
 "\n"
-"// 4 TM tokens from `first_token` on x 4 TN experts from `first` on. Warp w has tokens (w % 4) TM ..., its half h\n"
-"// experts (w / 4) 2 TN + h, + 2, + 4, ...\n"
-"template <u32 TM, u32 TN> DI void router_tile(const router_args &a, u32 first_token, u32 first, u32 tokens)\n"
+"// TM WM tokens from `first_token` on x TN WN experts from `first` on. Half-warp h has tokens h / WN TM ..., experts\n"
+"// h % WN, + WN, + 2 WN, ...\n"
+"template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K>\n"
+"DI void router_tile(const router_args &a, u32 first_token, u32 first, u32 tokens)\n"
 "{\n"
-"    const u32 row = ROUTER_K + ROUTER_PAD, chunks = ((u32)a.ld + ROUTER_K - 1) / ROUTER_K;\n"
-"    const u32 token0 = warp() % 4 * TM, expert0 = warp() / 4 * 2 * TN + lane() / 16;\n"
-"    const u32 my_k = tid() % ROUTER_K, my_row = tid() / ROUTER_K;\n"
-"    f32 *norms = (f32 *)(smem() + ROUTER_STAGES), *x_stage = (f32 *)smem(), sum[TM][TN], next[TM];\n",
-"    router_weight *w_stage = (router_weight *)(x_stage + 2 * 4 * TM * row);\n"
-"    for (u32 i = tid() / 16; i < 4 * TM; i += 16) {\n"
-"        f32 norm = router_norm(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
-"        if (lane16() == 0) norms[i] = norm;\n"
+"    const u32 height = TM * WM, breadth = TN * WN, each = height * K / 512, chunks = ((u32)a.ld + K - 1) / K;\n"
+"    const u32 token0 = tid() / 16 / WN * TM, expert0 = tid() / 16 % WN;\n"
+"    const bool busy = token0 < height && first_token + token0 < tokens;\n"
+"    f32x2 *x_stage = (f32x2 *)smem();\n"
+"    router_weight *w_stage = (router_weight *)(x_stage + height * K);\n"
+"    f32 *norms = (f32 *)(w_stage + 2 * breadth * (K + ROUTER_PAD)), sum[TM][TN];\n"
+"    for (u32 i = tid() / 16; i < (height + 15) / 16 * 16; i += 16) {\n"
+"        f32 norm = router_norm<X>(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
+"        if (lane16() == 0 && i < height) norms[i] = norm;\n"
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < TM; i++)\n"
@@ -16154,37 +16198,30 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 j = 0; j < TN; j++) sum[i][j] = 0;\n"
 "    cta_sync();\n"
 "    for (u32 c = 0; c <= chunks; c++) { // loads chunk c, multiplies chunk c - 1\n"
-"        const u32 k = c * ROUTER_K + my_k;\n"
+"        X next[2 * each];\n"
 "        if (c < chunks) {\n"
-"            load_weights<ROUTER_K>(a, w_stage + c % 2 * 4 * TN * row, first, 4 * TN, c * ROUTER_K);\n"
+"            load_weights<breadth, K>(a, w_stage + c % 2 * breadth * (K + ROUTER_PAD), first, c * K);\n"
 "#pragma unroll\n"
-"            for (u32 i = 0; i < TM; i++) {\n"
-"                u32 token = first_token + my_row + 4 * i;\n"
-"                next[i] = token < tokens \? router_x(a, token, k) : 0;\n"
+"            for (u32 i = 0; i < 2 * each; i++) {\n"
+"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n"
+"                u32 k = c * K + pair % (K / 2) / 16 * 32 + i % 2 * 16 + lane16();\n"
+"                next[i] = token < tokens \? load_x<X>(a, token, k) : (X)0;\n"
 "            }\n"
 "        }\n"
 "        cp_async_commit();\n"
-"        if (c > 0) {\n"
-"            const u32 steps = c < chunks \? ROUTER_K / 16 : ((u32)a.ld - (chunks - 1) * ROUTER_K) / 16;\n"
-"            const f32 *x = x_stage + ((c - 1) % 2 * 4 * TM + token0) * row + lane16();\n"
-"            const router_weight *w = w_stage + ((c - 1) % 2 * 4 * TN + expert0) * row + lane16();\n"
-"            for (u32 s = 0; s < steps; s++) {\n"
-"                f32 xs[TM], ws[TN];\n"
-"#pragma unroll\n"
-"                for (u32 i = 0; i < TM; i++) xs[i] = x[i * row + 16 * s];\n"
-"#pragma unroll\n"
-"                for (u32 j = 0; j < TN; j++) ws[j] = widen_weight(w[2 * j * row + 16 * s]);\n"
-"#pragma unroll\n"
-"                for (u32 i = 0; i < TM; i++)\n"
-"#pragma unroll\n"
-"                    for (u32 j = 0; j < TN; j++) sum[i][j] = fmaf(xs[i], ws[j], sum[i][j]);\n"
-"            }\n"
-"        }\n"
+"        if (c > 0 && busy)\n"
+"            router_multiply<TM, TN, WN, K>(\n"
+"                x_stage + ((c - 1) % 2 * height + token0) * (K / 2) + lane16(),\n"
+"                w_stage + ((c - 1) % 2 * breadth + expert0) * (K + ROUTER_PAD) + lane16(),\n"
+"                (c < chunks \? K : (u32)a.ld - (chunks - 1) * K) / 32, sum);\n"
 "        if (c < chunks) {\n"
 "#pragma unroll\n"
-"            for (u32 i = 0; i < TM; i++)\n"
-"                x_stage[(c % 2 * 4 * TM + my_row + 4 * i) * row + my_k] =\n"
-"                    router_scaled(a, next[i], norms[my_row + 4 * i], k);\n"
+"            for (u32 i = 0; i < each; i++) {\n"
+"                u32 pair = tid() + i * 256, k = c * K + pair % (K / 2) / 16 * 32 + lane16();\n"
+"                f32 norm = norms[pair / (K / 2)], x = router_scaled(a, widen_x(a, next[2 * i]), norm, k);\n"
+"                f32 y = router_scaled(a, widen_x(a, next[2 * i + 1]), norm, k + 16);\n"
+"                x_stage[c % 2 * height * (K / 2) + pair] = { x, y };\n"
+"            }\n"
 "        }\n"
 "        cp_async_wait<0>();\n"
 "        cta_sync();\n"
@@ -16193,7 +16230,29 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = 0; i < TM; i++)\n"
 "#pragma unroll\n"
 "        for (u32 j = 0; j < TN; j++)\n"
-"            router_store(a, lanes16_sum(sum[i][j]), first_token + token0 + i, first + expert0 + 2 * j, tokens);\n"
+"            router_store(a, lanes16_sum(sum[i][j]), busy \? first_token + token0 + i : tokens, first + expert0 + WN * j,\n"
+"                         tokens);\n"
+"}\n"
+"\n"
+"// All tiles of this CTA, experts fastest.\n"
+"template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K> DI void router_tiles(const router_args &a, u32 tokens)\n"
+"{\n"
+"    const u32 height = TM * WM, breadth = TN * WN, across = ((u32)a.width + breadth - 1) / breadth;\n"
+"    const u32 tiles = across * ((tokens + height - 1) / height);\n"
+"    for (u32 tile = cta(); tile < tiles; tile += ncta())\n"
+"        router_tile<X, TM, TN, WM, WN, K>(a, tile / across * height, tile % across * breadth, tokens);\n"
+"}\n"
+"\n"
+"// Shapes go by the number of tokens that the host knows, because the grid does.\n"
+"DI void router_run(const router_args &a, u32 tokens)\n"
+"{\n"
+"    const u32 bound = (u32)a.num_tokens;\n"
+"    if (a.x_dtype == DTYPE_F32) router_tiles<f32, 4, 4, 4, 4, 256>(a, tokens);\n"
+"    else if (bound <= 1) router_tiles<u16, 1, 1, 1, 2, 4096>(a, tokens);\n"
+"    else if (bound <= 8) router_tiles<u16, 1, 1, 8, 2, 1024>(a, tokens);\n"
+"    else if (bound <= 32) router_tiles<u16, 2, 2, 4, 4, 512>(a, tokens);\n",
+"    else if (bound <= 512) router_tiles<u16, 4, 4, 4, 4, 256>(a, tokens);\n"
+"    else router_tiles<u16, 8, 8, 4, 4, 128>(a, tokens);\n"
 "}\n"
 "\n"
 "// >>entry  kernels\n"
@@ -16202,7 +16261,7 @@ static const char *const moe__kernel_text[] = {
 "#define ROUTE_ONE_THREADS 128\n"
 "#define ROUTE_THREADS 128\n"
 "#else\n"
-"#define ROUTE_ONE_THREADS 256\n"
+"#define ROUTE_ONE_THREADS (PER_LANE > 8 \? 256 : 512)\n"
 "#define ROUTE_THREADS (PER_LANE > 8 \? 512 : 1024)\n"
 "#endif\n"
 "\n"
@@ -16241,7 +16300,7 @@ static const char *const moe__kernel_text[] = {
 "//   sum        threads: ids; counters over warps -> own                              | cluster barrier\n"
 "//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
 "//   place      experts -> rows, then each warp its slots; tables shared out by CTA   | wait is the last thing\n"
-"//\n",
+"//\n"
 "//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n"
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
 "{\n"
@@ -16281,8 +16340,8 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    if (lane() == 0)\n"
 "        for (u32 f = 0; f < 4; f++)\n"
-"            if (faults[f] != 0) red_add(&m.faults[f], faults[f]);\n"
-"    cta_sync();\n"
+"            if (faults[f] != 0) red_add_shared(&m.faults[f], faults[f]);\n"
+"    cta_sync();\n",
 "    sum_warps<ROUTE_ONE_THREADS / 32>(m, ids_end);\n"
 "    if (ctas > 1) cluster_sync();\n"
 "    else cta_sync();\n"
@@ -16324,18 +16383,18 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    grid_wait();\n"
 "    grid_launch();\n"
-"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n",
+"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
 "    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
 "    const u32 begin = cta() * chunk_tokens, end = begin + chunk_tokens < tokens \? begin + chunk_tokens : tokens;\n"
 "    for (u32 t = begin + warp(); t < end; t += ntid() / 32) {\n"
 "        token_slots s;\n"
 "        do_token(a.tokens, (i64)t, rows, s, faults);\n"
 "        for (u32 h = 0; h < 2 && 32 * h < slots; h++)\n"
-"            if (lane() + 32 * h < slots && s.id[h] >= 0) red_add(&count[s.id[h]], 1);\n"
+"            if (lane() + 32 * h < slots && s.id[h] >= 0) red_add_shared(&count[s.id[h]], 1);\n"
 "    }\n"
 "    if (lane() == 0)\n"
 "        for (u32 f = 0; f < 4; f++)\n"
-"            if (faults[f] != 0) red_add(&fault[f], faults[f]);\n"
+"            if (faults[f] != 0) red_add_shared(&fault[f], faults[f]);\n"
 "    cta_sync();\n"
 "    u32 *pairs = (u32 *)(a.chunk_counts + (i64)cta() * stride);\n"
 "    for (u32 i = tid(); i < stride / 2; i += ntid()) pairs[i] = count[2 * i] | count[2 * i + 1] << 16;\n"
@@ -16368,17 +16427,17 @@ static const char *const moe__kernel_text[] = {
 "                u32 part = base + i * groups < cta() \? two[i] : 0;\n"
 "                low += two[i] & 0xffff;\n"
 "                high += two[i] >> 16;\n"
-"                low_before += part & 0xffff;\n"
+"                low_before += part & 0xffff;\n",
 "                high_before += part >> 16;\n"
 "            }\n"
 "        }\n"
-"        red_add(&m.all[2 * pair], low);\n"
-"        red_add(&m.all[2 * pair + 1], high);\n"
-"        red_add((u32 *)&m.row[2 * pair], low_before);\n"
-"        red_add((u32 *)&m.row[2 * pair + 1], high_before);\n"
+"        red_add_shared(&m.all[2 * pair], low);\n"
+"        red_add_shared(&m.all[2 * pair + 1], high);\n"
+"        red_add_shared((u32 *)&m.row[2 * pair], low_before);\n"
+"        red_add_shared((u32 *)&m.row[2 * pair + 1], high_before);\n"
 "    }\n"
 "    for (u32 i = tid(); i < 4 * chunks && cta() == 0; i += ntid())\n"
-"        if (a.chunk_faults[i] != 0) red_add(&m.faults[i % 4], a.chunk_faults[i]);\n"
+"        if (a.chunk_faults[i] != 0) red_add_shared(&m.faults[i % 4], a.chunk_faults[i]);\n"
 "}\n"
 "\n"
 "// Second half of K0: a CTA places the slots of a chunk, each of its warps a run of them.\n"
@@ -16408,7 +16467,7 @@ static const char *const moe__kernel_text[] = {
 "    const i32 *ids = a.ids + (i64)begin * slots;\n"
 "    i32 next = from + lane() < to \? ids[from + lane()] : -1; // a step ahead of the loop\n"
 "    sum_chunks(a, m);\n"
-"    for (u32 at = from; at < to; at += 32) {\n",
+"    for (u32 at = from; at < to; at += 32) {\n"
 "        i32 id = next;\n"
 "        next = at + 32 + lane() < to \? ids[at + 32 + lane()] : -1;\n"
 "        count_ids(counter, id);\n"
@@ -16429,23 +16488,14 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#if defined(MOE_K_ROUTER_LOGITS) || defined(MOE_K_ALL)\n"
 "\n"
-"// Tiles of >>router, experts fastest. At most 128 registers.\n"
+"// At most 128 registers.\n"
 "MOE_ENTRY(moe_k_router_logits, router_args, 256, 2)\n"
 "{\n"
 "    u32 wrong;\n"
 "    grid_wait();\n"
-"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong), bound = (u32)a.num_tokens;\n"
-"    const u32 side = bound <= ROUTER_SOME \? 16 : 32, width = (u32)a.width;\n"
+"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
 "    if (cta() == 0 && tid() < 4 && a.out_faults != nullptr) a.out_faults[tid()] = tid() == FAULT_COUNTS \? wrong : 0;\n"
-"    if (bound <= ROUTER_FEW) {\n"
-"        for (u32 first = 2 * cta(); first < width; first += 2 * ncta()) router_few(a, first, tokens);\n"
-"        return;\n"
-"    }\n"
-"    const u32 across = (width + side - 1) / side, tiles = across * ((tokens + side - 1) / side);\n"
-"    for (u32 tile = cta(); tile < tiles; tile += ncta()) {\n"
-"        if (side == 16) router_tile<4, 4>(a, tile / across * side, tile % across * side, tokens);\n"
-"        else router_tile<8, 8>(a, tile / across * side, tile % across * side, tokens);\n"
-"    }\n"
+"    router_run(a, tokens);\n"
 "}\n"
 "\n"
 "#endif\n"
@@ -16459,7 +16509,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "02b310c83146f19a637a9b2f7df7ac313aa4b7ae75d173dce7461dc0fbf0771e";
+    return "050305eb50f20c6e4a88ee42b2bf10ff1ed88e9471f0a4cff26e762268192805";
 }
 #endif
 // >>kernels-end

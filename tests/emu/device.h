@@ -126,6 +126,7 @@ DI bool elect() { return emu_warp(EMU_ELECT, 0, 0) != 0; }
 // ---- atomics, memory ------------------------------------------------------------------------------------------------
 
 DI u32 atom_add(u32 *p, u32 v) { return emu_atomic(EMU_ADD, EMU_RELAXED, p, v, "atom_add"); }
+DI void red_add_shared(u32 *p, u32 v) { emu_atomic(EMU_ADD, EMU_RELAXED, p, v, "red_add_shared"); }
 DI void red_add(u32 *p, u32 v) { emu_atomic(EMU_ADD, EMU_RELAXED, p, v, "red_add"); }
 DI u32 atom_add_acq_rel(u32 *p, u32 v) { return emu_atomic(EMU_ADD, EMU_ACQ_REL, p, v, "atom_add_acq_rel"); }
 DI u32 atom_max(u32 *p, u32 v) { return emu_atomic(EMU_MAX, EMU_RELAXED, p, v, "atom_max"); }
