@@ -206,8 +206,8 @@ static int build(const char *tree, const mutant *m, int part, const char *progra
     if (m != NULL && strncmp(m->file, "moe", 3) != 0) {
         snprintf(command, sizeof command, "build/mutants/unbroken%d/build/%s", part, program);
         if (access(command, X_OK) != 0 && !build("build/mutants/unbroken0", NULL, part, program)) return 0;
-        snprintf(command, sizeof command, "ln -sf %s/build/mutants/unbroken%d/build/%s %s/build/%s", root, part, program,
-                 tree, program);
+        snprintf(command, sizeof command, "ln -sf %s/build/mutants/unbroken%d/build/%s %s/build/%s", root, part,
+                 program, tree, program);
         return system(command) == 0;
     }
     snprintf(command, sizeof command, "cd %s && %s -std=gnu99 -O0 -o build/%s tests/%s.c -ldl -lpthread -lm "
