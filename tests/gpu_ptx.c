@@ -1185,7 +1185,7 @@ static void *operand_registers(int type, const int *values)
         uint32_t s = w / 512, t = w / 4 % 128, i = w % 4;
         for (uint32_t e = 0; e < 4 / eb; e++)
             put_element(&regs[w], type, e,
-                        values[(t / 32 * 16 + t % 32 / 4 + i % 2 * 8) * k + (s * 32 + i / 2 * 16 + t % 4 * 4) / eb + e]);
+// ---- registers -------------------------------------------------------------------------------------------------------
     }
     return gpu_copy(regs, sizeof regs);
 }

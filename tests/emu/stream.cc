@@ -644,16 +644,6 @@ EMU_API CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, vo
     return launch("cuLaunchKernelEx", config ? f : nullptr, config ? *config : none, params, extra);
 }
 
-EMU_API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, int type, uint32_t rank, void *base, const uint64_t *dims,
-                                        const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
-                                        int interleave, int swizzle, int promotion, int fill)
-{
-    call c("cuTensorMapEncodeTiled", call::ANY);
-    if (!map || !base || !dims || (!strides && rank > 1) || !box || !steps) return c(CUDA_ERROR_INVALID_VALUE);
-    return c(emu_tensor_map_encode(map, type, rank, base, dims, strides, box, steps, interleave, swizzle, promotion,
-                                   fill) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE);
-}
-
 // ---- names ----------------------------------------------------------------------------------------------------------
 
 EMU_API CUresult cuGetErrorName(CUresult code, const char **name)
@@ -740,7 +730,7 @@ const symbol symbols[] = {
     { "cuGraphDestroy", "", 10000 }, { "cuGraphGetNodes", "", 10000 }, { "cuGraphNodeGetType", "", 10000 },
     { "cuGraphInstantiate", "WithFlags", 11040 }, { "cuGraphInstantiateWithFlags", "", 11040 },
     { "cuGraphLaunch", "", 10000 }, { "cuGraphUpload", "", 11010 }, { "cuGraphExecDestroy", "", 10000 },
-    { "cuGraphExecUpdate", "_v2", 12000 }, { "cuTensorMapEncodeTiled", "", 12000 }
+    { "cuGraphExecUpdate", "_v2", 12000 }
 };
 
 // The newest version that the caller and this driver both know. status: 0 found, 1 no such name, 2 newer than asked.
