@@ -11,8 +11,9 @@ EXE =
 RUN =
 export CC CXX CI
 
-EXAMPLES = hello route checkpoint_layer own_loader hooks moe_layer
+EXAMPLES = hello route checkpoint_layer own_loader hooks prewarm moe_layer
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+GPU_TESTS = $(patsubst tests/%.c,%,$(wildcard tests/gpu_*.c))
 BENCHES = $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
 
 all: $(EXAMPLES:%=$(B)/%)
@@ -24,8 +25,12 @@ help:
 	@echo "make check        make test, other compilers, sanitizers, valgrind, fuzzing, other processors"
 	@echo "make test-bare    the README's two commands in a new Debian that has nothing but git (root)"
 	@echo "make lib          build/libmoe.so"
-	@echo "make bench        speed of the CPU back end"
+	@echo "make bench        speed of the CPU back end, and of the GPU where there is one"
+	@echo "make test-gpu     the tests of GPU code on this machine's own GPU, large sizes too"
+	@echo "make test-sanitizer  the same small under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
+	@echo "make mutants      breaks one thing at a time and checks that a test reports it"
 	@echo "make golden       regenerates tests/golden and tests/data (Python)"
+	@echo "make embed        copies moe_kernels.cu.inc into moe.h; make check-embed says whether that was done"
 	@echo "make picture      regenerates examples/demo.svg"
 
 demo: $(B)/moe_layer
@@ -36,6 +41,14 @@ test check:
 
 test-bare:
 	@sh tests/bare.sh
+
+test-gpu test-sanitizer:
+	@sh tests/gpu.sh $@
+
+emu: $(EMU_LIBS)
+
+mutants: emu $(B)/run_mutants
+	@$(B)/run_mutants
 
 lib: $(B)/libmoe.so
 
@@ -49,6 +62,12 @@ bench: $(BENCHES:%=$(B)/%)
 picture: $(B)/moe_layer
 	$(B)/moe_layer tests/golden/qwen3_moe --layer 1 --svg examples/demo.svg
 
+embed: $(B)/embed
+	@$(B)/embed moe.h moe_kernels.cu.inc
+
+check-embed: $(B)/embed
+	@$(B)/embed --check moe.h moe_kernels.cu.inc
+
 clean:
 	rm -rf build
 
@@ -57,6 +76,10 @@ clean:
 $(EXAMPLES:%=$(B)/%): $(B)/%: examples/%.c moe.h $(wildcard examples/*.h)
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread
+
+$(B)/embed: tests/embed.c
+	@mkdir -p $(@D)
+	$(CC) -std=c99 -O1 $(WARN) $(EXTRA) -o $@ $<
 
 $(B)/libmoe.so: moe.h
 	@mkdir -p $(@D)
@@ -70,15 +93,62 @@ $(B)/tests/test_%$(EXE): tests/test_%.c $(wildcard tests/*.h) moe.h
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread -lm
 
+$(B)/tests/gpu_%: tests/gpu_%.c $(wildcard tests/*.h) moe.h
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread -ldl -lm
+
+# ---- the emulated device: libcuda and NVRTC of the tests, tests/emu -------------------------------------------------
+# Always with g++ and optimised: the kernels run in it. EMU_B has one copy for all variants of the tests.
+
+EMU_B = build/emu
+EMU_CXX = g++
+EMU_FLAGS = -std=c++17 -O2 -g -fPIC -fno-omit-frame-pointer
+EMU_LIBS = $(EMU_B)/libcuda.so.1 $(EMU_B)/libnvrtc.so.13
+EMU_ENGINE = engine check sync async matrix
+EMU_DRIVER = driver stream graph host
+
+$(EMU_B)/%.o: tests/emu/%.cc $(wildcard tests/emu/*.h)
+	@mkdir -p $(@D)
+	$(EMU_CXX) $(EMU_FLAGS) -c -o $@ $<
+
+$(EMU_B)/libcuda.so.1: $(EMU_ENGINE:%=$(EMU_B)/%.o) $(EMU_DRIVER:%=$(EMU_B)/%.o)
+	$(EMU_CXX) -shared -o $@ $^ -ldl -lpthread
+
+$(EMU_B)/libnvrtc.so.13: $(EMU_B)/nvrtc.o $(EMU_B)/host.o
+	$(EMU_CXX) -shared -o $@ $^ -ldl -lpthread
+
+$(EMU_B)/test_kernels.o: tests/emu/test_kernels.cc $(wildcard tests/emu/*.h)
+	@mkdir -p $(@D)
+	$(EMU_CXX) -std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -fsanitize=thread,alignment \
+	    --param=tsan-instrument-func-entry-exit=0 -include tests/emu/device.h -c -o $@ $<
+
+$(EMU_B)/test_engine: tests/emu/test_engine.cc $(EMU_B)/test_kernels.o $(EMU_ENGINE:%=$(EMU_B)/%.o)
+	$(EMU_CXX) $(EMU_FLAGS) -o $@ $^
+
+$(EMU_B)/test_driver: tests/emu/test_driver.c $(wildcard tests/emu/*.h tests/*.h) $(EMU_LIBS)
+	$(CC) -std=gnu99 -O1 -g $(WARN) -o $@ $< -ldl -lpthread
+
+$(B)/run_mutants: tests/mutants/mutants.c
+	@mkdir -p $(@D)
+	$(CC) -std=gnu99 -O1 $(WARN) -o $@ $<
+
 # A log is a run: the suite removes it first. RUN is what runs the program: nothing, valgrind, qemu, wine.
 $(B)/log/test_%.log: $(B)/tests/test_%$(EXE)
 	@sh tests/run_one.sh $(B) test_$* $(RUN) $<
+
+$(B)/log/gpu_%.log: $(B)/tests/gpu_%
+	@sh tests/gpu.sh run $(B) gpu_$* $<
+
+$(B)/log/emu_test_%.log: $(EMU_B)/test_%
+	@sh tests/gpu.sh run $(B) emu_test_$* $<
 
 $(B)/log/group_%.log: tests/group_%.sh tests/group.sh FORCE
 	@sh tests/run_one.sh $(B) group_$* sh $<
 
 test-logs: $(TESTS:%=$(B)/log/%.log)
+gpu-logs: $(GPU_TESTS:%=$(B)/log/%.log)
+emu-logs: gpu-logs $(B)/log/emu_test_engine.log $(B)/log/emu_test_driver.log
 
 FORCE:
-.PRECIOUS: $(B)/tests/test_%$(EXE)
-.PHONY: all help demo test check test-bare lib golden bench picture clean test-logs FORCE
+.PRECIOUS: $(B)/tests/test_%$(EXE) $(B)/tests/gpu_%
+.PHONY: all help demo test check test-gpu test-sanitizer emu mutants gpu-logs emu-logs test-bare lib golden bench embed check-embed picture clean test-logs FORCE

@@ -2,8 +2,8 @@
 //
 // Runs one MoE layer: router logits -> top-k experts -> GEMM 1, activation -> GEMM 2 -> weighted sum + shared experts.
 // Infers routing, activation, sizes and tensor names from a checkpoint's own files, for about sixty model families.
-// Needs the C library, nothing else. This version runs on the CPU, in f32, bf16 and f16; the calls are those that a GPU
-// will use.
+// Needs the C library, nothing else. This version runs whole layers on the CPU, in f32, bf16 and f16, and on CUDA what
+// stands before the GEMMs: the router's product, routing, permutation. The calls are the same.
 //
 // QUICK START
 //
@@ -123,8 +123,8 @@
 //     Compiled kernels are kept in a folder: desc.jit.cache_dir, else MOE_CACHE_DIR, $XDG_CACHE_HOME/moe,
 //     $HOME/.cache/moe (~/Library/Caches/moe, %LOCALAPPDATA%\moe), else in memory only. An entry's name and contents
 //     hold the SHA-256 of the kernels' text, options and chip; NVRTC's version is noted but not part of it, so that a
-//     warm start opens no NVRTC. A folder or file counts only if it belongs to this user or root, nobody else can write it,
-//     and no link leads to it from the cache folder on; whatever is wrong is a miss. Where nothing can be written,
+//     warm start opens no NVRTC. A folder or file counts only if it belongs to this user or root, nobody else can write
+//     it, and no link leads to it from the cache folder on; whatever is wrong is a miss. Where nothing can be written,
 //     kernels stay in memory, and the log says so once. No locks: any number of processes may share a folder, and it
 //     may be deleted at any time. Nothing is deleted by itself: moe_cache_trim(). moe_jit_precompile() fills a folder
 //     without a GPU; as desc.jit.seed_dir it serves from a read-only image. moe_jit_export() makes C of kernels.
@@ -12267,7 +12267,9 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     out->args_bytes = (int32_t)args_bytes;
     out->threads = threads;
     out->smem_bytes = smem_bytes;
-    moe__text_format(&label, "%s%d_sm%d", name, value, arch);
+    moe__text_string(&label, name);
+    if (value > 1) moe__text_format(&label, "%d", value); // a size; flags are in the name
+    moe__text_format(&label, "_sm%d", arch);
     if (parameter != NULL) moe__text_format(&defines, "-DMOE_P_%s=%d", parameter, value);
 }
 
@@ -12290,7 +12292,8 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
                            moe__sort_smem(256 / 32, ids_end));
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
-        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
+        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits",
+                           bf16 ? "router_logits_bf16" : "router_logits_f32", "BF16",
                            bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
 }
 #endif
@@ -14460,6 +14463,7 @@ static const char *const moe__kernel_text[] = {
 "#ifndef MOE_EMU\n"
 "\n"
 "#define DI __device__ __forceinline__\n"
+"#define ballot warp_ballot // a header that nvcc includes by itself has another function of this name\n"
 "#if defined(__CUDA_ARCH__)\n"
 "#define MOE_ARCH (__CUDA_ARCH__ / 10)\n"
 "#else\n"
@@ -14522,10 +14526,10 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI u32 atom_add(u32 *p, u32 v)\n"
 "{\n"
-"    u32 old;\n"
+"    u32 old;\n",
 "    asm volatile(\"atom.relaxed.gpu.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
-"}\n",
+"}\n"
 "DI void red_add(u32 *p, u32 v) { asm volatile(\"red.relaxed.gpu.add.u32 [%0], %1;\" ::\"l\"(p), \"r\"(v) : \"memory\"); }\n"
 "DI u32 atom_add_acq_rel(u32 *p, u32 v)\n"
 "{\n"
@@ -14642,9 +14646,9 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI void mbar_arrive_n(u64 *b, u32 n)\n"
-"{\n"
+"{\n",
 "    ASM_90(\"mbarrier.arrive.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(n) : \"memory\");\n"
-"}\n",
+"}\n"
 "DI void mbar_arrive_expect_tx(u64 *b, u32 bytes)\n"
 "{\n"
 "    ASM_90(\"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\" ::\"r\"(saddr(b)), \"r\"(bytes) : \"memory\");\n"
@@ -14760,10 +14764,10 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u64 policy_evict_last()\n"
 "{\n"
-"    u64 policy = 0;\n"
+"    u64 policy = 0;\n",
 "    ASM_90(\"createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\" : \"=l\"(policy));\n"
 "    return policy;\n"
-"}\n",
+"}\n"
 "DI void bulk_g2s(void *dst, const void *src, u32 bytes, u64 *bar)\n"
 "{\n"
 "    ASM_90(\"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\"\n"
@@ -14835,8 +14839,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
 "\n"
-"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n"
-"DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n",
+"DI void fence_proxy_async_all() { ASM_90(\"fence.proxy.async;\" ::: \"memory\"); }\n"
 "DI void fence_proxy_async_global() { ASM_90(\"fence.proxy.async.global;\" ::: \"memory\"); }\n"
 "\n"
 "// ---- warp matrix products ---- fragments as the PTX manual draws them; mma accumulates into d\n"
@@ -14912,8 +14916,8 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_90 LIST_80 \", \" TEN(8)\n"
 "#define LIST_96 LIST_90 \", %90, %91, %92, %93, %94, %95\"\n"
 "#define LIST_110 LIST_90 \", \" TEN(9) \", \" TEN(10)\n"
-"#define LIST_112 LIST_110 \", %110, %111\"\n"
-"#define LIST_120 LIST_110 \", \" TEN(11)\n",
+"#define LIST_112 LIST_110 \", %110, %111\"\n",
+"#define LIST_120 LIST_110 \", \" TEN(11)\n"
 "#define LIST_128 LIST_120 \", %120, %121, %122, %123, %124, %125, %126, %127\"\n"
 "\n"
 "#define D_4(i) \"+f\"(d[i]), \"+f\"(d[i + 1]), \"+f\"(d[i + 2]), \"+f\"(d[i + 3])\n"
@@ -14999,8 +15003,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI f32 sqrt_rn(f32 v) { return __fsqrt_rn(v); }\n"
-"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n"
-"DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n",
+"DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n",
+"DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n"
 "DI u32 ffs(u32 v) { return (u32)__ffs((int)v); }\n"
 "DI u64 umulhi64(u64 a, u64 b) { return __umul64hi(a, b); }\n"
 "\n"
@@ -16233,12 +16237,12 @@ static const char *const moe__kernel_text[] = {
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
-"//   route      warps: token -> ids, weights; ids to shared memory, counters           | CTA barrier\n"
-"//   sum        threads: ids; counters over warps -> total                             | cluster barrier\n"
-"//   exchange   every CTA reads the others' totals -> totals of all, of those before   | cluster barrier (waited last)\n"
-"//   place      experts -> rows, then each warp its slots; tables shared out by CTA\n"
-"//\n"
-"//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n",
+"//   route      warps: token -> ids, weights; ids to shared memory, counters          | CTA barrier\n"
+"//   sum        threads: ids; counters over warps -> own                              | cluster barrier\n"
+"//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
+"//   place      experts -> rows, then each warp its slots; tables shared out by CTA   | wait is the last thing\n"
+"//\n",
+"//   shared memory: u16 id[ceil(T / C) slots], sort_memory, two rows a warp. At most 128 registers.\n"
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
 "{\n"
 "    const u32 warps = ntid() / 32, slots = (u32)a.tokens.slots, ids_end = (u32)a.tokens.ids_end;\n"
@@ -16320,8 +16324,8 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    grid_wait();\n"
 "    grid_launch();\n"
-"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
-"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n",
+"    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n",
+"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
 "    const u32 begin = cta() * chunk_tokens, end = begin + chunk_tokens < tokens \? begin + chunk_tokens : tokens;\n"
 "    for (u32 t = begin + warp(); t < end; t += ntid() / 32) {\n"
 "        token_slots s;\n"
@@ -16404,8 +16408,8 @@ static const char *const moe__kernel_text[] = {
 "    const i32 *ids = a.ids + (i64)begin * slots;\n"
 "    i32 next = from + lane() < to \? ids[from + lane()] : -1; // a step ahead of the loop\n"
 "    sum_chunks(a, m);\n"
-"    for (u32 at = from; at < to; at += 32) {\n"
-"        i32 id = next;\n",
+"    for (u32 at = from; at < to; at += 32) {\n",
+"        i32 id = next;\n"
 "        next = at + 32 + lane() < to \? ids[at + 32 + lane()] : -1;\n"
 "        count_ids(counter, id);\n"
 "    }\n"
@@ -16455,7 +16459,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "61bd6c54183683cceedd3d676e7a5b74e5777eea9069efb21bb462533a4495be";
+    return "02b310c83146f19a637a9b2f7df7ac313aa4b7ae75d173dce7461dc0fbf0771e";
 }
 #endif
 // >>kernels-end

@@ -52,6 +52,24 @@ variant() {
     collect "$label" "$build" $(programs)
 }
 
+# emulated LABEL BUILD VARIABLE=VALUE...: the tests of GPU code, on the emulated device.
+emulated() {
+    label=$1
+    build=$2
+    shift 2
+    echo "==== ${label:+$label }GPU code on the emulated device"
+    rm -f "$build"/log/gpu_*.log "$build"/log/emu_*.log
+    # shellcheck disable=SC2086
+    env "$@" $MAKE -s -k -j"$JOBS" B="$build" emu-logs
+    # shellcheck disable=SC2046
+    collect "$label" "$build" emu_test_engine emu_test_driver \
+        $(for file in tests/gpu_*.c; do basename "$file" .c; done)
+}
+
+can_emulate() {
+    command -v g++ >/dev/null 2>&1 && [ "$(uname -s) $(uname -m)" = "Linux x86_64" ]
+}
+
 omitted() {
     echo "omitted: $1" | tee -a "$summary"
 }
@@ -67,7 +85,10 @@ groups() {
 rm -rf build/log
 $MAKE -s -k -j"$JOBS" all
 variant "" build
-groups frame compile product examples layer
+groups frame compile product examples layer embed
+if can_emulate; then emulated "" build
+else omitted "GPU code: the emulated device needs g++, Linux and an x86-64 processor"
+fi
 if [ "$suite" = check ]; then . tests/check.sh; fi
 
 echo "==== summary"
