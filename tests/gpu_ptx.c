@@ -8,6 +8,7 @@
 #include "../moe.h"
 #include "test.h"
 #include "gpu.h"
+#include "gpu_text.h"
 #include <math.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -16,14 +17,15 @@
 
 enum { CORE, HOPPER, WGMMA, PROGRAMS };
 
+static moe_context *context; // its text is the kernel text with gpu_ptx.cu.inc behind it
 static moe__cu_module modules[PROGRAMS];
 
 typedef struct launch {
     const char *entry;
-    unsigned grid, threads, smem; // smem: dynamic, bytes
-    unsigned grid_y;              // 0: 1
-    unsigned cluster;             // 0: none
-    int dependent;                // may start while the launch before it runs
+    int ctas, threads, smem; // smem: dynamic, bytes
+    int ctas_y;              // 0: 1
+    int cluster;             // 0: none
+    int dependent;           // may start while the launch before it runs
 } launch;
 
 // struct ptx_args
@@ -33,128 +35,55 @@ typedef struct words {
     uint32_t n, p, q, r;
 } words;
 
-static void unload(void)
-{
-    gpu_enter();
-    for (int i = 0; i < PROGRAMS; i++)
-        if (modules[i] != NULL) GPU_CALL(gpu.cuda->cuModuleUnload(modules[i]));
-    gpu_leave();
-}
+static void close_programs(void) { moe_context_destroy(context); }
 
-// The kernel text with gpu_ptx.cu.inc behind it; freed by the caller.
-static char *program_text(void)
+// All kernels of a program are in the module that its first one is loaded from.
+static void load_program(int which)
 {
-    const char *text = gpu.ctx->jit->source;
-    FILE *file = fopen(test_data("gpu_ptx.cu.inc"), "rb");
-    size_t length = strlen(text), size = 1 << 20, n;
-    char *all = (char *)malloc(length + size);
-    if (file == NULL) {
-        test_fail(__FILE__, __LINE__, "tests/gpu_ptx.cu.inc cannot be opened");
-        free(all);
-        return NULL;
-    }
-    memcpy(all, text, length);
-    n = fread(all + length, 1, size - 1, file);
-    all[length + n] = 0;
-    fclose(file);
-    return all;
-}
-
-static void compile(const moe__nvrtc *nvrtc, const char *text, int which)
-{
-    static const char *const names[PROGRAMS] = { "-DPTX_CORE", "-DPTX_HOPPER", "-DPTX_WGMMA" };
-    const char *options[] = { "--std=c++17", "--fmad=false", "-DMOE_K_NONE", NULL, NULL };
-    moe__nvrtc_program program;
-    size_t size = 0;
-    char arch[64], *data;
-    int compiled;
-    snprintf(arch, sizeof arch, "--gpu-architecture=%s", gpu.cuda->chip);
-    options[3] = names[which];
-    options[4] = arch;
-    GPU_CALL(nvrtc->nvrtcCreateProgram(&program, text, "gpu_ptx.cu", 0, NULL, NULL));
-    compiled = nvrtc->nvrtcCompileProgram(program, 5, options);
-    if (compiled == 0) GPU_CALL(nvrtc->nvrtcGetCUBINSize(program, &size));
-    else nvrtc->nvrtcGetProgramLogSize(program, &size);
-    data = (char *)calloc(size + 1, 1);
-    if (compiled != 0) {
-        nvrtc->nvrtcGetProgramLog(program, data);
-        test_fail2(__FILE__, __LINE__, names[which], data);
-    } else {
-        GPU_CALL(nvrtc->nvrtcGetCUBIN(program, data));
-        gpu_enter();
-        GPU_CALL(gpu.cuda->cuModuleLoadData(&modules[which], data));
-        gpu_leave();
-    }
-    free(data);
-    GPU_CALL(nvrtc->nvrtcDestroyProgram(&program));
+    static const char *const first[PROGRAMS] = { "ptx_threads", "ptx_cluster", "ptx_registers" },
+                      *const defines[PROGRAMS] = { "-DPTX_CORE", "-DPTX_HOPPER", "-DPTX_WGMMA" };
+    static const int threads[PROGRAMS] = { 96, 64, 384 };
+    moe__instance instance;
+    moe__cu_function function = NULL;
+    moe_error err;
+    memset(&instance, 0, sizeof instance);
+    instance.entry = first[which];
+    snprintf(instance.name, sizeof instance.name, "gpu_ptx");
+    snprintf(instance.defines, sizeof instance.defines, "%s", defines[which]);
+    instance.args_bytes = sizeof(words);
+    instance.threads = threads[which];
+    if (moe__jit_load(context, &instance, 1, &function, &err) != MOE_OK) test_fail(__FILE__, __LINE__, err.text);
+    for (const moe__kernel *k = context->jit->kernels; k != NULL && function != NULL; k = k->next)
+        if (k->function == function) modules[which] = k->module;
 }
 
 // 1 when this program is loaded; else the test is left out or has failed.
 static int open_program(int which)
 {
     static const int least[PROGRAMS] = { 80, 90, 90 };
-    static int registered;
-    char *text;
-    moe_error err;
-    memset(&err, 0, sizeof err);
     if (!gpu_open()) return 0;
     if (gpu.cuda->arch < least[which] || (which == WGMMA && strcmp(gpu.cuda->chip, "sm_90a") != 0)) {
         test_skip("the chip has no such instructions");
         return 0;
     }
-    if (modules[which] != NULL) return 1;
-    if (!registered) atexit(unload);
-    registered = 1;
-    if (moe__jit_compiler(gpu.ctx, gpu.cuda->arch, &err) != MOE_OK || moe__source_join(gpu.ctx, &err) != MOE_OK) {
-        test_fail(__FILE__, __LINE__, err.text);
-        return 0;
+    if (context == NULL) {
+        context = gpu_text_open(test_data("gpu_ptx.cu.inc"));
+        atexit(close_programs);
     }
-    text = program_text();
-    if (text != NULL) compile(&gpu.ctx->jit->nvrtc, text, which);
-    free(text);
+    if (context != NULL && modules[which] == NULL) load_program(which);
     return modules[which] != NULL;
-}
-
-static moe__cu_function function_of(const launch *l)
-{
-    moe__cu_function function = NULL;
-    for (int i = 0; i < PROGRAMS && function == NULL; i++)
-        if (modules[i] != NULL && gpu.cuda->cuModuleGetFunction(&function, modules[i], l->entry) != 0) function = NULL;
-    if (function == NULL) test_fail2(__FILE__, __LINE__, "no kernel", l->entry);
-    else if (l->smem > 48 * 1024)
-        GPU_CALL(gpu.cuda->cuFuncSetAttribute(function, MOE__CU_FUNCTION_DYNAMIC_SMEM, (int)l->smem));
-    return function;
 }
 
 // Enqueued on the legacy stream; gpu_get() waits.
 static void enqueue(const launch *l, void *args)
 {
-    moe__cu_launch_config config;
-    moe__cu_launch_attribute attributes[2];
-    moe__cu_function function;
-    void *params[1];
-    params[0] = args;
-    memset(&config, 0, sizeof config);
-    memset(attributes, 0, sizeof attributes);
-    config.gridDimX = l->grid;
-    config.gridDimY = l->grid_y > 0 ? l->grid_y : 1;
-    config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
-    config.blockDimX = l->threads;
-    config.sharedMemBytes = l->smem;
-    config.attrs = attributes;
-    if (l->cluster > 0) {
-        attributes[config.numAttrs].id = MOE__CU_ATTRIBUTE_CLUSTER;
-        attributes[config.numAttrs].value.cluster.x = l->cluster;
-        attributes[config.numAttrs].value.cluster.y = attributes[config.numAttrs].value.cluster.z = 1;
-        config.numAttrs++;
-    }
-    if (l->dependent) {
-        attributes[config.numAttrs].id = MOE__CU_ATTRIBUTE_PDL;
-        attributes[config.numAttrs++].value.programmatic = 1;
-    }
+    moe__cu_function function = NULL;
     gpu_enter();
-    function = function_of(l);
-    if (function != NULL) GPU_CALL(gpu.cuda->cuLaunchKernelEx(&config, function, params, NULL));
+    for (int i = 0; i < PROGRAMS && function == NULL; i++)
+        if (modules[i] != NULL && gpu.cuda->cuModuleGetFunction(&function, modules[i], l->entry) != 0) function = NULL;
+    if (function == NULL) test_fail2(__FILE__, __LINE__, "no kernel", l->entry);
+    else GPU_CALL(gpu_text_launch_grid(function, l->ctas, l->ctas_y > 0 ? l->ctas_y : 1, l->threads, l->cluster,
+                                       l->dependent, l->smem, args));
     gpu_leave();
 }
 
@@ -990,7 +919,7 @@ TEST(tensor_loads_of_boxes_that_stick_out)
         uint32_t *data = random_words(bytes / 4, 18 + n), box = box_bytes(t);
         launch l = { "ptx_tensor_load", 1, 128, 0, 0, 0, 0 };
         void *base = gpu_copy(data, bytes);
-        l.smem = box + 16;
+        l.smem = (int)box + 16;
         for (int c = 0; c < 5; c++) {
             map_args *a = make_map(t, base);
             uint8_t *want = (uint8_t *)calloc(box, 1), *got = (uint8_t *)malloc(box);
@@ -1021,7 +950,7 @@ TEST(tensor_multicast)
     uint32_t *data, box = box_bytes(t);
     if (!open_tensors()) return;
     data = random_words(tensor_bytes(t) / 4, 40);
-    l.smem = box + 16;
+    l.smem = (int)box + 16;
     for (uint32_t mask = 1; mask < 4; mask++) {
         map_args *a = make_map(t, gpu_copy(data, tensor_bytes(t)));
         uint32_t *want = (uint32_t *)malloc(2 * box), *got = (uint32_t *)malloc(2 * box);
@@ -1088,7 +1017,7 @@ TEST(tensor_stores_and_sums_are_clipped)
             for (uint64_t i = 0; i < bytes / 4; i++) data[i] = (data[i] & mask) | set;
             for (uint32_t i = 0; i < box_bytes(t) / 4; i++) box[i] = (test_random_u32(&seed) & mask) | set;
             base = gpu_copy(data, bytes);
-            l.smem = box_bytes(t);
+            l.smem = (int)box_bytes(t);
             for (int c = 0; c < 5; c++) {
                 map_args *a = make_map(t, base);
                 a->x = corners[c][0];
@@ -1182,10 +1111,9 @@ static void *operand_registers(int type, const int *values)
 {
     uint32_t eb = (uint32_t)element_bytes(type), k = 128 / eb, regs[4 * 128 * 4];
     for (uint32_t w = 0; w < 2048; w++) {
-        uint32_t s = w / 512, t = w / 4 % 128, i = w % 4;
+        uint32_t s = w / 512, t = w / 4 % 128, i = w % 4, row = t / 32 * 16 + t % 32 / 4 + i % 2 * 8;
         for (uint32_t e = 0; e < 4 / eb; e++)
-            put_element(&regs[w], type, e,
-// ---- registers -------------------------------------------------------------------------------------------------------
+            put_element(&regs[w], type, e, values[row * k + (s * 32 + i / 2 * 16 + t % 4 * 4) / eb + e]);
     }
     return gpu_copy(regs, sizeof regs);
 }
@@ -1233,7 +1161,7 @@ static void check_products(int type, uint32_t n)
     p.out = gpu_make(16 * count * 4);
     snprintf(entry, sizeof entry, "ptx_%s_%d", names[type], (int)n);
     l.entry = entry;
-    l.smem = 8192 + n * 128;
+    l.smem = 8192 + (int)n * 128;
     enqueue(&l, &p);
     gpu_get(got, p.out, 16 * count * 4);
     for (uint32_t c = 0; c < 16; c++) {
