@@ -56,9 +56,9 @@ TEST_UNUSED static moe__cu_function gpu_text_load(moe_context *ctx, const char *
     return function;
 }
 
-// On the legacy stream; cluster 1: none; pdl: may start before the launch ahead of it ends.
-TEST_UNUSED static int gpu_text_launch(moe__cu_function function, int ctas, int threads, int cluster, int pdl,
-                                       int smem_bytes, void *args)
+// On the legacy stream; cluster 0 or 1: none; pdl: may start before the launch ahead of it ends.
+TEST_UNUSED static int gpu_text_launch_grid(moe__cu_function function, int ctas, int ctas_y, int threads, int cluster,
+                                            int pdl, int smem_bytes, void *args)
 {
     moe__cu_launch_config config;
     moe__cu_launch_attribute attributes[2];
@@ -68,8 +68,9 @@ TEST_UNUSED static int gpu_text_launch(moe__cu_function function, int ctas, int 
     memset(&config, 0, sizeof config);
     memset(attributes, 0, sizeof attributes);
     config.gridDimX = (unsigned)ctas;
+    config.gridDimY = (unsigned)ctas_y;
     config.blockDimX = (unsigned)threads;
-    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+    config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
     config.sharedMemBytes = (unsigned)smem_bytes;
     config.attrs = attributes;
     if (cluster > 1) {
@@ -86,6 +87,12 @@ TEST_UNUSED static int gpu_text_launch(moe__cu_function function, int ctas, int 
     result = gpu.cuda->cuLaunchKernelEx(&config, function, params, NULL);
     gpu_leave();
     return result;
+}
+
+TEST_UNUSED static int gpu_text_launch(moe__cu_function function, int ctas, int threads, int cluster, int pdl,
+                                       int smem_bytes, void *args)
+{
+    return gpu_text_launch_grid(function, ctas, 1, threads, cluster, pdl, smem_bytes, args);
 }
 
 #endif

@@ -1026,6 +1026,20 @@ EMU_API CUresult cuOccupancyMaxPotentialClusterSize(int *size, CUfunction f, con
     return CUDA_SUCCESS;
 }
 
+// ---- tensor maps ----------------------------------------------------------------------------------------------------
+
+EMU_API CUresult cuTensorMapEncodeTiled(CUtensorMap *map, int type, uint32_t rank, void *base, const uint64_t *dims,
+                                        const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+                                        int interleave, int swizzle, int promotion, int fill)
+{
+    call c("cuTensorMapEncodeTiled", call::INIT);
+    if (c.code) return c.code;
+    bool given = map && base && dims && box && steps && (strides || rank == 1);
+    bool legal = given && emu_tensor_map_encode(map, type, rank, base, dims, strides, box, steps, interleave, swizzle,
+                                                promotion, fill);
+    return c(legal ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE);
+}
+
 // ---- leaks and the log ----------------------------------------------------------------------------------------------
 
 static std::string leaks_now()

@@ -710,7 +710,7 @@ const symbol symbols[] = {
     { "cuFuncGetParamInfo", "", 12040 }, { "cuOccupancyMaxActiveBlocksPerMultiprocessor", "", 6050 },
     { "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", "", 7000 },
     { "cuOccupancyMaxActiveClusters", "", 11070 }, { "cuOccupancyMaxPotentialClusterSize", "", 11070 },
-    { "cuStreamCreate", "", 2000 },
+    { "cuTensorMapEncodeTiled", "", 12000 }, { "cuStreamCreate", "", 2000 },
     { "cuStreamCreateWithPriority", "", 5050 }, { "cuStreamDestroy", "_v2", 4000 }, { "cuStreamGetPriority", "", 5050 },
     { "cuStreamGetFlags", "", 5050 }, { "cuStreamGetCtx", "", 9020 }, { "cuStreamSynchronize", "", 2000 },
     { "cuStreamQuery", "", 2000 }, { "cuStreamWaitEvent", "", 3020 }, { "cuLaunchHostFunc", "", 10000 },

@@ -47,8 +47,16 @@ u32 emu_cta_y() { return self->block->id[1]; }
 u32 emu_ncta() { return self->block->g->op->desc.grid[0]; }
 u8 *emu_smem() { return self->block->smem; }
 u32 emu_smem_bytes() { return self->block->smem_bytes; }
-u32 emu_cluster_rank() { return self->block->rank; }
-u32 emu_cluster_size() { return self->block->g->cluster_size; }
+u32 emu_cluster_rank()
+{
+    require(90, "cluster_rank");
+    return self->block->rank;
+}
+u32 emu_cluster_size()
+{
+    require(90, "cluster_size");
+    return self->block->g->cluster_size;
+}
 
 u32 emu_saddr(const void *p)
 {
@@ -139,8 +147,7 @@ extern "C" u32 emu_warp(u32 op, u32 value, u32 operand)
     static const char *const names[] = { "shfl", "shfl_xor", "shfl_up", "shfl_down", "ballot", "match_any", "redux_max",
                                          "redux_min", "redux_add", "redux_or", "elect" };
     thread *t = self;
-    if (op == EMU_ELECT) require(90, "elect");
-    else if (op >= EMU_REDUX_MAX) require(80, names[op]);
+    if (op >= EMU_REDUX_MAX && op != EMU_ELECT) require(80, names[op]);
     t->value = value;
     t->operand = operand;
     if (!collective(op, names[op])) return t->result;
@@ -514,6 +521,7 @@ extern "C" void emu_mbar(u32 op, u64 *bar, u32 count, u32 bytes)
     u8 *at = (u8 *)bar;
     cta *c = self->block;
     if (op >= EMU_MBAR_EXPECT_TX && op <= EMU_MBAR_ARRIVE_EXPECT_TX) require(90, names[op]);
+    if (op == EMU_MBAR_ARRIVE && count != 1) require(90, "mbar_arrive_n");
     if (op == EMU_MBAR_INIT) {
         mbar_init(at, count);
     } else if (op == EMU_MBAR_INVAL) {
@@ -558,6 +566,7 @@ extern "C" bool emu_mbar_test(u64 *bar, u32 parity)
 extern "C" void emu_mbar_wait(u64 *bar, u32 parity, bool cluster)
 {
     const char *name = cluster ? "mbar_wait_cluster" : "mbar_wait";
+    if (cluster) require(90, name);
     sometimes_yield();
     for (;;) {
         mbarrier *m = find_mbar(self->block, (u8 *)bar, name);

@@ -64,6 +64,8 @@ typedef struct nvrtc_program *nvrtcProgram;
     X(cuGraphExecUpdate, "_v2", (CUgraphExec, CUgraph, CUgraphExecUpdateResultInfo *)) \
     X(cuGraphDestroy, "", (CUgraph)) \
     X(cuGraphExecDestroy, "", (CUgraphExec)) \
+    X(cuTensorMapEncodeTiled, "", (CUtensorMap *, int, uint32_t, void *, const uint64_t *, const uint64_t *, \
+                                   const uint32_t *, const uint32_t *, int, int, int, int)) \
     X(emu_leaks, "", (char *, size_t)) \
     X(emu_log_begin, "", (void))
 #define NVRTC(X) \
@@ -108,6 +110,7 @@ static void open_libraries(void)
 // ---- programs -------------------------------------------------------------------------------------------------------
 
 // add: p[i] += FACTOR * value, once by thread i of the grid. twice: p[i] = 2 p[i], behind the grid in front of it.
+// box: the 8 x 4 words of the map from column x, row y on.
 static const char kernels[] =
     "struct test_args { u32 *p; u32 count, value; };\n"
     "MOE_ENTRY(add, test_args, 64, 1)\n"
@@ -120,8 +123,23 @@ static const char kernels[] =
     "    u32 i = cta() * ntid() + tid();\n"
     "    grid_wait();\n"
     "    if (i < a.count) a.p[i] *= 2;\n"
+    "}\n"
+    "struct box_args { tensor_map map; u32 *out; i32 x, y; };\n"
+    "MOE_ENTRY(box, box_args, 32, 1)\n"
+    "{\n"
+    "    u64 *bar = (u64 *)(smem() + 128);\n"
+    "    if (tid() == 0) {\n"
+    "        mbar_init(bar, 1);\n"
+    "        fence_mbar_init();\n"
+    "        mbar_arrive_expect_tx(bar, 128);\n"
+    "        tma_load_2d(smem(), &a.map, a.x, a.y, bar);\n"
+    "    }\n"
+    "    warp_sync();\n"
+    "    mbar_wait(bar, 0);\n"
+    "    a.out[tid()] = ((const u32 *)smem())[tid()];\n"
     "}\n";
 typedef struct test_args { CUdeviceptr p; uint32_t count, value; } test_args;
+typedef struct box_args { CUtensorMap map; CUdeviceptr out; int32_t x, y; } box_args;
 
 typedef struct image { char *bytes; size_t size; } image;
 
@@ -296,6 +314,8 @@ TEST(symbols_newer_than_the_driver_are_not_found)
     CHECK_EQ(cu.cuGetProcAddress("cuFuncGetParamInfo", &f, 12000, 0, &status), 0);
     CHECK_EQ(status, 2);
     CHECK(f == NULL);
+    CHECK_EQ(cu.cuGetProcAddress("cuTensorMapEncodeTiled", &f, 12000, 0, &status), 0);
+    CHECK(f != NULL && memcmp(&f, &cu.cuTensorMapEncodeTiled, sizeof f) == 0);
     CHECK_EQ(cu.cuGetProcAddress("cuNoSuchFunction", &f, 12000, 0, &status), 0);
     CHECK_EQ(status, 1);
     CHECK_EQ(cu.cuGetProcAddress("cuMemAlloc", &f, 99000, 0, &status), CUDA_ERROR_INVALID_VALUE);
@@ -748,6 +768,50 @@ TEST(the_log_has_a_line_per_call)
     close_device();
 }
 
+// ---- tensor maps ----------------------------------------------------------------------------------------------------
+
+enum { COLUMNS = 12, LINES = 6, BOX_X = 8, BOX_Y = 4 };
+
+// u32 [LINES][COLUMNS] at p, boxes of [BOX_Y][BOX_X], zeros outside.
+static int encode(CUtensorMap *map, CUdeviceptr p, uint64_t stride, uint32_t box_x)
+{
+    const uint64_t dims[2] = { COLUMNS, LINES };
+    const uint32_t box[2] = { box_x, BOX_Y }, steps[2] = { 1, 1 };
+    return cu.cuTensorMapEncodeTiled(map, 2, 2, (void *)(uintptr_t)p, dims, &stride, box, steps, 0, 0, 0, 0);
+}
+
+TEST(tensor_maps_are_encoded_for_kernels)
+{
+    box_args args;
+    void *params[] = { &args };
+    CUfunction f;
+    CUdeviceptr p;
+    uint32_t in[LINES * COLUMNS], out[BOX_X * BOX_Y];
+    CUlaunchConfig config = { 1, 1, 1, 32, 1, 1, 256, NULL, NULL, 0 };
+    memset(&args, 0, sizeof args);
+    open_device();
+    CHECK_EQ(cu.cuMemAlloc(&p, sizeof in), 0);
+    for (int i = 0; i < LINES * COLUMNS; i++) in[i] = 1000 + (uint32_t)i;
+    CHECK_EQ(cu.cuMemcpyHtoD(p, in, sizeof in), 0);
+    CHECK_EQ(encode(&args.map, p + 4, COLUMNS * 4, BOX_X), CUDA_ERROR_INVALID_VALUE);
+    CHECK_EQ(encode(&args.map, p, COLUMNS * 4 + 4, BOX_X), CUDA_ERROR_INVALID_VALUE);
+    CHECK_EQ(encode(&args.map, p, COLUMNS * 4, 257), CUDA_ERROR_INVALID_VALUE);
+    CHECK_EQ(encode(NULL, p, COLUMNS * 4, BOX_X), CUDA_ERROR_INVALID_VALUE);
+    CHECK_EQ(encode(&args.map, p, COLUMNS * 4, BOX_X), 0);
+    args.out = dev.p;
+    args.x = 6;
+    args.y = 3;
+    CHECK_EQ(cu.cuModuleGetFunction(&f, dev.module, "box"), 0);
+    CHECK_EQ(cu.cuLaunchKernelEx(&config, f, params, NULL), 0);
+    CHECK_EQ(cu.cuMemcpyDtoH(out, dev.p, sizeof out), 0);
+    for (int i = 0; i < BOX_X * BOX_Y; i++) {
+        int x = args.x + i % BOX_X, y = args.y + i / BOX_X;
+        CHECK_EQ(out[i], x < COLUMNS && y < LINES ? in[y * COLUMNS + x] : 0);
+    }
+    CHECK_EQ(cu.cuMemFree(p), 0);
+    close_device();
+}
+
 // ---- capture and graphs ---------------------------------------------------------------------------------------------
 
 static CUgraphExec instantiate(CUgraph g)
@@ -959,6 +1023,7 @@ int main(int argc, char **argv)
         T(leaks_are_listed)
         T(unloading_code_that_is_still_to_run_is_reported)
         T(the_log_has_a_line_per_call)
+        T(tensor_maps_are_encoded_for_kernels)
         T(a_captured_graph_runs_again_and_again)
         T(captured_streams_fork_and_join)
         T(a_graph_is_updated_in_place)
