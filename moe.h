@@ -12307,16 +12307,11 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
                            moe__sort_smem(256 / 32, ids_end));
     }
     for (int32_t bf16 = 0; bf16 < 2; bf16++)
-<<<<<<< HEAD
         moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits",
-                           bf16 ? "router_logits_bf16" : "router_logits_f32", "BF16",
-                           bf16, arch, sizeof(moe__router_args), 256, MOE__ROUTER_SMEM);
-=======
-        moe__instance_make(&out[MOE__KERNEL_ROUTER_F32 + bf16], "moe_k_router_logits", "router_logits_bf16_", "BF16",
-                           bf16, arch, sizeof(moe__router_args), 256,
+                           bf16 ? "router_logits_bf16" : "router_logits_f32", "BF16", bf16, arch,
+                           sizeof(moe__router_args), 256,
                            moe__max32(moe__router_smem(moe__router_shape_of(1, MOE_DTYPE_BF16), bf16),
                                       moe__router_smem(moe__router_shape_of(8, MOE_DTYPE_BF16), bf16))); // the most
->>>>>>> ge
 }
 #endif
 
