@@ -21,6 +21,7 @@ static struct {
     int tried;
     gpu_block blocks[GPU_BLOCKS];
     int count;
+    void (*closing)(void); // of a program's own contexts, before those above
 } gpu;
 
 // MOE_TEST_GPU=1: real hardware.
@@ -58,6 +59,7 @@ static void gpu_close(void)
     static char text[4096];
     int (*leaks)(char *text, size_t bytes);
     gpu_symbol(gpu_library(), "emu_leaks", &leaks);
+    if (gpu.closing != NULL) gpu.closing();
     moe_context_destroy(gpu.ctx);
     moe_context_destroy(gpu.cpu);
     if (leaks != NULL && leaks(text, sizeof text) != 0) test_fail2(__FILE__, __LINE__, "leaked", text);

@@ -97,7 +97,7 @@ TEST(pipeline_gives_the_exact_sums)
     moe_context *ctx;
     moe__cu_function function;
     if (!gpu_open()) return;
-    if (gpu.cuda->arch != 90) { test_skip("wgmma is an instruction of compute capability 9.0"); return; }
+    if (gpu.cuda->arch != 90) { test_not_here("wgmma is an instruction of compute capability 9.0"); return; }
     if ((ctx = gpu_text_open("tests/pipeline.cu.inc")) == NULL) return;
     function = gpu_text_load(ctx, "pipeline", sizeof(pipeline_args), THREADS, SMEM);
     if (function != NULL) {

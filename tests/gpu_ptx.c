@@ -63,12 +63,12 @@ static int open_program(int which)
     static const int least[PROGRAMS] = { 80, 90, 90 };
     if (!gpu_open()) return 0;
     if (gpu.cuda->arch < least[which] || (which == WGMMA && strcmp(gpu.cuda->chip, "sm_90a") != 0)) {
-        test_skip("the chip has no such instructions");
+        test_not_here("the chip has no such instructions");
         return 0;
     }
     if (context == NULL) {
         context = gpu_text_open(test_data("gpu_ptx.cu.inc"));
-        atexit(close_programs);
+        gpu.closing = close_programs;
     }
     if (context != NULL && modules[which] == NULL) load_program(which);
     return modules[which] != NULL;
