@@ -2,8 +2,8 @@
 //
 // Runs one MoE layer: router logits -> top-k experts -> GEMM 1, activation -> GEMM 2 -> weighted sum + shared experts.
 // Infers routing, activation, sizes and tensor names from a checkpoint's own files, for about sixty model families.
-// Needs the C library, nothing else. This version runs on the CPU, in f32, bf16 and f16; the calls are those that a GPU
-// will use.
+// Needs the C library, nothing else. This version runs whole layers on the CPU, in f32, bf16 and f16, and on CUDA what
+// stands before the GEMMs: the router's product, routing, permutation. The calls are the same.
 //
 // QUICK START
 //
@@ -123,8 +123,8 @@
 //     Compiled kernels are kept in a folder: desc.jit.cache_dir, else MOE_CACHE_DIR, $XDG_CACHE_HOME/moe,
 //     $HOME/.cache/moe (~/Library/Caches/moe, %LOCALAPPDATA%\moe), else in memory only. An entry's name and contents
 //     hold the SHA-256 of the kernels' text, options and chip; NVRTC's version is noted but not part of it, so that a
-//     warm start opens no NVRTC. A folder or file counts only if it belongs to this user or root, nobody else can write it,
-//     and no link leads to it from the cache folder on; whatever is wrong is a miss. Where nothing can be written,
+//     warm start opens no NVRTC. A folder or file counts only if it belongs to this user or root, nobody else can write
+//     it, and no link leads to it from the cache folder on; whatever is wrong is a miss. Where nothing can be written,
 //     kernels stay in memory, and the log says so once. No locks: any number of processes may share a folder, and it
 //     may be deleted at any time. Nothing is deleted by itself: moe_cache_trim(). moe_jit_precompile() fills a folder
 //     without a GPU; as desc.jit.seed_dir it serves from a read-only image. moe_jit_export() makes C of kernels.

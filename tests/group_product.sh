@@ -76,7 +76,9 @@ try "sizes and offsets are as in tests/data/abi_layout.txt" as_committed
 # ---- text of the header ---------------------------------------------------------------------------------------------
 clean_text() {
     if LC_ALL=C grep -n '[^ -~]' moe.h | head -n 5 | grep .; then echo "not ASCII, or a tab"; return 1; fi
-    if awk 'length > 120 { print FILENAME ":" FNR ": " length " columns"; bad = 1 } END { exit !bad }' moe.h; then return 1; fi
+    # The generated region quotes lines that are checked in their own file.
+    if awk '/>>kernels-end/ { quoted = 0 } length > 120 && !quoted { print FILENAME ":" FNR ": " length " columns"; bad = 1 }
+            /^\/\/ >>kernels-begin/ { quoted = 1 } END { exit !bad }' moe_kernels.cu.inc moe.h; then return 1; fi
     if grep -nE 'TODO|FIXME|XXX' moe.h; then return 1; fi
 }
 tags() { # the index and the text have the same tags

@@ -86,6 +86,9 @@ rm -rf build/log
 $MAKE -s -k -j"$JOBS" all
 variant "" build
 groups frame compile product examples layer embed
+if can_emulate; then emulated "" build
+else omitted "GPU code: the emulated device needs g++, Linux and an x86-64 processor"
+fi
 if [ "$suite" = check ]; then . tests/check.sh; fi
 
 echo "==== summary"

@@ -24,14 +24,15 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
 }
 
-# What this system's package manager would be told; empty where there is none that we know.
+# What this system's package manager would be told; empty where there is none that we know. g++ compiles the emulated
+# device of the tests.
 install_command() {
-    if have apt-get; then echo "apt-get install -y --no-install-recommends gcc libc6-dev make"
-    elif have dnf; then echo "dnf install -y gcc glibc-devel make"
-    elif have yum; then echo "yum install -y gcc glibc-devel make"
-    elif have apk; then echo "apk add gcc musl-dev make"
+    if have apt-get; then echo "apt-get install -y --no-install-recommends gcc g++ libc6-dev make"
+    elif have dnf; then echo "dnf install -y gcc gcc-c++ glibc-devel make"
+    elif have yum; then echo "yum install -y gcc gcc-c++ glibc-devel make"
+    elif have apk; then echo "apk add gcc g++ musl-dev make"
     elif have pacman; then echo "pacman -S --noconfirm --needed gcc make"
-    elif have zypper; then echo "zypper --non-interactive install gcc glibc-devel make"
+    elif have zypper; then echo "zypper --non-interactive install gcc gcc-c++ glibc-devel make"
     elif have xbps-install; then echo "xbps-install -Sy gcc glibc-devel make"
     elif have brew; then echo "brew install gcc make"
     fi
