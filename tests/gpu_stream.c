@@ -248,9 +248,10 @@ TEST(a_stage_without_tokens_keeps_the_order)
 {
     moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
     pair p = { 0 };
-    inputs in[2] = { { 0 } };
+    inputs in[2];
     resident res[2];
     void *stream;
+    memset(in, 0, sizeof in);
     if (!gpu_open_driver()) return;
     p.desc.max_tokens = 20;
     if (!pair_make(&p, &r, 600)) return;

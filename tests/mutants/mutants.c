@@ -326,6 +326,6 @@ int main(int argc, char **argv)
     unsetenv("MOE_EMU_SEED");
     if (work_on_both_cores(0) < 0) return 1;
     caught = work_on_both_cores(1);
-    printf("%d mutants, %d caught (%d s)\n", mutant_count, caught, (int)(time(NULL) - start));
+    printf("%d s\n%d mutants, %d caught\n", (int)(time(NULL) - start), mutant_count, caught);
     return caught != mutant_count;
 }
