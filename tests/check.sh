@@ -7,6 +7,7 @@ grep '^omitted: ' build/log/group_kernels.log # not counted as missing in CI: NV
 if can_emulate; then
     emulated sm_80 build/sm_80 MOE_EMU_DEVICES=80
     emulated "seed 2" build/seed MOE_EMU_SEED=2
+    groups mutants
 fi
 
 if command -v clang >/dev/null 2>&1; then
