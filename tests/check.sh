@@ -5,6 +5,7 @@ groups matrix options include
 if can_emulate; then
     emulated sm_80 build/sm_80 MOE_EMU_DEVICES=80
     emulated "seed 2" build/seed MOE_EMU_SEED=2
+    groups mutants
 fi
 
 if command -v clang >/dev/null 2>&1; then

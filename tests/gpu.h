@@ -40,11 +40,27 @@ static void gpu_message(void *user, int32_t level, const char *text)
 
 // ---- device ---------------------------------------------------------------------------------------------------------
 
-// The emulated driver lists at exit what still lives: nothing.
+static void gpu_symbol(void *library, const char *name, void *function)
+{
+    void *symbol = library == NULL ? NULL : dlsym(library, name);
+    memcpy(function, &symbol, sizeof symbol);
+}
+
+static void *gpu_library(void)
+{
+    const char *path = getenv("MOE_CUDA_LIB");
+    return dlopen(path != NULL && path[0] != 0 ? path : "libcuda.so.1", RTLD_NOW);
+}
+
+// Ends both contexts. The emulated driver knows what still lives, or went with its context: nothing may.
 static void gpu_close(void)
 {
+    static char text[4096];
+    int (*leaks)(char *text, size_t bytes);
+    gpu_symbol(gpu_library(), "emu_leaks", &leaks);
     moe_context_destroy(gpu.ctx);
     moe_context_destroy(gpu.cpu);
+    if (leaks != NULL && leaks(text, sizeof text) != 0) test_fail2(__FILE__, __LINE__, "leaked", text);
 }
 
 // Both contexts, once for the program; 0: the test is left out, or has failed.
@@ -61,7 +77,7 @@ TEST_UNUSED static int gpu_open(void)
         desc.backend = MOE_BACKEND_CPU;
         if (moe_context_create(&desc, &gpu.cpu, &err) == MOE_OK) {
             gpu.cuda = gpu.ctx->cuda;
-            atexit(gpu_close);
+            test_last = gpu_close;
             return 1;
         }
     }
@@ -189,20 +205,13 @@ typedef struct gpu_driver {
 
 static gpu_driver gpu_calls;
 
-static void gpu_symbol(void *library, const char *name, void *function)
-{
-    void *symbol = dlsym(library, name);
-    memcpy(function, &symbol, sizeof symbol);
-}
-
 // 1 when the functions are there; the device is open.
 TEST_UNUSED static int gpu_open_driver(void)
 {
-    const char *path = getenv("MOE_CUDA_LIB");
     void *library;
     if (!gpu_open()) return 0;
     if (gpu_calls.stream_create != NULL) return 1;
-    library = dlopen(path != NULL && path[0] != 0 ? path : "libcuda.so.1", RTLD_NOW);
+    library = gpu_library();
     if (library == NULL) {
         test_fail(__FILE__, __LINE__, "the driver that is open cannot be opened again");
         return 0;

@@ -210,6 +210,69 @@ TEST(stages_follow_each_other_by_programmatic_launch)
     }
 }
 
+// The first stage call may follow at once, on any stream: what a plan copied to the device is there.
+TEST(a_plan_that_was_made_can_be_used)
+{
+    moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+    pair p = { 0 };
+    inputs in = { 0 };
+    resident res;
+    int32_t map[16];
+    void *stream;
+    moe_error err;
+    memset(&err, 0, sizeof err);
+    if (!gpu_open_driver()) return;
+    for (int e = 0; e < 16; e++) map[e] = e % 2 == 0 ? e / 2 : -1;
+    p.layer.parallel.local_experts = 8;
+    p.layer.parallel.expert_map = map;
+    p.desc.max_tokens = 20;
+    if (!pair_make(&p, &r, 16)) return;
+    inputs_logits(&in, &p, 20, 64, 1);
+    in.c.tile = 8;
+    resident_begin(&res, &p, &in.c);
+    stream = gpu_stream();
+    moe_plan_destroy(p.plan[1]);
+    CHECK_OK(moe_plan_create(gpu.ctx, &p.layer, &p.desc, &p.plan[1], &err));
+    CHECK_EQ(call_run(&p, 1, &res.args, &res.out, stream), MOE_OK);
+    gpu_stream_end(stream);
+    resident_check(&res, &in.c, "at once");
+    gpu_release();
+    answer_free(&res.a);
+    inputs_free(&in);
+    pair_close(&p);
+}
+
+// A stage of two kernels without tokens, and behind it one with tokens in the same workspace: the first kernel of the
+// second stage must not meet the first kernel of the first.
+TEST(a_stage_without_tokens_keeps_the_order)
+{
+    moe_routing_desc r = preset(MOE_ROUTING_RENORMALIZE, 2);
+    pair p = { 0 };
+    inputs in[2] = { { 0 } };
+    resident res[2];
+    void *stream;
+    if (!gpu_open_driver()) return;
+    p.desc.max_tokens = 20;
+    if (!pair_make(&p, &r, 600)) return;
+    for (int i = 0; i < 2; i++) {
+        inputs_logits(&in[i], &p, 20 * i, 64, 1);
+        in[i].c.tile = 8;
+        resident_begin(&res[i], &p, &in[i].c);
+        res[i].args.flags = MOE_EXECUTE_PDL_IN;
+    }
+    res[1].args.workspace = res[0].args.workspace;
+    stream = gpu_stream();
+    for (int i = 0; i < 2; i++) CHECK_EQ(call_run(&p, 1, &res[i].args, &res[i].out, stream), MOE_OK);
+    gpu_stream_end(stream);
+    for (int i = 0; i < 2; i++) {
+        resident_check(&res[i], &in[i].c, "behind no tokens");
+        answer_free(&res[i].a);
+        inputs_free(&in[i]);
+    }
+    gpu_release();
+    pair_close(&p);
+}
+
 // ---- another thread's capture ---------------------------------------------------------------------------------------
 
 typedef struct capturer {
@@ -612,6 +675,8 @@ TEST_MAIN(
     T(a_graph_is_replayed_with_other_inputs_and_numbers_of_tokens)
     T(two_streams_share_a_plan)
     T(stages_follow_each_other_by_programmatic_launch)
+    T(a_plan_that_was_made_can_be_used)
+    T(a_stage_without_tokens_keeps_the_order)
     T(a_plan_is_made_while_another_thread_captures)
     T(the_stages_only_enqueue)
     T(a_stage_takes_less_than_a_microsecond_of_the_host)

@@ -323,7 +323,8 @@ static void capture(async_op *a)
 {
     if (a->captured) return;
     a->captured = true;
-    a->captured_bytes.assign(a->src, a->src + a->bytes);
+    if (a->src) // a tensor copy has collected its rows when it was issued
+        a->captured_bytes.assign(a->src, a->src + a->bytes);
     a->owner->in_flight--;
 }
 
@@ -568,9 +569,10 @@ extern "C" void emu_tma_store(const void *map, u32 rank, const i32 *at, const vo
         for (u32 i = 0; i < n; i++)
             a->captured_bytes.push_back(c->smem[swizzled(m, start + r.offset + r.first * m.element + i) - SMEM_WINDOW]);
         if (!add) memset(dst, 0xff, n);
-        a->captured = true;
+        a->read_id = read_id;
         a->group = t->bulk_group;
         t->bulks.push_back(a);
+        c->in_flight++;
     }
     t->bulk_ids.push_back({ t->bulk_group, id, read_id });
 }

@@ -230,6 +230,7 @@ static const one_case cases[] = {
     { &k_convert__emu, 1, 1, 0, nullptr },
     { &k_tensor__emu, 1, 1, 0, nullptr },
     { &k_tensor__emu, 1, 1, 1, "read of smem+" },
+    { &k_tensor__emu, 1, 1, 2, "the block ended while " },
 };
 
 // What the correct variants write, where it is not their thread's own number.

@@ -476,7 +476,8 @@ MOE_ENTRY(k_convert, test_args, 32, 1)
     a.out[lane()] = ok;
 }
 
-// A box of 8 x 32 words of a 16 x 64 tensor that begins at (-8, 60): in, out again. 1: read before it is there.
+// A box of 8 x 32 words of a 16 x 64 tensor that begins at (-8, 60): in, out again. 1: read before it is there; 2: the
+// block ends while the box is still read.
 MOE_ENTRY(k_tensor, test_args, 32, 1)
 {
     u64 *bar = (u64 *)(smem() + 8192);
@@ -491,7 +492,7 @@ MOE_ENTRY(k_tensor, test_args, 32, 1)
         mbar_arrive_expect_tx(bar, 1024);
         tma_load_2d(smem(), map, -8, 60, bar);
     }
-    if (!a.broken) mbar_wait(bar, 0);
+    if (a.broken != 1) mbar_wait(bar, 0);
     u32 ok = 1, row = lane() % 8;
     for (u32 x = 0; x < 32; x++) {
         u32 v = s[((row * 128 + x * 4) ^ row << 4) / 4];
@@ -501,8 +502,8 @@ MOE_ENTRY(k_tensor, test_args, 32, 1)
     if (lane() == 0) {
         tma_store_2d(map, -8, 60, smem());
         bulk_commit();
-        bulk_wait<0>();
-        ok &= a.in[60 * 16] == 60 * 16 && a.in[1023] == 1023;
+        if (a.broken != 2) bulk_wait<0>();
+        ok &= a.broken == 2 || (a.in[60 * 16] == 60 * 16 && a.in[1023] == 1023);
     }
     a.out[lane()] = ok;
 }

@@ -199,19 +199,21 @@ static const char *break_file(const mutant *m, const char *tree)
     return NULL;
 }
 
-// The test program. Kernels beside the product's own are read when it runs: the unbroken tree's program will do.
+// The test program. Kernel text of tests/ is read when it runs: the unbroken tree's program will do.
 static int build(const char *tree, const mutant *m, int part, const char *program)
 {
-    char command[COMMAND];
-    if (m != NULL && strncmp(m->file, "moe", 3) != 0) {
-        snprintf(command, sizeof command, "build/mutants/unbroken%d/build/%s", part, program);
-        if (access(command, X_OK) != 0 && !build("build/mutants/unbroken0", NULL, part, program)) return 0;
-        snprintf(command, sizeof command, "ln -sf %s/build/mutants/unbroken%d/build/%s %s/build/%s", root, part,
-                 program, tree, program);
+    char command[COMMAND], unbroken[NAME];
+    snprintf(command, sizeof command, "%s/build/%s", tree, program);
+    if (m == NULL && access(command, X_OK) == 0) return 1;
+    if (m != NULL && strncmp(m->file, "tests/", 6) == 0 && strstr(m->file, ".cu.inc") != NULL) {
+        snprintf(unbroken, sizeof unbroken, "build/mutants/unbroken%d", part);
+        make_tree(unbroken);
+        if (!build(unbroken, NULL, part, program)) return 0;
+        snprintf(command, sizeof command, "ln -sf %s/%s/build/%s %s/build/%s", root, unbroken, program, tree, program);
         return system(command) == 0;
     }
     snprintf(command, sizeof command, "cd %s && %s -std=gnu99 -O0 -o build/%s tests/%s.c -ldl -lpthread -lm "
-             ">build/%s.log 2>&1", tree, compiler, program, program, program);
+             ">build/%s.build.log 2>&1", tree, compiler, program, program, program);
     return system(command) == 0;
 }
 
@@ -221,7 +223,7 @@ static int run_guards(const mutant *m, const char *tree, const char *program)
     char command[COMMAND];
     const char *filter = strchr(m->run, ' ');
     snprintf(command, sizeof command, "cd %s && MOE_EMU_REPORT=$PWD/build/report timeout -s KILL %d build/%s%s "
-             ">>build/%s.log 2>&1", tree, LIMIT_S, program, filter == NULL ? "" : filter, program);
+             ">build/%s.log 2>&1", tree, LIMIT_S, program, filter == NULL ? "" : filter, program);
     return system(command);
 }
 
@@ -315,10 +317,13 @@ int main(int argc, char **argv)
     read_list("tests/mutants/list.txt", argc, argv);
     if (access("tests/gpu_pipeline.c", R_OK) == 0) read_list("tests/mutants/pipeline.txt", argc, argv);
     mkdir("build/mutants", 0777);
+    if (system("cd build/mutants && find . -mindepth 1 -maxdepth 1 ! -name cache -exec rm -rf {} +") != 0)
+        die("cannot empty", "build/mutants");
     snprintf(cache, sizeof cache, "%s/build/mutants/cache", root);
     mkdir(cache, 0777);
     setenv("MOE_EMU_CACHE", cache, 1);
     setenv("MOE_CACHE", "off", 1);
+    unsetenv("MOE_EMU_SEED");
     if (work_on_both_cores(0) < 0) return 1;
     caught = work_on_both_cores(1);
     printf("%d mutants, %d caught (%d s)\n", mutant_count, caught, (int)(time(NULL) - start));
