@@ -723,15 +723,16 @@ TEST(mbarriers_of_other_blocks)
     uint32_t *in = random_words(512, 14), *got;
     if (!open_program(HOPPER)) return;
     a.in = gpu_copy(in, 2048);
-    got = run(&l, &a, 8 * 160);
+    got = run(&l, &a, 8 * 164);
     for (uint32_t b = 0; b < 8; b++) {
-        uint32_t want[160], first = b / 4 * 4, rank = b % 4;
+        uint32_t want[164], first = b / 4 * 4, rank = b % 4;
         memset(want, 0, sizeof want);
         for (uint32_t i = 0; i < 4; i++) want[32 + i] = (first + i) * 10 + rank;
+        for (uint32_t i = 0; i < 4; i++) want[160 + i] = i == rank ? 0 : (first + i) * 100 + rank;
         memcpy(want + 96, in + (first + (rank + 3) % 4) * 64, 256);
         for (int i = 0; i < 3; i++) want[i] = 1;
-        CHECK_WORDS("parities", got + b * 160, want, 6);
-        CHECK_WORDS("words", got + b * 160 + 32, want + 32, 128);
+        CHECK_WORDS("parities", got + b * 164, want, 6);
+        CHECK_WORDS("words", got + b * 164 + 32, want + 32, 132);
     }
     free(got);
     free(in);
@@ -770,7 +771,7 @@ TEST(bulk_copies_and_sums)
 {
     launch l = { "ptx_bulk", 1, 128, 4160, 0, 0, 0 };
     words a = { 0 };
-    uint32_t *in = random_words(1024, 16), *got, aux[644], want[644], tail[4];
+    uint32_t *in = random_words(1024, 16), *got, aux[648], want[648], tail[4];
     if (!open_program(HOPPER)) return;
     memset(aux, 0, sizeof aux);
     for (uint32_t i = 0; i < 256; i++) { // floats, of both widths, that cancel here and there
@@ -789,6 +790,7 @@ TEST(bulk_copies_and_sums)
         ((uint16_t *)(want + 512))[i] = (uint16_t)narrow(&formats[BF16], float_word(bf16_float(x) + bf16_float(y)));
     }
     want[640] = tail[3] = 9;
+    for (int i = 644; i < 648; i++) want[i] = 5;
     tail[0] = want[17];
     tail[1] = want[256];
     tail[2] = want[512];
@@ -800,7 +802,7 @@ TEST(bulk_copies_and_sums)
     gpu_get(aux, a.aux, sizeof aux);
     CHECK_WORDS("stored", aux, want, 256);
     CHECK_WORDS("sums of f32", aux + 256, want + 256, 256);
-    CHECK_WORDS("sums of bf16", aux + 512, want + 512, 132);
+    CHECK_WORDS("sums of bf16", aux + 512, want + 512, 136);
     free(got);
     free(in);
     gpu_release();
