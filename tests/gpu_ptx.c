@@ -910,7 +910,8 @@ static const tensor tensors[] = {
     { TENSOR_BF16, 2, 3, 3, { 100, 7, 5 }, { 256, 2048 }, { 64, 4, 3 } },
     { TENSOR_U8, 1, 3, 0, { 48, 6, 4 }, { 48, 288 }, { 32, 4, 2 } }
 };
-static const int32_t corners[][3] = { { 0, 0, 0 }, { 16, 3, 1 }, { -5, -2, -1 }, { 77, 15, 3 }, { 400, 40, 9 } };
+// x is a multiple of 16 bytes; a box that is written begins inside (an H200 stops the kernel otherwise).
+static const int32_t corners[][3] = { { 0, 0, 0 }, { 16, 3, 1 }, { -16, -2, -1 }, { 80, 15, 3 }, { 400, 40, 9 } };
 
 TEST(tensor_loads_of_boxes_that_stick_out)
 {
@@ -1022,6 +1023,7 @@ TEST(tensor_stores_and_sums_are_clipped)
             l.smem = (int)box_bytes(t);
             for (int c = 0; c < 5; c++) {
                 map_args *a = make_map(t, base);
+                if (corners[c][0] < 0) continue;
                 a->x = corners[c][0];
                 a->y = corners[c][1];
                 a->p = (uint32_t)add;

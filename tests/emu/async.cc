@@ -488,6 +488,16 @@ static const tensor_map &map_of(const void *map, u32 rank, const char *name)
     return *m;
 }
 
+// What an H200 answers with an illegal instruction (2026-11-23): the place along the first dimension is a multiple of 16
+// bytes, and a box that is written does not begin before the tensor.
+static void check_corner(const tensor_map &m, const i32 *at, bool write, const char *name)
+{
+    if ((i64)at[0] * m.element % 16 != 0)
+        fail(EMU_LAUNCH_FAILED, "%s: x is %d, which is no multiple of 16 bytes", name, at[0]);
+    for (u32 i = 0; i < m.rank && write; i++)
+        if (at[i] < 0) fail(EMU_LAUNCH_FAILED, "%s: a box that begins at %d cannot be written", name, at[i]);
+}
+
 static u32 box_bytes(const tensor_map &m, const void *smem_at, const char *name)
 {
     u32 bytes = m.element;
@@ -526,6 +536,7 @@ extern "C" void emu_tma_load(void *dst, const void *map, u32 rank, const i32 *at
     cta *c = self->block;
     const tensor_map &m = map_of(map, rank, name);
     u32 bytes = box_bytes(m, dst, name), start = emu_saddr(dst);
+    check_corner(m, at, false, name);
     epoch id = new_agent(c);
     actor who = agent_actor(id, name);
     std::vector<u8> box = read_box(m, at, bytes, start, who);
@@ -553,6 +564,7 @@ extern "C" void emu_tma_store(const void *map, u32 rank, const i32 *at, const vo
     cta *c = t->block;
     const tensor_map &m = map_of(map, rank, name);
     u32 bytes = box_bytes(m, src, name), start = emu_saddr(src);
+    check_corner(m, at, true, name);
     if (add && m.type != TENSOR_F32 && m.type != TENSOR_BF16) fail(EMU_LAUNCH_FAILED, "%s: of f32 and bf16", name);
     epoch read_id = new_agent(c), id = new_agent(c);
     check_proxy(t, &c->smem_range, (const u8 *)src, bytes, name);
