@@ -30,7 +30,7 @@ help:
 	@echo "make test-sanitizer  the same small under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
 	@echo "make mutants      breaks one thing at a time and checks that a test reports it"
 	@echo "make golden       regenerates tests/golden and tests/data (Python)"
-	@echo "make embed        copies moe_kernels.cu.inc into moe.h; make check-embed says whether that was done"
+	@echo "make embed        copies moe_kernels.cu.inc and PTX of it into moe.h; make check-embed: whether that was done"
 	@echo "make picture      regenerates examples/demo.svg"
 
 demo: $(B)/moe_layer
@@ -62,11 +62,8 @@ bench: $(BENCHES:%=$(B)/%)
 picture: $(B)/moe_layer
 	$(B)/moe_layer tests/golden/qwen3_moe --layer 1 --svg examples/demo.svg
 
-embed: $(B)/embed
-	@$(B)/embed moe.h moe_kernels.cu.inc
-
-check-embed: $(B)/embed
-	@$(B)/embed --check moe.h moe_kernels.cu.inc
+embed check-embed: $(B)/embed
+	@sh tests/embed.sh $(B) $@
 
 clean:
 	rm -rf build
@@ -80,6 +77,10 @@ $(EXAMPLES:%=$(B)/%): $(B)/%: examples/%.c moe.h $(wildcard examples/*.h)
 $(B)/embed: tests/embed.c
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O1 $(WARN) $(EXTRA) -o $@ $<
+
+$(B)/make_ptx: tests/ptx.c moe.h
+	@mkdir -p $(@D)
+	$(CC) -std=gnu99 -O0 $(WARN) $(EXTRA) -o $@ $< -ldl -lpthread -lm
 
 $(B)/libmoe.so: moe.h
 	@mkdir -p $(@D)
