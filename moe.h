@@ -115,6 +115,8 @@
 //     build. Before glibc 2.34 link -ldl. NVRTC is looked for where the system looks, in CUDA_HOME, CUDA_PATH, the
 //     usual folders of toolkits and NVIDIA's Python wheels, that of the driver's major version first. What was tried is
 //     in the message, at length in the log. Both stay loaded until the process ends. MOE_BACKEND_AUTO is the CPU.
+//     Without NVRTC and anything cached, plans with routers of up to 512 experts take PTX in this header, which the
+//     driver compiles (530 or later): the same results from slower kernels, always two launches for routing.
 //     The device's primary context is retained, or the caller's CUcontext taken, which must outlive this library's;
 //     it is made current around calls of the driver only where it is not. Kernels are compiled and loaded by
 //     moe_plan_create(), never later; that may happen while another thread captures a stream.
@@ -9085,12 +9087,14 @@ static int32_t moe__jit_load_ptx(moe_context *ctx, const moe__instance *instance
     return moe__fail(err, MOE_ERROR_NVRTC, "", "this build leaves out embedded PTX (MOE_NO_PTX); %s", tried);
 #else
     moe__cuda_scope scope;
-    int32_t result = MOE_OK;
+    const moe__kernel *before;
+    int32_t result = MOE_OK, fresh;
     for (int32_t i = 0; i < count; i++)
         if (moe__ptx_find(&instances[i]) == NULL)
             return moe__fail(err, MOE_ERROR_NVRTC, "", "embedded PTX has no kernel %s, only those for routers of up to "
                              "%d experts; %s", instances[i].name, MOE__PTX_WIDTH, tried);
     moe__lock_enter(&ctx->jit->lock);
+    before = ctx->jit->kernels;
     if ((result = moe__cuda_begin(ctx, &scope, err)) == MOE_OK) {
         for (int32_t i = 0; i < count && result == MOE_OK; i++) {
             moe__kernel *kernel = NULL;
@@ -9100,8 +9104,9 @@ static int32_t moe__jit_load_ptx(moe_context *ctx, const moe__instance *instance
         }
         moe__cuda_end(ctx, &scope);
     }
+    fresh = ctx->jit->kernels != before;
     moe__lock_leave(&ctx->jit->lock);
-    if (result == MOE_OK) moe__log(ctx, MOE_LOG_WARNING, "kernels from embedded PTX, slower: %s", tried);
+    if (result == MOE_OK && fresh) moe__log(ctx, MOE_LOG_WARNING, "kernels come from embedded PTX: %s", tried);
     return result;
 #endif
 }
@@ -12745,7 +12750,7 @@ static int32_t moe__stages_load(moe_plan *plan, moe_error *err)
             place[count] = i;
             used[count++] = all[i];
         }
-        result = stages->ptx ? moe__jit_load_ptx(plan->ctx, used, count, functions, tried.text, err)
+        result = stages->ptx ? moe__jit_load_ptx(plan->ctx, used, count, functions, tried.text + strlen("moe: "), err)
                              : moe__jit_load(plan->ctx, used, count, functions, &tried);
         for (int32_t i = 0; i < count && result == MOE_OK; i++) {
             stages->kernel[place[i]] = functions[i];
