@@ -30,7 +30,7 @@ help:
 	@echo "make test-sanitizer  the same small under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
 	@echo "make mutants      breaks one thing at a time and checks that a test reports it"
 	@echo "make golden       regenerates tests/golden and tests/data (Python)"
-	@echo "make embed        copies moe_kernels.cu.inc into moe.h; make check-embed says whether that was done"
+	@echo "make embed        copies moe_kernels.cu.inc and PTX of it into moe.h; make check-embed: whether that was done"
 	@echo "make kernels      every kernel through NVRTC into tests/data/resources.tsv; make check-kernels compares"
 	@echo "make picture      regenerates examples/demo.svg"
 
@@ -61,11 +61,8 @@ bench: $(BENCHES:%=$(B)/%)
 picture: $(B)/moe_layer
 	$(B)/moe_layer tests/golden/qwen3_moe --layer 1 --svg examples/demo.svg
 
-embed: $(B)/embed
-	@$(B)/embed moe.h moe_kernels.cu.inc
-
-check-embed: $(B)/embed
-	@$(B)/embed --check moe.h moe_kernels.cu.inc
+embed check-embed: $(B)/embed
+	@sh tests/embed.sh $(B) $@
 
 kernels: $(B)/kernels
 	$(B)/kernels tests/data/resources.tsv
@@ -89,6 +86,10 @@ $(B)/embed: tests/embed.c
 $(B)/kernels: tests/kernels.c moe.h
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread
+
+$(B)/make_ptx: tests/ptx.c moe.h
+	@mkdir -p $(@D)
+	$(CC) -std=gnu99 -O0 $(WARN) $(EXTRA) -o $@ $< -ldl -lpthread -lm
 
 $(B)/libmoe.so: moe.h
 	@mkdir -p $(@D)

@@ -1,15 +1,20 @@
-// embed.c - copies moe_kernels.cu.inc into the generated region of moe.h (`make embed`), or says where the region
-// differs (`make check-embed`). Nothing outside the region is touched. Needs no part of moe.h: it also mends a broken
-// region.
+// embed.c - copies moe_kernels.cu.inc and PTX of it into the generated region of moe.h (`make embed`), or says where
+// the region differs (`make check-embed`). Nothing outside the region is touched. Needs no part of moe.h: it also mends
+// a broken region.
 //
-//     embed moe.h moe_kernels.cu.inc            rewrites moe.h
-//     embed --check moe.h moe_kernels.cu.inc    code 1 and the first line that differs
+//     embed moe.h moe_kernels.cu.inc [FOLDER]          rewrites moe.h
+//     embed --check moe.h moe_kernels.cu.inc [FOLDER]  code 1 and the first line that differs
+//
+// FOLDER is where ptx.c left its files. Without it the region's PTX is kept; when it was not made from this text, that
+// is said, and --check ends with code 1.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define PIECE 4000 // bytes of a string literal; C99 promises 4,095
+#define COLUMNS 120
+#define PTX_MARK "// >>kernels-ptx "
 
 typedef struct buffer {
     char *data;
@@ -133,14 +138,20 @@ static void sha_hex(const buffer *text, char hex[65])
 
 // ---- the region -----------------------------------------------------------------------------------------------------
 
-// One line of the source as one line of a literal. A question mark is escaped: two of them may begin a trigraph.
-static void add_line(buffer *to, const char *line, size_t size)
+// A question mark is escaped as well: two of them may begin a trigraph.
+static void add_escaped(buffer *to, const char *line, size_t size)
 {
-    add(to, "\"", 1);
     for (size_t i = 0; i < size; i++) {
         if (line[i] == '"' || line[i] == '\\' || line[i] == '?') add(to, "\\", 1);
         add(to, line + i, 1);
     }
+}
+
+// One line of the source as one line of a literal.
+static void add_line(buffer *to, const char *line, size_t size)
+{
+    add(to, "\"", 1);
+    add_escaped(to, line, size);
     add_text(to, "\\n\"");
 }
 
@@ -162,18 +173,88 @@ static void add_pieces(buffer *to, const char *name, const buffer *text)
     add_text(to, "\n");
 }
 
-static buffer make_region(const char *name, const buffer *text)
+// Lines of PTX are short: a line of the header holds several.
+static void add_ptx_pieces(buffer *to, const char *name, const buffer *text)
+{
+    size_t held = 0, column = 0, size;
+    for (const char *line = text->data; *line; line += size) {
+        const char *end = strchr(line, '\n');
+        if (!end) stop("does not end in a line feed", name);
+        size = (size_t)(end - line) + 1;
+        if (size > PIECE) stop("has a line longer than a piece", name);
+        for (const char *c = line; c < end; c++)
+            if (*c < 32 || *c > 126) stop("has a byte that is not printable ASCII", name);
+        if (held + size > PIECE) {
+            add_text(to, "\",\n");
+            held = column = 0;
+        } else if (column > 0 && column + size + 3 > COLUMNS) {
+            add_text(to, "\"\n");
+            column = 0;
+        }
+        if (column == 0) add_text(to, "\"");
+        add_escaped(to, line, size - 1);
+        add_text(to, "\\n");
+        held += size;
+        column += size + 1 + (column == 0);
+    }
+    add_text(to, "\"\n");
+}
+
+// What follows the digest of the text that the PTX was made from.
+static void add_ptx(buffer *to, const char *folder)
+{
+    char path[1024], number[96];
+    buffer list;
+    int count = 0;
+    snprintf(path, sizeof path, "%s/list", folder);
+    list = read_all(path);
+    add_text(to, "#if !defined(MOE_NO_PTX)\n");
+    for (char *name = strtok(list.data, "\n"); name; name = strtok(NULL, "\n"), count++) {
+        snprintf(path, sizeof path, "%s/%s", folder, name);
+        buffer text = read_all(path);
+        snprintf(number, sizeof number, "static const char *const moe__ptx_%d[] = {\n", count);
+        add_text(to, number);
+        add_ptx_pieces(to, path, &text);
+        add_text(to, "};\n");
+        free(text.data);
+    }
+    if (count == 0) stop("names no file", path);
+    add_text(to, "\nstatic const moe__ptx *moe__kernel_ptx(int32_t *count)\n{\n    static const moe__ptx all[] = {\n");
+    for (int i = 0; i < count; i++) {
+        snprintf(number, sizeof number, "        { moe__ptx_%d, MOE__ARRAY_COUNT(moe__ptx_%d) },\n", i, i);
+        add_text(to, number);
+    }
+    add_text(to, "    };\n    *count = MOE__ARRAY_COUNT(all);\n    return all;\n}\n#endif\n#endif\n");
+    free(list.data);
+}
+
+// The PTX that the header has. Returns whether it was made from the text with this digest.
+static int keep_ptx(buffer *to, const buffer *header, size_t last, const char *hex)
+{
+    char *mark = strstr(header->data, "\n" PTX_MARK), *at;
+    int fresh;
+    if (!mark || mark > header->data + last) {
+        add_text(to, PTX_MARK "none\n#if !defined(MOE_NO_PTX)\n"
+                     "static const moe__ptx *moe__kernel_ptx(int32_t *count)\n{\n    *count = 0;\n    return NULL;\n}\n"
+                     "#endif\n#endif\n");
+        return 0;
+    }
+    at = mark + 1;
+    fresh = strncmp(at + strlen(PTX_MARK), hex, 64) == 0;
+    add(to, at, (size_t)(header->data + last - at));
+    return fresh;
+}
+
+static buffer make_region(const char *name, const buffer *text, const char *hex)
 {
     buffer region = { NULL, 0, 0 };
-    char hex[65];
-    sha_hex(text, hex);
     add_text(&region, "#if !defined(MOE_NO_CUDA)\nstatic const char *const moe__kernel_text[] = {\n");
     add_pieces(&region, name, text);
     add_text(&region, "};\n\nstatic const char *const *moe__kernel_pieces(int32_t *count)\n{\n"
                       "    *count = MOE__ARRAY_COUNT(moe__kernel_text);\n    return moe__kernel_text;\n}\n\n"
                       "static const char *moe__kernel_digest(void)\n{\n    return \"");
     add_text(&region, hex);
-    add_text(&region, "\";\n}\n#endif\n");
+    add_text(&region, "\";\n}\n\n");
     return region;
 }
 
@@ -208,21 +289,35 @@ static void replace(const char *name, const buffer *header, size_t first, size_t
 
 int main(int argc, char **argv)
 {
-    const int check = argc == 4 && strcmp(argv[1], "--check") == 0;
-    if (argc != 3 && !check) {
-        fprintf(stderr, "usage: embed [--check] moe.h moe_kernels.cu.inc\n");
+    const int check = argc > 1 && strcmp(argv[1], "--check") == 0;
+    char hex[65];
+    int fresh = 1, differs = 0;
+    argv += 1 + check;
+    argc -= 1 + check;
+    if (argc != 2 && argc != 3) {
+        fprintf(stderr, "usage: embed [--check] moe.h moe_kernels.cu.inc [FOLDER]\n");
         return 2;
     }
-    const char *name = argv[argc - 2], *source = argv[argc - 1];
-    buffer header = read_all(name), text = read_all(source), region = make_region(source, &text);
-    const char *begin = find_mark(name, &header, "\n// >>kernels-begin");
+    buffer header = read_all(argv[0]), text = read_all(argv[1]);
+    sha_hex(&text, hex);
+    buffer region = make_region(argv[1], &text, hex);
+    const char *begin = find_mark(argv[0], &header, "\n// >>kernels-begin");
     const size_t first = (size_t)(strchr(begin, '\n') - header.data) + 1;
-    const size_t last = (size_t)(find_mark(name, &header, "\n// >>kernels-end") - header.data);
-    if (last < first) stop("has the marks of the region in the wrong order", name);
-    const int differs = check ? compare(name, &header, first, last, &region) : 0;
-    if (!check) replace(name, &header, first, last, &region);
+    const size_t last = (size_t)(find_mark(argv[0], &header, "\n// >>kernels-end") - header.data);
+    if (last < first) stop("has the marks of the region in the wrong order", argv[0]);
+    if (argc == 3) {
+        add_text(&region, PTX_MARK);
+        add_text(&region, hex);
+        add_text(&region, "  of the text with this digest\n");
+        add_ptx(&region, argv[2]);
+    } else {
+        fresh = keep_ptx(&region, &header, last, hex);
+    }
+    if (check) differs = compare(argv[0], &header, first, last, &region);
+    else replace(argv[0], &header, first, last, &region);
+    if (!fresh) fprintf(stderr, "%s: its PTX is not of this text: make embed with NVRTC 12.1 renews it\n", argv[0]);
     free(header.data);
     free(text.data);
     free(region.data);
-    return differs;
+    return differs || (check && !fresh);
 }

@@ -65,14 +65,16 @@ static void gpu_close(void)
     if (leaks != NULL && leaks(text, sizeof text) != 0) test_fail2(__FILE__, __LINE__, "leaked", text);
 }
 
-// Both contexts, once for the program; 0: the test is left out, or has failed.
-TEST_UNUSED static int gpu_open(void)
+// Both contexts, once for the program, with these settings of the compiler and the cache; 0: the test is left out, or has
+// failed.
+TEST_UNUSED static int gpu_open_with(const moe_jit_desc *jit)
 {
     moe_context_desc desc;
     moe_error err;
     if (gpu.ctx != NULL) return 1;
     memset(&desc, 0, sizeof desc);
     memset(&err, 0, sizeof err);
+    if (jit != NULL) desc.jit = *jit;
     desc.log = gpu_message;
     desc.backend = MOE_BACKEND_CUDA;
     if (!gpu.tried && moe_context_create(&desc, &gpu.ctx, &err) == MOE_OK) {
@@ -88,6 +90,8 @@ TEST_UNUSED static int gpu_open(void)
     else test_skip(err.text[0] != 0 ? err.text : "no device");
     return 0;
 }
+
+TEST_UNUSED static int gpu_open(void) { return gpu_open_with(NULL); }
 
 #define GPU_CALL(call) gpu_check((call), #call, __LINE__)
 static void gpu_check(int result, const char *what, int line)

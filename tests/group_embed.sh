@@ -16,6 +16,8 @@ try "it is mended" mends
 try "a line of the region is lost" damaged '/^"typedef float f32;/d'
 refuse "the check finds that" "run make embed" "$embed" --check "$temp/moe.h" moe_kernels.cu.inc
 try "that is mended" mends
+try "the text is another than that of its PTX" damaged 's,^// >>kernels-ptx .,&0,'
+refuse "the check finds that too" "PTX is not of this text" "$embed" --check "$temp/moe.h" moe_kernels.cu.inc
 try "the region's end is lost" damaged '/^\/\/ >>kernels-end/d'
 refuse "a header without the mark is left alone" "no mark" "$embed" "$temp/moe.h" moe_kernels.cu.inc
 printf 'a\tb\n' >"$temp/tab.inc"

@@ -490,7 +490,7 @@ MOE_ENTRY(k_tensor, test_args, 32, 1)
     cta_sync();
     if (lane() == 0) {
         mbar_arrive_expect_tx(bar, 1024);
-        tma_load_2d(smem(), map, -8, 60, bar);
+        tma_load_2d(smem(), map, a.broken == 4 ? -7 : -8, 60, bar);
     }
     if (a.broken != 1) mbar_wait(bar, 0);
     u32 ok = 1, row = lane() % 8;
@@ -500,10 +500,10 @@ MOE_ENTRY(k_tensor, test_args, 32, 1)
     }
     cta_sync();
     if (lane() == 0) {
-        tma_store_2d(map, -8, 60, smem());
+        tma_store_2d(map, a.broken == 3 ? -8 : 8, 60, smem());
         bulk_commit();
         if (a.broken != 2) bulk_wait<0>();
-        ok &= a.broken == 2 || (a.in[60 * 16] == 60 * 16 && a.in[1023] == 1023);
+        ok &= a.broken == 2 || (a.in[60 * 16] == 60 * 16 && a.in[60 * 16 + 8] == 0 && a.in[1023] == 0);
     }
     a.out[lane()] = ok;
 }
