@@ -12347,7 +12347,7 @@ typedef struct moe__router_shape {
 static moe__router_shape moe__router_shape_of(int32_t tokens, int32_t x_dtype)
 {
     static const moe__router_shape shapes[] = { { 1, 2, 4096 }, { 8, 2, 1024 }, { 8, 8, 512 }, { 16, 16, 256 },
-                                                { 32, 32, 128 } };
+                                                { 32, 32, 64 } };
     if (x_dtype == MOE_DTYPE_F32) return shapes[3];
     return shapes[tokens <= 1 ? 0 : tokens <= 8 ? 1 : tokens <= 32 ? 2 : tokens <= 512 ? 3 : 4];
 }
@@ -15532,9 +15532,9 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"// The same for a whole row, where keys that may be chosen are enough: the count-th largest of the lanes' largest keys is\n"
-"// a bound for those that can be among the first; what reaches it (in practice little more than `count`) goes to\n"
-"// `found` [64], in order of place, a lane each, and is ranked by counting what beats it.\n"
+"// The same for a whole row, from lane 0 on; keys stay. A bound that at least `count` keys reach comes from the lanes'\n"
+"// largest ones. What reaches it, usually few more than `count`, goes to found[64] in order of place, a lane each, and\n"
+"// is ranked by counting what beats it.\n"
 "template <u32 N> DI void top_k_row(u32 (&key)[N], i32 count, u32 *found, i32 &chosen)\n"
 "{\n"
 "    u32 most = key[0], bound = 0, n = 0;\n"
@@ -15553,8 +15553,8 @@ static const char *const moe__kernel_text[] = {
 "            found[32 + at] = lane() + 32 * i;\n"
 "        }\n"
 "        n += popc(those);\n"
-"    }\n",
-"    warp_sync();\n"
+"    }\n"
+"    warp_sync();\n",
 "    if (n > 32) { // many equal ones\n"
 "        top_k(key, 0, count, chosen);\n"
 "        return;\n"
@@ -15653,10 +15653,10 @@ static const char *const moe__kernel_text[] = {
 "    bool small = false;\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) small |= x[i] > 0 && x[i] < 1e-25f;\n"
-"    if (ballot(small) == 0) map_fast(rows, width, x, [=](f32 v) { return divide_by(v, d, y); });\n",
+"    if (ballot(small) == 0) map_fast(rows, width, x, [=](f32 v) { return divide_by(v, d, y); });\n"
 "    else map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
 "}\n"
-"\n"
+"\n",
 "// Scores of a row, in place, where `all`; else only what score_of() needs.\n"
 "DI softmax_sum route_scores(i32 score, bool all, const warp_rows &rows, u32 width, f32 (&x)[PER_LANE])\n"
 "{\n"
@@ -15751,9 +15751,9 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 i = 0; i < PER_LANE; i++) rows.key[lane() + 32 * i] = key[i];\n"
 "        warp_sync();\n"
 "        for (u32 base = 0; base < groups; base += 32) { // ranks overwrite keys that have been read\n"
-"            u32 g = base + lane(), rank = g < groups \? group_rank(rows.key + g * size, size, two) : 0;\n",
+"            u32 g = base + lane(), rank = g < groups \? group_rank(rows.key + g * size, size, two) : 0;\n"
 "            warp_sync();\n"
-"            if (g < groups) rows.key[g] = rank;\n"
+"            if (g < groups) rows.key[g] = rank;\n",
 "            warp_sync();\n"
 "        }\n"
 "    }\n"
@@ -15847,8 +15847,8 @@ static const char *const moe__kernel_text[] = {
 "    const bool second = n > 32;\n"
 "    f32 x[2], w[2] = { 0, 0 };\n"
 "    for (u32 h = 0; h < 2; h++) x[h] = lane() + 32 * h < n \? rows.logit[s.id[h]] : -INF_F32;\n"
-"    if (r.score_order == SCORE_AFTER_TOPK && r.score == SCORE_SOFTMAX) {\n",
-"        f32 best = of_order(redux_max(max_u32(order_of(x[0]), order_of(x[1]))));\n"
+"    if (r.score_order == SCORE_AFTER_TOPK && r.score == SCORE_SOFTMAX) {\n"
+"        f32 best = of_order(redux_max(max_u32(order_of(x[0]), order_of(x[1]))));\n",
 "        f32 sum = best == -INF_F32 \? 0 : exp_f32(x[0] - best);\n"
 "        if (second) sum = sum + (best == -INF_F32 \? 0 : exp_f32(x[1] - best));\n"
 "        sum_of_row.best = best;\n"
@@ -15934,9 +15934,9 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    if (r.score_order == SCORE_BEFORE_TOPK && (r.score == SCORE_SOFTMAX || (r.select == SELECT_SCORE && !forced)))\n"
 "        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, rows, (u32)a.width, x);\n"
-"    if (forced != nullptr) {\n",
+"    if (forced != nullptr) {\n"
 "        if ((i32)lane() < r.top_k) s.id[0] = forced[lane()];\n"
-"    } else {\n"
+"    } else {\n",
 "        if (r.score_order == SCORE_BEFORE_TOPK && r.score == SCORE_SOFTMAX && r.select == SELECT_LOGIT)\n"
 "            load_row(rows.logit, (u32)a.width, -INF_F32, x); // the softmax has taken their place\n"
 "        bad |= route_choose(a, bias_row, rows, x, s.id[0]);\n"
@@ -16027,8 +16027,8 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return wrong;\n"
 "}\n"
-"\n",
-"// Ids and weights of one token, by input mode, to where they go; adds to this warp's faults.\n"
+"\n"
+"// Ids and weights of one token, by input mode, to where they go; adds to this warp's faults.\n",
 "DI void do_token(const tokens_args &a, i64 token, const warp_rows &rows, token_slots &s, u32 (&faults)[4])\n"
 "{\n"
 "    if (a.input_mode == INPUT_LOGITS) {\n"
@@ -16132,8 +16132,8 @@ static const char *const moe__kernel_text[] = {
 "        m.own[id] = sum;\n"
 "    }\n"
 "}\n"
-"\n",
-"// value[0 .. n) becomes the sum of those before it, each rounded up to p.tile; value[n] the sum of all.\n"
+"\n"
+"// value[0 .. n) becomes the sum of those before it, each rounded up to p.tile; value[n] the sum of all.\n",
 "DI void scan_tiles(const permute_args &p, u32 *value, u32 n, u32 *scan)\n"
 "{\n"
 "    u32 each = 1, sum = 0, running, before;\n"
@@ -16174,7 +16174,8 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"// What an expert has: its count, its tiles, -1 in the rows of its last tile that no slot has. Threads `at`, at + team, ...\n"
+"// What an expert has: its count, its tiles, -1 in the rows of its last tile that no slot has. By `team` threads, this\n"
+"// one is number `at`.\n"
 "DI void write_expert(const permute_args &p, const sort_memory &m, i32 local, u32 count, u32 at, u32 team)\n"
 "{\n"
 "    const u32 begin = m.first[local], next = m.first[local + 1], limit = begin + count, tile = (u32)p.tile;\n"
@@ -16209,9 +16210,9 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// Rows of the warp's next 32 slots; `id` of the slot in this lane, -1 where it has none.\n"
 "DI void place_slots(const permute_args &p, const sort_memory &m, u16 *counter, i64 slot, bool there, i32 id)\n"
-"{\n",
+"{\n"
 "    u32 before = count_ids(counter, id);\n"
-"    i32 row = id >= 0 \? m.row[id] : -1;\n"
+"    i32 row = id >= 0 \? m.row[id] : -1;\n",
 "    if (row >= 0) row += (i32)before;\n"
 "    if (!there) return;\n"
 "    if (p.row_of_slot != nullptr) p.row_of_slot[slot] = row;\n"
@@ -16227,7 +16228,7 @@ static const char *const moe__kernel_text[] = {
 "//   to 8      8 x 2                        8 x 2        1 x 1   1024\n"
 "//   to 32     8 x 8                        4 x 4        2 x 2   512\n"
 "//   to 512    16 x 16                      4 x 4        4 x 4   256\n"
-"//   more      32 x 32                      4 x 4        8 x 8   128\n"
+"//   more      32 x 32                      4 x 4        8 x 8   64\n"
 "//\n"
 "// A CTA takes tiles cta, cta + ncta, ... It has two stages: while one is multiplied, cp.async fills the other's weights\n"
 "// and x is on its way to registers. Behind norm and scale x is put down in pairs, k and k + 16 side by side. Rows of\n"
@@ -16303,9 +16304,9 @@ static const char *const moe__kernel_text[] = {
 "                    there \? w + (i64)(first + row) * a.ld + k : w, there \? 16 : 0);\n"
 "    }\n"
 "}\n"
-"\n",
+"\n"
 "DI void router_store(const router_args &a, f32 sum, u32 token, u32 expert, u32 tokens)\n"
-"{\n"
+"{\n",
 "    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n"
 "    a.out[(i64)token * a.width + expert] = a.bias == nullptr \? sum : sum + a.bias[expert];\n"
 "}\n"
@@ -16389,9 +16390,9 @@ static const char *const moe__kernel_text[] = {
 "                         tokens);\n"
 "}\n"
 "\n"
-"// All tiles of this CTA, experts fastest.\n",
+"// All tiles of this CTA, experts fastest.\n"
 "template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K> DI void router_tiles(const router_args &a, u32 tokens)\n"
-"{\n"
+"{\n",
 "    const u32 height = TM * WM, breadth = TN * WN, across = ((u32)a.width + breadth - 1) / breadth;\n"
 "    const u32 tiles = across * ((tokens + height - 1) / height);\n"
 "    for (u32 tile = cta(); tile < tiles; tile += ncta())\n"
@@ -16407,7 +16408,7 @@ static const char *const moe__kernel_text[] = {
 "    else if (bound <= 8) router_tiles<u16, 1, 1, 8, 2, 1024>(a, tokens);\n"
 "    else if (bound <= 32) router_tiles<u16, 2, 2, 4, 4, 512>(a, tokens);\n"
 "    else if (bound <= 512) router_tiles<u16, 4, 4, 4, 4, 256>(a, tokens);\n"
-"    else router_tiles<u16, 8, 8, 4, 4, 128>(a, tokens);\n"
+"    else router_tiles<u16, 8, 8, 4, 4, 64>(a, tokens);\n"
 "}\n"
 "\n"
 "// >>entry  kernels\n"
@@ -16477,8 +16478,8 @@ static const char *const moe__kernel_text[] = {
 "    cta_sync();\n"
 "    grid_wait();\n"
 "    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
-"    if (rank != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n",
-"    const u32 each = (tokens + ctas - 1) / ctas, begin = rank * each;\n"
+"    if (rank != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
+"    const u32 each = (tokens + ctas - 1) / ctas, begin = rank * each;\n",
 "    const u32 mine = begin < tokens \? (tokens - begin < each \? tokens - begin : each) : 0;\n"
 "    const u32 per_warp = (mine + warps - 1) / warps;\n"
 "    const u32 from = warp() * per_warp < mine \? warp() * per_warp : mine;\n"
@@ -16564,8 +16565,8 @@ static const char *const moe__kernel_text[] = {
 "// every G-th chunk, so that a warp reads lines.\n"
 "DI void sum_chunks(const sort_args &a, const sort_memory &m)\n"
 "{\n"
-"    const u32 pairs = (u32)a.counts_stride / 2, chunks = (u32)a.chunks;\n",
-"    const u32 groups = pairs < ntid() \? ntid() / pairs : 1, step = pairs < ntid() \? pairs : ntid();\n"
+"    const u32 pairs = (u32)a.counts_stride / 2, chunks = (u32)a.chunks;\n"
+"    const u32 groups = pairs < ntid() \? ntid() / pairs : 1, step = pairs < ntid() \? pairs : ntid();\n",
 "    const u32 group = pairs < ntid() \? tid() / pairs : 0;\n"
 "    const u32 *counts = (const u32 *)a.chunk_counts;\n"
 "    for (u32 pair = tid() % step; pair < pairs && group < groups; pair += step) {\n"
@@ -16665,7 +16666,7 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "618447b788e7202fe1bf3f8278a4d09e0058df24cb55cd619eb7fdaa6b475a2b";
+    return "8eeb777618dcbb7e874747b5b30ef3dde084326ec32b66dcce85660338455c5a";
 }
 
 // >>kernels-ptx 618447b788e7202fe1bf3f8278a4d09e0058df24cb55cd619eb7fdaa6b475a2b  of the text with this digest
