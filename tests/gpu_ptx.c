@@ -35,7 +35,11 @@ typedef struct words {
     uint32_t n, p, q, r;
 } words;
 
-static void close_programs(void) { moe_context_destroy(context); }
+static void close_programs(void)
+{
+    moe_context_destroy(context);
+    gpu_close();
+}
 
 // All kernels of a program are in the module that its first one is loaded from.
 static void load_program(int which)
@@ -68,7 +72,7 @@ static int open_program(int which)
     }
     if (context == NULL) {
         context = gpu_text_open(test_data("gpu_ptx.cu.inc"));
-        atexit(close_programs);
+        test_last = close_programs;
     }
     if (context != NULL && modules[which] == NULL) load_program(which);
     return modules[which] != NULL;
@@ -851,11 +855,8 @@ static int (*encode_tiled)(void *map, int type, uint32_t rank, void *base, const
 // 1 when there are tensor maps.
 static int open_tensors(void)
 {
-    const char *path = getenv("MOE_CUDA_LIB");
-    void *library;
     if (!open_program(HOPPER)) return 0;
-    library = dlopen(path != NULL && path[0] != 0 ? path : "libcuda.so.1", RTLD_NOW);
-    gpu_symbol(library, "cuTensorMapEncodeTiled", &encode_tiled);
+    gpu_symbol(gpu_library(), "cuTensorMapEncodeTiled", &encode_tiled);
     if (encode_tiled == NULL) test_fail(__FILE__, __LINE__, "no cuTensorMapEncodeTiled");
     return encode_tiled != NULL;
 }

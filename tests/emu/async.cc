@@ -1,12 +1,25 @@
 // What completes later: cp.async, bulk and tensor copies, st.async. Each completes when the generator says so, or
 // when it is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
+// What they rest on, by section of the PTX ISA:
+//
+//     groups and mbarriers                   "Completion Mechanisms for Asynchronous Copy Operations"; "cp.async",
+//                                            "cp.async.commit_group", "cp.async.wait_group"
+//     bytes that a phase waits for           "Tracking asynchronous operations by the mbarrier object":
+//                                            "Expect-tx operation", "Complete-tx operation"; "st.async";
+//                                            "cp.async.mbarrier.arrive"
+//     reads are done, writes are done        "cp.async.bulk.wait_group", with and without .read
+//     sums                                   "cp.reduce.async.bulk", "cp.reduce.async.bulk.tensor": each element by
+//                                            itself, relaxed; bf16 rounds to nearest even, subnormals kept (.noftz)
+//     boxes, what lies outside, swizzles     "Tensors": "Tiled Mode", "Out of Boundary Access", "Swizzling Modes"
+//     order against ordinary accesses        "Async proxy", "membar / fence": fence.proxy.async, for shared memory; one
+//                                            that is missing for global memory is not reported
+//     conversions                            "cvt": round to nearest even; .satfinite; one NaN of each format
 #include "engine.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
 #include <algorithm>
-
 
 extern "C" u32 emu_saddr(const void *p);
 extern "C" u32 emu_encode(u32 type, f32 v);
