@@ -10,7 +10,7 @@
 //     reads are done, writes are done        "cp.async.bulk.wait_group", with and without .read
 //     sums                                   "cp.reduce.async.bulk", "cp.reduce.async.bulk.tensor": each element by
 //                                            itself, relaxed; bf16 rounds to nearest even, subnormals kept (.noftz)
-//     boxes, what lies outside, swizzles     "Tensors": "Tiled Mode", "Out of Boundary Access", "Swizzling Modes"
+//     boxes, what lies outside, swizzles     "Tensors": "Bounding Box", "Out of Boundary Access", "Swizzling Modes"
 //     order against ordinary accesses        "Async proxy", "membar / fence": fence.proxy.async, for shared memory; one
 //                                            that is missing for global memory is not reported
 //     conversions                            "cvt": round to nearest even; .satfinite; one NaN of each format
@@ -490,7 +490,7 @@ static std::vector<tensor_row> tensor_rows(const tensor_map &m, const i32 *at)
     return rows;
 }
 
-static const tensor_map &map_of(const void *map, u32 rank, const char *name)
+static const tensor_map &map_of(const void *map, u32 rank, const i32 *at, const char *name)
 {
     const tensor_map *m = (const tensor_map *)map;
     require(90, name);
@@ -498,6 +498,9 @@ static const tensor_map &map_of(const void *map, u32 rank, const char *name)
     if (m->magic != TENSOR_MAGIC)
         fail(EMU_LAUNCH_FAILED, "%s: no tensor map at %s", name, describe_address(map).c_str());
     if (m->rank != rank) fail(EMU_LAUNCH_FAILED, "%s: the tensor map has %u dimensions", name, m->rank);
+    if ((i64)at[0] * m->element % 16) // an illegal instruction, on hardware
+        fail(EMU_LAUNCH_FAILED, "%s: the box begins %lld bytes into its row; multiples of 16", name,
+             (long long)at[0] * m->element);
     return *m;
 }
 
@@ -537,7 +540,7 @@ static std::vector<u8> read_box(const tensor_map &m, const i32 *at, u32 bytes, u
 extern "C" void emu_tma_load(void *dst, const void *map, u32 rank, const i32 *at, u64 *bar, u32 mask, const char *name)
 {
     cta *c = self->block;
-    const tensor_map &m = map_of(map, rank, name);
+    const tensor_map &m = map_of(map, rank, at, name);
     u32 bytes = box_bytes(m, dst, name), start = emu_saddr(dst);
     epoch id = new_agent(c);
     actor who = agent_actor(id, name);
@@ -564,7 +567,7 @@ extern "C" void emu_tma_store(const void *map, u32 rank, const i32 *at, const vo
 {
     thread *t = self;
     cta *c = t->block;
-    const tensor_map &m = map_of(map, rank, name);
+    const tensor_map &m = map_of(map, rank, at, name);
     u32 bytes = box_bytes(m, src, name), start = emu_saddr(src);
     if (add && m.type != TENSOR_F32 && m.type != TENSOR_BF16) fail(EMU_LAUNCH_FAILED, "%s: of f32 and bf16", name);
     epoch read_id = new_agent(c), id = new_agent(c);
