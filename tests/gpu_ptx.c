@@ -35,7 +35,11 @@ typedef struct words {
     uint32_t n, p, q, r;
 } words;
 
-static void close_programs(void) { moe_context_destroy(context); }
+static void close_programs(void)
+{
+    moe_context_destroy(context);
+    gpu_close();
+}
 
 // All kernels of a program are in the module that its first one is loaded from.
 static void load_program(int which)
@@ -68,7 +72,7 @@ static int open_program(int which)
     }
     if (context == NULL) {
         context = gpu_text_open(test_data("gpu_ptx.cu.inc"));
-        gpu.closing = close_programs;
+        test_last = close_programs;
     }
     if (context != NULL && modules[which] == NULL) load_program(which);
     return modules[which] != NULL;
@@ -824,225 +828,6 @@ TEST(mbarrier_counts_bytes)
     gpu_release();
 }
 
-// ---- tensor copies --------------------------------------------------------------------------------------------------
-
-enum { TENSOR_U8 = 0, TENSOR_F32 = 7, TENSOR_BF16 = 9 }; // of cuda.h
-
-// struct ptx_map_args
-typedef struct map_args {
-    uint64_t map[16];
-    const void *in;
-    void *out;
-    int32_t x, y, z;
-    uint32_t bytes, rank, p;
-    uint32_t padding[6];
-} map_args;
-
-typedef struct tensor {
-    int type, element, rank, swizzle;
-    uint64_t dims[3], strides[2];
-    uint32_t box[3];
-} tensor;
-
-static int (*encode_tiled)(void *map, int type, uint32_t rank, void *base, const uint64_t *dims,
-                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,
-                           int swizzle, int promotion, int fill);
-
-// 1 when there are tensor maps.
-static int open_tensors(void)
-{
-    const char *path = getenv("MOE_CUDA_LIB");
-    void *library;
-    if (!open_program(HOPPER)) return 0;
-    library = dlopen(path != NULL && path[0] != 0 ? path : "libcuda.so.1", RTLD_NOW);
-    gpu_symbol(library, "cuTensorMapEncodeTiled", &encode_tiled);
-    if (encode_tiled == NULL) test_fail(__FILE__, __LINE__, "no cuTensorMapEncodeTiled");
-    return encode_tiled != NULL;
-}
-
-static uint32_t box_bytes(const tensor *t)
-{
-    return t->box[0] * t->box[1] * (t->rank > 2 ? t->box[2] : 1) * (uint32_t)t->element;
-}
-
-static uint64_t tensor_bytes(const tensor *t) { return t->strides[t->rank - 2] * t->dims[t->rank - 1]; }
-
-static map_args *make_map(const tensor *t, void *base)
-{
-    static map_args storage[2];
-    map_args *a = (map_args *)(((uintptr_t)storage + 63) / 64 * 64);
-    static const uint32_t steps[3] = { 1, 1, 1 };
-    memset(a, 0, sizeof *a);
-    gpu_enter();
-    GPU_CALL(encode_tiled(a->map, t->type, (uint32_t)t->rank, base, t->dims, t->strides, t->box, steps, 0, t->swizzle,
-                          0, 0));
-    gpu_leave();
-    a->bytes = box_bytes(t);
-    a->rank = (uint32_t)t->rank;
-    return a;
-}
-
-// Where byte i of the box lies in shared memory, and in the tensor; -1: outside of it.
-static int64_t box_byte(const tensor *t, const int32_t *at, uint32_t i, uint32_t *place)
-{
-    uint32_t width = t->box[0] * (uint32_t)t->element, element = i % width / (uint32_t)t->element;
-    uint32_t row = i / width, y = row % t->box[1], z = row / t->box[1];
-    int64_t c[3];
-    static const uint32_t masks[4] = { 0, 1, 3, 7 };
-    c[0] = at[0] + (int64_t)element;
-    c[1] = at[1] + (int64_t)y;
-    c[2] = t->rank > 2 ? at[2] + (int64_t)z : 0;
-    *place = i ^ (i >> 7 & masks[t->swizzle]) << 4;
-    for (int k = 0; k < t->rank; k++)
-        if (c[k] < 0 || c[k] >= (int64_t)t->dims[k]) return -1;
-    return c[0] * t->element + (int64_t)(i % (uint32_t)t->element) + c[1] * (int64_t)t->strides[0] +
-           (t->rank > 2 ? c[2] * (int64_t)t->strides[1] : 0);
-}
-
-static const tensor tensors[] = {
-    { TENSOR_BF16, 2, 2, 0, { 100, 20, 0 }, { 256, 0 }, { 64, 8, 0 } },
-    { TENSOR_BF16, 2, 2, 3, { 100, 20, 0 }, { 256, 0 }, { 64, 16, 0 } },
-    { TENSOR_BF16, 2, 2, 2, { 100, 20, 0 }, { 208, 0 }, { 32, 16, 0 } },
-    { TENSOR_BF16, 2, 2, 1, { 100, 20, 0 }, { 256, 0 }, { 16, 24, 0 } },
-    { TENSOR_U8, 1, 2, 3, { 300, 17, 0 }, { 304, 0 }, { 128, 8, 0 } },
-    { TENSOR_F32, 4, 2, 3, { 50, 30, 0 }, { 256, 0 }, { 32, 16, 0 } },
-    { TENSOR_F32, 4, 2, 0, { 50, 30, 0 }, { 256, 0 }, { 4, 5, 0 } },
-    { TENSOR_BF16, 2, 3, 3, { 100, 7, 5 }, { 256, 2048 }, { 64, 4, 3 } },
-    { TENSOR_U8, 1, 3, 0, { 48, 6, 4 }, { 48, 288 }, { 32, 4, 2 } }
-};
-// x is a multiple of 16 bytes; a box that is written begins inside (an H200 stops the kernel otherwise).
-static const int32_t corners[][3] = { { 0, 0, 0 }, { 16, 3, 1 }, { -16, -2, -1 }, { 80, 15, 3 }, { 400, 40, 9 } };
-
-TEST(tensor_loads_of_boxes_that_stick_out)
-{
-    if (!open_tensors()) return;
-    for (size_t n = 0; n < sizeof tensors / sizeof tensors[0]; n++) {
-        const tensor *t = &tensors[n];
-        uint64_t bytes = tensor_bytes(t);
-        uint32_t *data = random_words(bytes / 4, 18 + n), box = box_bytes(t);
-        launch l = { "ptx_tensor_load", 1, 128, 0, 0, 0, 0 };
-        void *base = gpu_copy(data, bytes);
-        l.smem = (int)box + 16;
-        for (int c = 0; c < 5; c++) {
-            map_args *a = make_map(t, base);
-            uint8_t *want = (uint8_t *)calloc(box, 1), *got = (uint8_t *)malloc(box);
-            a->x = corners[c][0];
-            a->y = corners[c][1];
-            a->z = corners[c][2];
-            for (uint32_t i = 0; i < box; i++) {
-                uint32_t place;
-                int64_t from = box_byte(t, corners[c], i, &place);
-                if (from >= 0) want[place] = ((uint8_t *)data)[from];
-            }
-            a->out = gpu_make(box);
-            enqueue(&l, a);
-            gpu_get(got, a->out, box);
-            CHECK_WORDS(c < 2 ? "inside" : "sticks out", (uint32_t *)got, (uint32_t *)want, box / 4);
-            free(got);
-            free(want);
-        }
-        free(data);
-        gpu_release();
-    }
-}
-
-TEST(tensor_multicast)
-{
-    launch l = { "ptx_tensor_multicast", 2, 128, 0, 0, 2, 0 };
-    const tensor *t = &tensors[1];
-    uint32_t *data, box = box_bytes(t);
-    if (!open_tensors()) return;
-    data = random_words(tensor_bytes(t) / 4, 40);
-    l.smem = (int)box + 16;
-    for (uint32_t mask = 1; mask < 4; mask++) {
-        map_args *a = make_map(t, gpu_copy(data, tensor_bytes(t)));
-        uint32_t *want = (uint32_t *)malloc(2 * box), *got = (uint32_t *)malloc(2 * box);
-        a->y = 2;
-        a->p = mask;
-        for (uint32_t i = 0; i < box / 2; i++) want[i] = 77;
-        for (uint32_t i = 0; i < 2 * box; i++) {
-            uint32_t place, block = i / box;
-            int64_t from = box_byte(t, &a->x, i % box, &place);
-            if (mask >> block & 1) ((uint8_t *)want)[block * box + place] = from < 0 ? 0 : ((uint8_t *)data)[from];
-        }
-        a->out = gpu_make(2 * box);
-        enqueue(&l, a);
-        gpu_get(got, a->out, 2 * box);
-        CHECK_WORDS("tensor multicast", got, want, box / 2);
-        free(got);
-        free(want);
-    }
-    free(data);
-    gpu_release();
-}
-
-// What the box adds to element `at` of the tensor.
-static void add_element(const tensor *t, uint8_t *at, const uint8_t *v)
-{
-    if (t->type == TENSOR_F32) {
-        float x, y;
-        memcpy(&x, at, 4);
-        memcpy(&y, v, 4);
-        x += y;
-        memcpy(at, &x, 4);
-    } else {
-        uint16_t x, y;
-        memcpy(&x, at, 2);
-        memcpy(&y, v, 2);
-        x = (uint16_t)narrow(&formats[BF16], float_word(bf16_float(x) + bf16_float(y)));
-        memcpy(at, &x, 2);
-    }
-}
-
-static void store_box(const tensor *t, const int32_t *at, uint8_t *data, const uint8_t *box, int add)
-{
-    for (uint32_t i = 0; i < box_bytes(t); i += (uint32_t)t->element) {
-        uint32_t place;
-        int64_t to = box_byte(t, at, i, &place);
-        if (to < 0) continue;
-        if (add) add_element(t, data + to, box + place);
-        else memcpy(data + to, box + place, (size_t)t->element);
-    }
-}
-
-TEST(tensor_stores_and_sums_are_clipped)
-{
-    if (!open_tensors()) return;
-    for (int n = 0; n < 7; n++)
-        for (int add = 0; add < (tensors[n].type == TENSOR_U8 ? 1 : 2); add++) {
-            const tensor *t = &tensors[n];
-            uint64_t bytes = tensor_bytes(t), seed = 60;
-            uint32_t *data = random_words(bytes / 4, 50), *box = random_words(box_bytes(t) / 4, 51);
-            uint32_t mask = t->type == TENSOR_F32 ? 0x83ffffff : 0x83ff83ff;
-            uint32_t set = t->type == TENSOR_F32 ? 0x3c000000 : 0x3c003c00;
-            launch l = { "ptx_tensor_store", 1, 128, 0, 0, 0, 0 };
-            void *base;
-            for (uint64_t i = 0; i < bytes / 4; i++) data[i] = (data[i] & mask) | set;
-            for (uint32_t i = 0; i < box_bytes(t) / 4; i++) box[i] = (test_random_u32(&seed) & mask) | set;
-            base = gpu_copy(data, bytes);
-            l.smem = (int)box_bytes(t);
-            for (int c = 0; c < 5; c++) {
-                map_args *a = make_map(t, base);
-                if (corners[c][0] < 0) continue;
-                a->x = corners[c][0];
-                a->y = corners[c][1];
-                a->p = (uint32_t)add;
-                a->in = gpu_copy(box, box_bytes(t));
-                enqueue(&l, a);
-                store_box(t, corners[c], (uint8_t *)data, (const uint8_t *)box, add);
-            }
-            {
-                uint32_t *got = (uint32_t *)malloc(bytes);
-                gpu_get(got, base, bytes);
-                CHECK_WORDS(add ? "tensor sums" : "tensor stores", got, data, bytes / 4);
-                free(got);
-            }
-            free(box);
-            free(data);
-            gpu_release();
-        }
-}
-
 // ---- dependent launches ---------------------------------------------------------------------------------------------
 
 TEST(dependent_launches)
@@ -1245,6 +1030,225 @@ TEST(registers_change_hands)
     gpu_release();
 }
 
+// ---- tensor copies --------------------------------------------------------------------------------------------------
+
+enum { TENSOR_U8 = 0, TENSOR_F32 = 7, TENSOR_BF16 = 9 }; // of cuda.h
+
+// struct ptx_map_args
+typedef struct map_args {
+    uint64_t map[16];
+    const void *in;
+    void *out;
+    int32_t at[3];
+    uint32_t bytes, rank, p;
+    uint32_t padding[6];
+} map_args;
+
+typedef struct tensor {
+    int type, element, rank, swizzle;
+    uint64_t dims[3], strides[2];
+    uint32_t box[3];
+} tensor;
+
+static int (*encode_tiled)(void *map, int type, uint32_t rank, void *base, const uint64_t *dims,
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,
+                           int swizzle, int promotion, int fill);
+
+// 1 when there are tensor maps.
+static int open_tensors(void)
+{
+    if (!open_program(HOPPER)) return 0;
+    gpu_symbol(gpu_library(), "cuTensorMapEncodeTiled", &encode_tiled);
+    if (encode_tiled == NULL) test_fail(__FILE__, __LINE__, "no cuTensorMapEncodeTiled");
+    return encode_tiled != NULL;
+}
+
+static uint32_t box_bytes(const tensor *t)
+{
+    return t->box[0] * t->box[1] * (t->rank > 2 ? t->box[2] : 1) * (uint32_t)t->element;
+}
+
+static uint64_t tensor_bytes(const tensor *t) { return t->strides[t->rank - 2] * t->dims[t->rank - 1]; }
+
+static map_args *make_map(const tensor *t, void *base)
+{
+    static map_args storage[2];
+    map_args *a = (map_args *)(((uintptr_t)storage + 63) / 64 * 64);
+    static const uint32_t steps[3] = { 1, 1, 1 };
+    memset(a, 0, sizeof *a);
+    gpu_enter();
+    GPU_CALL(encode_tiled(a->map, t->type, (uint32_t)t->rank, base, t->dims, t->strides, t->box, steps, 0, t->swizzle,
+                          0, 0));
+    gpu_leave();
+    a->bytes = box_bytes(t);
+    a->rank = (uint32_t)t->rank;
+    return a;
+}
+
+// Where byte i of the box lies in shared memory, and in the tensor; -1: outside of it.
+static int64_t box_byte(const tensor *t, const int32_t *at, uint32_t i, uint32_t *place)
+{
+    uint32_t width = t->box[0] * (uint32_t)t->element, element = i % width / (uint32_t)t->element;
+    uint32_t row = i / width, y = row % t->box[1], z = row / t->box[1];
+    int64_t c[3];
+    static const uint32_t masks[4] = { 0, 1, 3, 7 };
+    c[0] = at[0] + (int64_t)element;
+    c[1] = at[1] + (int64_t)y;
+    c[2] = t->rank > 2 ? at[2] + (int64_t)z : 0;
+    *place = i ^ (i >> 7 & masks[t->swizzle]) << 4;
+    for (int k = 0; k < t->rank; k++)
+        if (c[k] < 0 || c[k] >= (int64_t)t->dims[k]) return -1;
+    return c[0] * t->element + (int64_t)(i % (uint32_t)t->element) + c[1] * (int64_t)t->strides[0] +
+           (t->rank > 2 ? c[2] * (int64_t)t->strides[1] : 0);
+}
+
+static const tensor tensors[] = {
+    { TENSOR_BF16, 2, 2, 0, { 100, 20, 0 }, { 256, 0 }, { 64, 8, 0 } },
+    { TENSOR_BF16, 2, 2, 3, { 100, 20, 0 }, { 256, 0 }, { 64, 16, 0 } },
+    { TENSOR_BF16, 2, 2, 2, { 100, 20, 0 }, { 208, 0 }, { 32, 16, 0 } },
+    { TENSOR_BF16, 2, 2, 1, { 100, 20, 0 }, { 256, 0 }, { 16, 24, 0 } },
+    { TENSOR_U8, 1, 2, 3, { 300, 17, 0 }, { 304, 0 }, { 128, 8, 0 } },
+    { TENSOR_F32, 4, 2, 3, { 50, 30, 0 }, { 256, 0 }, { 32, 16, 0 } },
+    { TENSOR_F32, 4, 2, 0, { 50, 30, 0 }, { 256, 0 }, { 4, 5, 0 } },
+    { TENSOR_BF16, 2, 3, 3, { 100, 7, 5 }, { 256, 2048 }, { 64, 4, 3 } },
+    { TENSOR_U8, 1, 3, 0, { 48, 6, 4 }, { 48, 288 }, { 32, 4, 2 } }
+};
+
+// A box begins at a multiple of 16 bytes of its row, inside or outside of the tensor: x is in these units.
+static const int32_t corners[][3] = { { 0, 0, 0 }, { 2, 3, 1 }, { -1, -2, -1 }, { 9, 15, 3 }, { 50, 40, 9 } };
+
+static void corner(const tensor *t, int c, int32_t *at)
+{
+    memcpy(at, corners[c], sizeof corners[c]);
+    at[0] *= 16 / t->element;
+}
+
+TEST(tensor_loads_of_boxes_that_stick_out)
+{
+    if (!open_tensors()) return;
+    for (size_t n = 0; n < sizeof tensors / sizeof tensors[0]; n++) {
+        const tensor *t = &tensors[n];
+        uint64_t bytes = tensor_bytes(t);
+        uint32_t *data = random_words(bytes / 4, 18 + n), box = box_bytes(t);
+        launch l = { "ptx_tensor_load", 1, 128, 0, 0, 0, 0 };
+        void *base = gpu_copy(data, bytes);
+        l.smem = (int)box + 16;
+        for (int c = 0; c < 5; c++) {
+            map_args *a = make_map(t, base);
+            uint8_t *want = (uint8_t *)calloc(box, 1), *got = (uint8_t *)malloc(box);
+            corner(t, c, a->at);
+            for (uint32_t i = 0; i < box; i++) {
+                uint32_t place;
+                int64_t from = box_byte(t, a->at, i, &place);
+                if (from >= 0) want[place] = ((uint8_t *)data)[from];
+            }
+            a->out = gpu_make(box);
+            enqueue(&l, a);
+            gpu_get(got, a->out, box);
+            CHECK_WORDS(c < 2 ? "inside" : "sticks out", (uint32_t *)got, (uint32_t *)want, box / 4);
+            free(got);
+            free(want);
+        }
+        free(data);
+        gpu_release();
+    }
+}
+
+TEST(tensor_multicast)
+{
+    launch l = { "ptx_tensor_multicast", 2, 128, 0, 0, 2, 0 };
+    const tensor *t = &tensors[1];
+    uint32_t *data, box = box_bytes(t);
+    if (!open_tensors()) return;
+    data = random_words(tensor_bytes(t) / 4, 40);
+    l.smem = (int)box + 16;
+    for (uint32_t mask = 1; mask < 4; mask++) {
+        map_args *a = make_map(t, gpu_copy(data, tensor_bytes(t)));
+        uint32_t *want = (uint32_t *)malloc(2 * box), *got = (uint32_t *)malloc(2 * box);
+        a->at[1] = 2;
+        a->p = mask;
+        for (uint32_t i = 0; i < box / 2; i++) want[i] = 77;
+        for (uint32_t i = 0; i < 2 * box; i++) {
+            uint32_t place, block = i / box;
+            int64_t from = box_byte(t, a->at, i % box, &place);
+            if (mask >> block & 1) ((uint8_t *)want)[block * box + place] = from < 0 ? 0 : ((uint8_t *)data)[from];
+        }
+        a->out = gpu_make(2 * box);
+        enqueue(&l, a);
+        gpu_get(got, a->out, 2 * box);
+        CHECK_WORDS("tensor multicast", got, want, box / 2);
+        free(got);
+        free(want);
+    }
+    free(data);
+    gpu_release();
+}
+
+// What the box adds to element `at` of the tensor.
+static void add_element(const tensor *t, uint8_t *at, const uint8_t *v)
+{
+    if (t->type == TENSOR_F32) {
+        float x, y;
+        memcpy(&x, at, 4);
+        memcpy(&y, v, 4);
+        x += y;
+        memcpy(at, &x, 4);
+    } else {
+        uint16_t x, y;
+        memcpy(&x, at, 2);
+        memcpy(&y, v, 2);
+        x = (uint16_t)narrow(&formats[BF16], float_word(bf16_float(x) + bf16_float(y)));
+        memcpy(at, &x, 2);
+    }
+}
+
+static void store_box(const tensor *t, const int32_t *at, uint8_t *data, const uint8_t *box, int add)
+{
+    for (uint32_t i = 0; i < box_bytes(t); i += (uint32_t)t->element) {
+        uint32_t place;
+        int64_t to = box_byte(t, at, i, &place);
+        if (to < 0) continue;
+        if (add) add_element(t, data + to, box + place);
+        else memcpy(data + to, box + place, (size_t)t->element);
+    }
+}
+
+TEST(tensor_stores_and_sums_are_clipped)
+{
+    if (!open_tensors()) return;
+    for (int n = 0; n < 7; n++)
+        for (int add = 0; add < (tensors[n].type == TENSOR_U8 ? 1 : 2); add++) {
+            const tensor *t = &tensors[n];
+            uint64_t bytes = tensor_bytes(t), seed = 60;
+            uint32_t *data = random_words(bytes / 4, 50), *box = random_words(box_bytes(t) / 4, 51);
+            uint32_t mask = t->type == TENSOR_F32 ? 0x83ffffff : 0x83ff83ff;
+            uint32_t set = t->type == TENSOR_F32 ? 0x3c000000 : 0x3c003c00;
+            launch l = { "ptx_tensor_store", 1, 128, 0, 0, 0, 0 };
+            void *base;
+            for (uint64_t i = 0; i < bytes / 4; i++) data[i] = (data[i] & mask) | set;
+            for (uint32_t i = 0; i < box_bytes(t) / 4; i++) box[i] = (test_random_u32(&seed) & mask) | set;
+            base = gpu_copy(data, bytes);
+            l.smem = (int)box_bytes(t);
+            for (int c = 0; c < 5; c++) {
+                map_args *a = make_map(t, base);
+                corner(t, c, a->at);
+                a->p = (uint32_t)add;
+                a->in = gpu_copy(box, box_bytes(t));
+                enqueue(&l, a);
+                store_box(t, a->at, (uint8_t *)data, (const uint8_t *)box, add);
+            }
+            {
+                uint32_t *got = (uint32_t *)malloc(bytes);
+                gpu_get(got, base, bytes);
+                CHECK_WORDS(add ? "tensor sums" : "tensor stores", got, data, bytes / 4);
+                free(got);
+            }
+            free(box);
+            free(data);
+            gpu_release();
+        }
+}
+
 TEST_MAIN(
     T(trap_ends_a_launch)
     T(threads_know_where_they_are)
@@ -1268,9 +1272,6 @@ TEST_MAIN(
     T(multicast_to_the_blocks_of_a_mask)
     T(bulk_copies_and_sums)
     T(mbarrier_counts_bytes)
-    T(tensor_loads_of_boxes_that_stick_out)
-    T(tensor_multicast)
-    T(tensor_stores_and_sums_are_clipped)
     T(dependent_launches)
     T(wgmma_of_bf16)
     T(wgmma_of_f16)
@@ -1278,4 +1279,7 @@ TEST_MAIN(
     T(wgmma_of_e5m2)
     T(wgmma_groups_complete_in_order)
     T(registers_change_hands)
+    T(tensor_loads_of_boxes_that_stick_out)
+    T(tensor_multicast)
+    T(tensor_stores_and_sums_are_clipped)
 )

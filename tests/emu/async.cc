@@ -1,12 +1,25 @@
 // What completes later: cp.async, bulk and tensor copies, st.async. Each completes when the generator says so, or
 // when it is waited for at the latest; until then its destination is NaN, and both its ends count as being touched.
+// What they rest on, by section of the PTX ISA:
+//
+//     groups and mbarriers                   "Completion Mechanisms for Asynchronous Copy Operations"; "cp.async",
+//                                            "cp.async.commit_group", "cp.async.wait_group"
+//     bytes that a phase waits for           "Tracking asynchronous operations by the mbarrier object":
+//                                            "Expect-tx operation", "Complete-tx operation"; "st.async";
+//                                            "cp.async.mbarrier.arrive"
+//     reads are done, writes are done        "cp.async.bulk.wait_group", with and without .read
+//     sums                                   "cp.reduce.async.bulk", "cp.reduce.async.bulk.tensor": each element by
+//                                            itself, relaxed; bf16 rounds to nearest even, subnormals kept (.noftz)
+//     boxes, what lies outside, swizzles     "Tensors": "Bounding Box", "Out of Boundary Access", "Swizzling Modes"
+//     order against ordinary accesses        "Async proxy", "membar / fence": fence.proxy.async, for shared memory; one
+//                                            that is missing for global memory is not reported
+//     conversions                            "cvt": round to nearest even; .satfinite; one NaN of each format
 #include "engine.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
 #include <algorithm>
-
 
 extern "C" u32 emu_saddr(const void *p);
 extern "C" u32 emu_encode(u32 type, f32 v);
@@ -477,7 +490,7 @@ static std::vector<tensor_row> tensor_rows(const tensor_map &m, const i32 *at)
     return rows;
 }
 
-static const tensor_map &map_of(const void *map, u32 rank, const char *name)
+static const tensor_map &map_of(const void *map, u32 rank, const i32 *at, const char *name)
 {
     const tensor_map *m = (const tensor_map *)map;
     require(90, name);
@@ -485,6 +498,9 @@ static const tensor_map &map_of(const void *map, u32 rank, const char *name)
     if (m->magic != TENSOR_MAGIC)
         fail(EMU_LAUNCH_FAILED, "%s: no tensor map at %s", name, describe_address(map).c_str());
     if (m->rank != rank) fail(EMU_LAUNCH_FAILED, "%s: the tensor map has %u dimensions", name, m->rank);
+    if ((i64)at[0] * m->element % 16) // an illegal instruction, on hardware
+        fail(EMU_LAUNCH_FAILED, "%s: the box begins %lld bytes into its row; multiples of 16", name,
+             (long long)at[0] * m->element);
     return *m;
 }
 
@@ -534,7 +550,7 @@ static std::vector<u8> read_box(const tensor_map &m, const i32 *at, u32 bytes, u
 extern "C" void emu_tma_load(void *dst, const void *map, u32 rank, const i32 *at, u64 *bar, u32 mask, const char *name)
 {
     cta *c = self->block;
-    const tensor_map &m = map_of(map, rank, name);
+    const tensor_map &m = map_of(map, rank, at, name);
     u32 bytes = box_bytes(m, dst, name), start = emu_saddr(dst);
     check_corner(m, at, false, name);
     epoch id = new_agent(c);
@@ -562,7 +578,7 @@ extern "C" void emu_tma_store(const void *map, u32 rank, const i32 *at, const vo
 {
     thread *t = self;
     cta *c = t->block;
-    const tensor_map &m = map_of(map, rank, name);
+    const tensor_map &m = map_of(map, rank, at, name);
     u32 bytes = box_bytes(m, src, name), start = emu_saddr(src);
     check_corner(m, at, true, name);
     if (add && m.type != TENSOR_F32 && m.type != TENSOR_BF16) fail(EMU_LAUNCH_FAILED, "%s: of f32 and bf16", name);

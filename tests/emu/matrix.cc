@@ -1,6 +1,15 @@
-// Matrix instructions: wgmma, mma.sync, ldmatrix, stmatrix. What they do with bytes and lanes is from the PTX ISA
-// (sections "Asynchronous warpgroup level matrix instructions", "Warp level matrix instructions"); sums are taken in
-// fp32, K in order, which agrees with hardware where all partial sums are exact.
+// Matrix instructions: wgmma, mma.sync, ldmatrix, stmatrix. What they rest on, by section of the PTX ISA:
+//
+//     lanes and registers of a fragment      "Matrix Fragments for mma.m16n8k16 ..., m16n8k32", "Register Fragments and
+//                                            Shared Memory Matrix Layouts" of wgmma
+//     descriptor, strides, swizzles          "Matrix Descriptor Format", "Strides", "Shared Memory Matrix Layout" of
+//                                            wgmma; K-major only, no base offset
+//     when registers may be touched          "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"
+//     reads of shared memory                 "Async proxy": a proxy fence stands between ordinary writes and them
+//     rows of a lane                         "ldmatrix", "stmatrix"
+//
+// Sums are taken in fp32, K in order, which agrees with hardware where all partial sums are exact: the ISA leaves their
+// order and inner precision open. tests/gpu_ptx.c holds all of this against hardware.
 #include "engine.h"
 
 #include <algorithm>

@@ -799,7 +799,7 @@ TEST(tensor_maps_are_encoded_for_kernels)
     CHECK_EQ(encode(NULL, p, COLUMNS * 4, BOX_X), CUDA_ERROR_INVALID_VALUE);
     CHECK_EQ(encode(&args.map, p, COLUMNS * 4, BOX_X), 0);
     args.out = dev.p;
-    args.x = 6;
+    args.x = 8;
     args.y = 3;
     CHECK_EQ(cu.cuModuleGetFunction(&f, dev.module, "box"), 0);
     CHECK_EQ(cu.cuLaunchKernelEx(&config, f, params, NULL), 0);

@@ -477,7 +477,7 @@ MOE_ENTRY(k_convert, test_args, 32, 1)
 }
 
 // A box of 8 x 32 words of a 16 x 64 tensor that begins at (-8, 60): in, out again. 1: read before it is there; 2: the
-// block ends while the box is still read.
+// block ends while the box is still read; 3: a box that begins at a multiple of 4 bytes.
 MOE_ENTRY(k_tensor, test_args, 32, 1)
 {
     u64 *bar = (u64 *)(smem() + 8192);
@@ -490,7 +490,7 @@ MOE_ENTRY(k_tensor, test_args, 32, 1)
     cta_sync();
     if (lane() == 0) {
         mbar_arrive_expect_tx(bar, 1024);
-        tma_load_2d(smem(), map, a.broken == 4 ? -7 : -8, 60, bar);
+        tma_load_2d(smem(), map, a.broken == 3 ? -7 : -8, 60, bar);
     }
     if (a.broken != 1) mbar_wait(bar, 0);
     u32 ok = 1, row = lane() % 8;
