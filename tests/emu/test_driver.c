@@ -443,6 +443,7 @@ TEST(embedded_ptx_is_compiled_from_its_source)
 {
     static const char ptx[] = "// moe: -DMOE_K_NONE\n.version 8.1\n.target sm_80\n.address_size 64\n";
     CUmodule m;
+    unsetenv("MOE_EMU_PTX_SOURCE");
     open_device();
     CHECK_EQ(cu.cuModuleLoadData(&m, ptx), CUDA_ERROR_JIT_COMPILER_NOT_FOUND);
     setenv("MOE_EMU_PTX_SOURCE", "moe_kernels.cu.inc", 1);
