@@ -148,7 +148,7 @@ $(B)/run_mutants: tests/mutants/mutants.c
 $(B)/log/test_%.log: $(B)/tests/test_%$(EXE)
 	@sh tests/run_one.sh $(B) test_$* $(RUN) $<
 
-$(B)/log/gpu_%.log: $(B)/tests/gpu_%
+$(B)/log/gpu_%.log: $(B)/tests/gpu_% $(EMU_LIBS)
 	@sh tests/gpu.sh run $(B) gpu_$* $<
 
 $(B)/log/emu_test_%.log: $(EMU_B)/test_%
