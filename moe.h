@@ -27168,7 +27168,7 @@ static const moe__ptx *moe__kernel_ptx(int32_t *count)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>history
-//     0.1.0   routing, configuration, checkpoints, weights, CPU back end, reference
+//     0.1.0   routing, configuration, checkpoints, weights, CPU back end, reference; CUDA: routing, permutation, router
 //
 // MIT License
 //

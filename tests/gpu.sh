@@ -39,7 +39,7 @@ if [ "$1" = test-gpu ]; then
         tail -n 1 "build/gpu/log/$(basename "$program").log" >>"$summary"
     done
 else
-    # The tools' own reports end a program with code 9; MOE_TEST_SMALL keeps the sizes of the emulated device.
+    # Sizes of the emulated device; a tool's report ends the program with code 9.
     for tool in memcheck racecheck initcheck synccheck; do
         for program in $programs; do
             name=$(basename "$program")

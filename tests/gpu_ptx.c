@@ -1085,8 +1085,9 @@ static map_args *make_map(const tensor *t, void *base)
     return a;
 }
 
-// Where byte i of the box lies in shared memory, and in the tensor; -1: outside of it.
-static int64_t box_byte(const tensor *t, const int32_t *at, uint32_t i, uint32_t *place)
+// Where byte i of the box lies in shared memory, and in the tensor; -1: outside of it. A row that is written ends at a
+// multiple of 16 bytes (seen on an H200).
+static int64_t box_byte(const tensor *t, const int32_t *at, uint32_t i, int write, uint32_t *place)
 {
     uint32_t width = t->box[0] * (uint32_t)t->element, element = i % width / (uint32_t)t->element;
     uint32_t row = i / width, y = row % t->box[1], z = row / t->box[1];
@@ -1096,8 +1097,11 @@ static int64_t box_byte(const tensor *t, const int32_t *at, uint32_t i, uint32_t
     c[1] = at[1] + (int64_t)y;
     c[2] = t->rank > 2 ? at[2] + (int64_t)z : 0;
     *place = i ^ (i >> 7 & masks[t->swizzle]) << 4;
-    for (int k = 0; k < t->rank; k++)
-        if (c[k] < 0 || c[k] >= (int64_t)t->dims[k]) return -1;
+    for (int k = 0; k < t->rank; k++) {
+        int64_t end = (int64_t)t->dims[k];
+        if (k == 0 && write) end = (end * t->element + 15) / 16 * 16 / t->element;
+        if (c[k] < 0 || c[k] >= end) return -1;
+    }
     return c[0] * t->element + (int64_t)(i % (uint32_t)t->element) + c[1] * (int64_t)t->strides[0] +
            (t->rank > 2 ? c[2] * (int64_t)t->strides[1] : 0);
 }
@@ -1139,7 +1143,7 @@ TEST(tensor_loads_of_boxes_that_stick_out)
             corner(t, c, a->at);
             for (uint32_t i = 0; i < box; i++) {
                 uint32_t place;
-                int64_t from = box_byte(t, a->at, i, &place);
+                int64_t from = box_byte(t, a->at, i, 0, &place);
                 if (from >= 0) want[place] = ((uint8_t *)data)[from];
             }
             a->out = gpu_make(box);
@@ -1170,7 +1174,7 @@ TEST(tensor_multicast)
         for (uint32_t i = 0; i < box / 2; i++) want[i] = 77;
         for (uint32_t i = 0; i < 2 * box; i++) {
             uint32_t place, block = i / box;
-            int64_t from = box_byte(t, a->at, i % box, &place);
+            int64_t from = box_byte(t, a->at, i % box, 0, &place);
             if (mask >> block & 1) ((uint8_t *)want)[block * box + place] = from < 0 ? 0 : ((uint8_t *)data)[from];
         }
         a->out = gpu_make(2 * box);
@@ -1206,7 +1210,7 @@ static void store_box(const tensor *t, const int32_t *at, uint8_t *data, const u
 {
     for (uint32_t i = 0; i < box_bytes(t); i += (uint32_t)t->element) {
         uint32_t place;
-        int64_t to = box_byte(t, at, i, &place);
+        int64_t to = box_byte(t, at, i, 1, &place);
         if (to < 0) continue;
         if (add) add_element(t, data + to, box + place);
         else memcpy(data + to, box + place, (size_t)t->element);

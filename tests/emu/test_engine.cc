@@ -231,7 +231,8 @@ static const one_case cases[] = {
     { &k_tensor__emu, 1, 1, 0, nullptr },
     { &k_tensor__emu, 1, 1, 1, "read of smem+" },
     { &k_tensor__emu, 1, 1, 2, "the block ended while " },
-    { &k_tensor__emu, 1, 1, 3, "tma_load_2d: the box begins -28 bytes into its row; multiples of 16" },
+    { &k_tensor__emu, 1, 1, 3, "tma_load_2d: x is -7, which is no multiple of 16 bytes" },
+    { &k_tensor__emu, 1, 1, 4, "tma_store_2d: a box that begins at -8 cannot be written" },
 };
 
 // What the correct variants write, where it is not their thread's own number.

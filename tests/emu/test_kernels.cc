@@ -500,7 +500,7 @@ MOE_ENTRY(k_tensor, test_args, 32, 1)
     }
     cta_sync();
     if (lane() == 0) {
-        tma_store_2d(map, a.broken == 3 ? -8 : 8, 60, smem());
+        tma_store_2d(map, a.broken == 4 ? -8 : 8, 60, smem());
         bulk_commit();
         if (a.broken != 2) bulk_wait<0>();
         ok &= a.broken == 2 || (a.in[60 * 16] == 60 * 16 && a.in[60 * 16 + 8] == 0 && a.in[1023] == 0);
