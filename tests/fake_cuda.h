@@ -85,4 +85,19 @@ TEST_UNUSED static const char *nvrtc(const char *name, int major, int minor, con
     return library(name, text);
 }
 
+// A layer whose plan needs kernels.
+TEST_UNUSED static moe_layer_desc small_layer(void)
+{
+    moe_layer_desc layer;
+    memset(&layer, 0, sizeof layer);
+    layer.num_experts = 8;
+    layer.hidden_size = 64;
+    layer.intermediate_size = 64;
+    layer.format = MOE_FORMAT_BF16;
+    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
+    moe_routing_preset(MOE_ROUTING_RENORMALIZE, &layer.routing, NULL);
+    layer.routing.top_k = 2;
+    return layer;
+}
+
 #endif

@@ -584,20 +584,6 @@ static moe_precompile_desc job_desc(const char *cache, const moe_layer_desc *lay
     return job;
 }
 
-static moe_layer_desc small_layer(void)
-{
-    moe_layer_desc layer;
-    memset(&layer, 0, sizeof layer);
-    layer.num_experts = 8;
-    layer.hidden_size = 64;
-    layer.intermediate_size = 64;
-    layer.format = MOE_FORMAT_BF16;
-    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
-    moe_routing_preset(MOE_ROUTING_RENORMALIZE, &layer.routing, &err);
-    layer.routing.top_k = 2;
-    return layer;
-}
-
 static moe_jit_progress told[64];
 
 static void tell(void *user, const moe_jit_progress *progress)

@@ -133,16 +133,8 @@ TEST(an_old_chip_is_refused)
 static void compile_refused(const char *path, const char *chip, int32_t code, const char *part)
 {
     moe_precompile_desc job;
-    moe_layer_desc layer;
+    moe_layer_desc layer = small_layer();
     memset(&job, 0, sizeof job);
-    memset(&layer, 0, sizeof layer);
-    layer.num_experts = 8;
-    layer.hidden_size = 64;
-    layer.intermediate_size = 64;
-    layer.format = MOE_FORMAT_BF16;
-    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
-    moe_routing_preset(MOE_ROUTING_RENORMALIZE, &layer.routing, &err);
-    layer.routing.top_k = 2;
     said[0] = 0;
     job.chips = &chip;
     job.num_chips = 1;
