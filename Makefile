@@ -157,10 +157,9 @@ $(B)/log/emu_test_%.log: $(EMU_B)/test_%
 $(B)/log/group_%.log: tests/group_%.sh tests/group.sh FORCE
 	@sh tests/run_one.sh $(B) group_$* sh $<
 
-test-logs: $(TESTS:%=$(B)/log/%.log)
 gpu-logs: $(GPU_TESTS:%=$(B)/log/%.log)
 emu-logs: gpu-logs $(B)/log/emu_test_engine.log $(B)/log/emu_test_driver.log
 
 FORCE:
 .PRECIOUS: $(B)/tests/test_%$(EXE) $(B)/tests/gpu_%
-.PHONY: all help demo test check test-gpu test-sanitizer emu mutants gpu-logs emu-logs test-bare lib golden bench embed check-embed kernels check-kernels picture clean test-logs FORCE
+.PHONY: all help demo test check test-gpu test-sanitizer emu mutants gpu-logs emu-logs test-bare lib golden bench embed check-embed kernels check-kernels picture clean FORCE

@@ -5,8 +5,7 @@ groups matrix options include
 groups kernels
 grep '^omitted: ' build/log/group_kernels.log # not counted as missing in CI: NVRTC is nothing that Debian has
 if can_emulate; then
-    emulated sm_80 build/sm_80 MOE_EMU_DEVICES=80
-    emulated "seed 2" build/seed MOE_EMU_SEED=2
+    emulated sm_80 build/sm_80 MOE_EMU_DEVICES=80 MOE_EMU_SEED=2
     groups mutants
 fi
 
@@ -30,8 +29,9 @@ fi
 if command -v valgrind >/dev/null 2>&1; then
     mkdir -p build/valgrind
     cp -pr build/tests build/valgrind/ # the same programs
-    variant valgrind build/valgrind TEST_SECONDS=900 \
-        RUN="valgrind -q --error-exitcode=9 --leak-check=full --child-silent-after-fork=yes"
+    variant valgrind build/valgrind TEST_SECONDS=900 MOE_TEST_SMALL=1 \
+        RUN="valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+            --child-silent-after-fork=yes"
 else
     omitted "valgrind"
 fi
@@ -40,10 +40,12 @@ wait
 if [ -f tests/test_math.c ]; then collect "every float:" build/full test_math; fi
 
 # Whatever the optimiser may do with fused multiply-adds and this processor's instructions, the results are the same bits.
+only="math numeric routing cpu layer execute"
 variant native build/native TEST_FLAGS="-O3 -march=native -ffp-contract=fast"
+only=
 
 if command -v aarch64-linux-gnu-gcc >/dev/null 2>&1 && command -v qemu-aarch64 >/dev/null 2>&1; then
-    variant aarch64 build/aarch64 TEST_SECONDS=900 CC=aarch64-linux-gnu-gcc \
+    variant aarch64 build/aarch64 TEST_SECONDS=900 CC=aarch64-linux-gnu-gcc TEST_FLAGS=-O1 \
         RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 else
     omitted "aarch64: no aarch64-linux-gnu-gcc and qemu-aarch64"
@@ -52,7 +54,7 @@ fi
 if command -v x86_64-w64-mingw32-gcc >/dev/null 2>&1; then
     wine=$(command -v wine || command -v wine64 || ls /usr/lib/wine/wine64 2>/dev/null)
     if [ -n "$wine" ]; then
-        variant windows build/windows WINEDEBUG=-all WINEPREFIX="$(pwd)/build/wine" TEST_SECONDS=900 \
+        variant windows build/windows WINEDEBUG=-all WINEPREFIX="$(pwd)/build/wine" TEST_SECONDS=900 TEST_FLAGS=-O1 \
             CC=x86_64-w64-mingw32-gcc EXE=.exe EXTRA="-static -D__USE_MINGW_ANSI_STDIO=1" RUN="$wine"
     else
         omitted "Windows: no wine"

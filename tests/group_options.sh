@@ -11,9 +11,8 @@ for option in NONE MOE_NO_THREADS MOE_NO_FILES MOE_NO_CONFIG MOE_NO_CHECKPOINT M
     "MOE_NO_THREADS -DMOE_NO_FILES -DMOE_NO_CONFIG -DMOE_NO_CPU_SIMD -DMOE_NO_CUDA -DMOE_NO_ENV"; do
     case $option in *NO_THREADS*) libs= ;; *) libs=$threads ;; esac
     for compiler in gcc clang; do
-        case $compiler in gcc) level=-O1 ;; *) level=-O0 ;; esac
         have $compiler || { skip "$option, $compiler" "not installed"; continue; }
-        try "$option builds, $compiler" $compiler $level -std=c99 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
+        try "$option builds, $compiler" $compiler -O0 -std=c99 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
         try "$option runs, $compiler" "$temp/parts"
     done
     if have g++; then

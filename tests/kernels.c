@@ -1,7 +1,7 @@
 // kernels.c - compiles every kernel that a layer could choose, for each kind of chip, with this machine's NVRTC; no GPU
 //
 //     kernels TABLE                   writes what each needs (`make kernels`)
-//     kernels --check TABLE [NAME]    compiles again and compares (`make check-kernels`); NAME: only rows that have it
+//     kernels --check TABLE [NAME...] compiles again and compares (`make check-kernels`); only what has one of the NAMEs
 //     kernels --log FILE              what a log of ptxas says, or why the kernel is not taken
 //
 // A kernel that spills, that ptxas has something to say of (C7508, C7510 and C7512 are wgmma that waits for itself), or
@@ -40,6 +40,8 @@ enum { CHIPS = sizeof chips / sizeof chips[0] };
 
 static kernel kernels[MAX_KERNELS];
 static int num_kernels;
+static char **names; // parts of names of the kernels that are wanted
+static int num_names; // 0: all
 
 static void stop(const char *what, const char *name)
 {
@@ -64,7 +66,17 @@ static void add(const moe__instance *instance, int chip)
     if (k->instance.smem_bytes < instance->smem_bytes) k->instance.smem_bytes = instance->smem_bytes;
 }
 
-static void add_layer(int experts, int extra_slots, int chip)
+// The name ends at a tab, a line's end or the end.
+static int is_wanted(const char *name)
+{
+    for (int i = 0; i < num_names; i++) {
+        const char *found = strstr(name, names[i]);
+        if (found != NULL && found < name + strcspn(name, "\t\n")) return 1;
+    }
+    return num_names == 0;
+}
+
+static void add_layer(int experts, int preset, int extra_slots, int chip)
 {
     moe_layer_desc layer;
     moe_plan_desc plan;
@@ -76,7 +88,7 @@ static void add_layer(int experts, int extra_slots, int chip)
     layer.hidden_size = layer.intermediate_size = 128;
     layer.format = MOE_FORMAT_BF16;
     layer.activation.kind = MOE_ACTIVATION_SWIGLU;
-    if (moe_routing_preset(MOE_ROUTING_RENORMALIZE, &layer.routing, &err) != MOE_OK) stop(err.text, "preset");
+    if (moe_routing_preset(preset, &layer.routing, &err) != MOE_OK) stop(err.text, "preset");
     layer.routing.top_k = experts < MOE_MAX_TOP_K ? experts : MOE_MAX_TOP_K;
     layer.routing.extra_slots = extra_slots;
     plan.max_tokens = 65536;
@@ -95,18 +107,22 @@ static int by_name(const void *a, const void *b)
     return order != 0 ? order : strcmp(chips[left->chip].name, chips[right->chip].name);
 }
 
-// Every width of a router, and beside it as many unscored slots as there can be: they are ids that widen nothing.
-static void list_kernels(const char *name)
+// Every width of a router with one routing of each kind, and beside the last kind, any routing, as many unscored slots
+// as there can be: they are ids that widen nothing.
+static void list_kernels(void)
 {
+    static const int presets[] = { MOE_ROUTING_DEFAULT, MOE_ROUTING_SIGMOID, MOE_ROUTING_RENORMALIZE };
     int kept = 0;
     for (int chip = 0; chip < CHIPS; chip++)
         for (int experts = 1; experts <= MOE_MAX_EXPERTS; experts++) {
             int rest = MOE_MAX_EXPERTS - experts;
-            add_layer(experts, 0, chip);
-            if (rest > 0) add_layer(experts, rest < MOE_MAX_EXTRA_SLOTS ? rest : MOE_MAX_EXTRA_SLOTS, chip);
+            for (int i = 0; i < 3; i++) add_layer(experts, presets[i], 0, chip);
+            add_layer(experts, MOE_ROUTING_LLAMA4, 0, chip);
+            if (rest > 0)
+                add_layer(experts, MOE_ROUTING_LLAMA4, rest < MOE_MAX_EXTRA_SLOTS ? rest : MOE_MAX_EXTRA_SLOTS, chip);
         }
     for (int i = 0; i < num_kernels; i++)
-        if (strstr(kernels[i].instance.name, name) != NULL) kernels[kept++] = kernels[i];
+        if (is_wanted(kernels[i].instance.name)) kernels[kept++] = kernels[i];
     num_kernels = kept;
     qsort(kernels, (size_t)num_kernels, sizeof kernels[0], by_name);
 }
@@ -306,15 +322,14 @@ static int lines_missing(const char *a, const char *b, char mark)
     return missing;
 }
 
-// Leaves the two lines at the top and the rows whose name has `name` in it.
-static void keep_rows(char *table, const char *name)
+// Leaves the two lines at the top and the rows of kernels that are wanted.
+static void keep_rows(char *table)
 {
     char *out = table;
     int row = 0;
     for (char *p = table; *p != 0; row++) {
         size_t length = line_length(p);
-        const char *found = strstr(p, name);
-        if (row < 2 || (found != NULL && found < p + strcspn(p, "\t\n"))) {
+        if (row < 2 || is_wanted(p)) {
             memmove(out, p, length);
             out += length;
         }
@@ -358,11 +373,11 @@ static int show_log(const char *path)
 }
 
 // Returns how many may not stay.
-static int compile_all(moe_context *ctx, const char *name)
+static int compile_all(moe_context *ctx)
 {
     int bad = 0;
-    list_kernels(name);
-    if (num_kernels == 0) stop("no kernel's name has this in it", name);
+    list_kernels();
+    if (num_kernels == 0) stop("no kernel's name has this in it", num_names > 0 ? names[0] : "");
     for (int chip = 0; chip < CHIPS; chip++) {
         if (!moe__nvrtc_knows(&ctx->jit->nvrtc, chips[chip].arch)) stop("NVRTC does not know it", chips[chip].name);
         bad += compile_chip(ctx, chip);
@@ -373,7 +388,7 @@ static int compile_all(moe_context *ctx, const char *name)
 }
 
 // Compares where NVRTC is the one that the table was made with.
-static int check(moe_context *ctx, const moe_error *missing, const char *path, const char *name)
+static int check(moe_context *ctx, const moe_error *missing, const char *path)
 {
     static char committed[MAX_TABLE], now[MAX_TABLE];
     int version;
@@ -384,9 +399,9 @@ static int check(moe_context *ctx, const moe_error *missing, const char *path, c
                version % 1000 / 10);
         return 0;
     }
-    if (compile_all(ctx, name) != 0) return 1;
+    if (compile_all(ctx) != 0) return 1;
     table_text(now, version);
-    keep_rows(committed, name);
+    keep_rows(committed);
     return compare(committed, now, path);
 }
 
@@ -395,7 +410,7 @@ static int write_table(moe_context *ctx, const moe_error *missing, const char *p
     static char now[MAX_TABLE];
     FILE *file;
     if (missing->code != MOE_OK) stop(missing->text, "NVRTC");
-    if (compile_all(ctx, "") != 0) return 1;
+    if (compile_all(ctx) != 0) return 1;
     table_text(now, ctx->jit->nvrtc.version);
     file = fopen(path, "wb");
     if (file == NULL || fputs(now, file) == EOF || fclose(file) != 0) stop("cannot be written", path);
@@ -404,14 +419,19 @@ static int write_table(moe_context *ctx, const moe_error *missing, const char *p
 
 int main(int argc, char **argv)
 {
-    int checks = argc >= 3 && argc <= 4 && strcmp(argv[1], "--check") == 0, code;
+    int checks = argc >= 3 && strcmp(argv[1], "--check") == 0, code;
     moe_context *ctx;
     moe_error err;
     if (argc == 3 && strcmp(argv[1], "--log") == 0) return show_log(argv[2]);
-    if (argc != 2 && !checks) stop("usage: kernels TABLE | --check TABLE [NAME] | --log FILE", "arguments");
+    if (argc != 2 && !checks) stop("usage: kernels TABLE | --check TABLE [NAME...] | --log FILE", "arguments");
     ctx = open_compiler(&err);
-    if (checks) code = check(ctx, &err, argv[2], argc == 4 ? argv[3] : "");
-    else code = write_table(ctx, &err, argv[1]);
+    if (checks) {
+        names = argv + 3;
+        num_names = argc - 3;
+        code = check(ctx, &err, argv[2]);
+    } else {
+        code = write_table(ctx, &err, argv[1]);
+    }
     moe__jit_close(ctx);
     moe_context_destroy(ctx);
     return code;

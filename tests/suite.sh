@@ -34,20 +34,26 @@ collect() {
     done
 }
 
+only= # some of the test programs, without test_
 programs() {
+    if [ -n "$only" ]; then
+        for name in $only; do echo "test_$name"; done
+        return
+    fi
     for file in tests/test_*.c; do
         [ -f "$file" ] && basename "$file" .c
     done
 }
 
-# variant LABEL BUILD VARIABLE=VALUE...: every test program built and run in another way.
+# variant LABEL BUILD VARIABLE=VALUE...: the test programs built and run in another way.
 variant() {
     label=$1
     build=$2
     shift 2
     echo "==== ${label:-tests}"
     rm -rf "$build/log"
-    $MAKE -s -k -j"$JOBS" B="$build" "$@" test-logs
+    # shellcheck disable=SC2046
+    $MAKE -s -k -j"$JOBS" B="$build" "$@" $(programs | sed "s,.*,$build/log/&.log,")
     # shellcheck disable=SC2046
     collect "$label" "$build" $(programs)
 }

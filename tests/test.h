@@ -195,12 +195,15 @@ TEST_UNUSED static const char *test_data(const char *name) { return test_path("M
 // Path of a file that the test may write.
 TEST_UNUSED static const char *test_temp(const char *name) { return test_path("MOE_TEST_TEMP", "build", name); }
 
-// The slow, exhaustive variant of a test was asked for (make check).
-TEST_UNUSED static int test_full(void)
+TEST_UNUSED static int test_asked(const char *variable)
 {
-    const char *value = getenv("MOE_TEST_FULL");
+    const char *value = getenv(variable);
     return value != NULL && value[0] != 0 && value[0] != '0';
 }
+
+// The slow, exhaustive variant of a test was asked for (make check), or one for slow machines (valgrind).
+TEST_UNUSED static int test_full(void) { return test_asked("MOE_TEST_FULL"); }
+TEST_UNUSED static int test_small(void) { return test_asked("MOE_TEST_SMALL"); }
 
 // splitmix64; any seed.
 TEST_UNUSED static uint32_t test_random_u32(uint64_t *state)

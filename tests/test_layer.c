@@ -871,9 +871,10 @@ TEST(poisoned_memory_changes_no_bit)
 // More rows than a slice of GEMM 2 holds, one hot expert, against the same tokens one by one.
 TEST(a_token_does_not_depend_on_its_batch)
 {
-    enum { T = 900, H = 2000, K = 6 };
+    enum { MOST = 900, H = 2000, K = 6 };
+    const int T = test_small() ? 60 : MOST; // few enough for valgrind, too few for slices
     fixture f = fixture_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
-    static uint16_t all[T * H], one[H];
+    static uint16_t all[MOST * H], one[H];
     moe_error err;
     int wrong = 0;
     f.tokens = T;
@@ -883,7 +884,7 @@ TEST(a_token_does_not_depend_on_its_batch)
     f.layer.shared.intermediate_size = 5;
     f.layer.routing.top_k = K;
     REQUIRE_OK(fixture_open(&f, &err));
-    CHECK(moe__slice_columns(&f.plan->layer, T * (K + 1)) < H);
+    CHECK(test_small() || moe__slice_columns(&f.plan->layer, T * (K + 1)) < H);
     for (int t = 0; t < T; t++) ((float *)(uintptr_t)f.args.logits)[t * 12 + 7] = 9;
     f.args.out = all;
     CHECK_EQ(moe_execute(f.plan, f.weights, &f.args, NULL), MOE_OK);
