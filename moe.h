@@ -16663,10 +16663,10 @@ static const char *const moe__kernel_text[] = {
 "    else router_tiles<u16, 8, 8, 4, 4, 64>(a, tokens);\n"
 "}\n"
 "\n"
-"// >>gemm  products of the mma family, from compute capability 8.0 on  y = x W^T by mma.sync m16n8k16: weights are its M,\n"
-"// token rows its N, so that a tile of few rows costs little more than its weights. The list of tiles is [expert][slab\n"
-"// of 128 packed weight rows][token tile], the last one fastest; CTA c takes the entries c, c + ncta, ..., so that those\n"
-"// at work at the same time share weights. The order is a list's, not a queue's: nothing evens out CTAs of unequal speed.\n"
+"// >>gemm  products of the mma family, from compute capability 8.0 on  y = x W^T by mma.sync m16n8k16: weights are M,\n"
+"// token rows N, so that a tile of few rows costs little more than its weights. The list of tiles is [expert][slab of\n"
+"// 128 packed weight rows][token tile], the last one fastest; CTA c takes the entries c, c + ncta, ..., so that those at\n"
+"// work at the same time share weights. That is a list, not a queue: nothing evens out CTAs of unequal speed.\n"
 "//\n"
 "//   stage   16,384 bytes of weights as they lie in memory, MOE_P_TILE rows x 128 bytes of tokens, swizzled alike\n"
 "//   ring    3 or 4 stages, filled by cp.async across the ends of tiles, by all threads; one barrier a K block\n"
@@ -17199,8 +17199,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// >>finalize  a token from its rows  total = fma(weight, row, total) over the token's slots in order, from +0; then\n"
-"// * scale, + shared experts, * output scale, + what lies there, one rounding: the order of moe.h's >>cpu. A thread has 8\n"
-"// columns of a token; a CTA takes a part of a token's columns, or several tokens where 128 threads are more than a row.\n"
+"// * scale, + shared experts, * output scale, + what lies there, one rounding: the order of moe.h's >>cpu. A thread has\n"
+"// 8 columns of a token; a CTA takes part of a token's columns, or several tokens where a row is less than 128 threads.\n"
 "\n"
 "#define FINALIZE_THREADS 128\n"
 "\n"
@@ -17612,10 +17612,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "221592b378311f47959df0947c686c0b6d1bb777d4b4e6f69c220be9f52e13b4";
+    return "6ec9b2b65824668707c1652d474494712717044662b35512f24c840871012052";
 }
 
-// >>kernels-ptx 221592b378311f47959df0947c686c0b6d1bb777d4b4e6f69c220be9f52e13b4  of the text with this digest
+// >>kernels-ptx 6ec9b2b65824668707c1652d474494712717044662b35512f24c840871012052  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
