@@ -14622,8 +14622,13 @@ MOE_API int32_t moe_reference_layer(const moe_layer_desc *layer, const moe_refer
 static const char *const moe__kernel_text[] = {
 "// -*- c++ -*-\n"
 "// >>how  moe_kernels.cu.inc - the device code of moe.h. CUDA C++17 that includes nothing; NVRTC, nvcc, clang and g++\n"
-"// accept it. `make embed` copies it into moe.h. A program is this whole text with one MOE_K_... (which entry) and its\n"
-"// MOE_P_... (parameters) defined.\n"
+"// accept it. `make embed` copies it into moe.h. A program is this whole text with one MOE_K_... and its MOE_P_...\n"
+"// defined:\n"
+"//\n"
+"//   MOE_K_ROUTE_ONE, _ROUTE     MOE_P_EXPERTS_PER_LANE 2, 4, 8, 12, 16, 32, 64   MOE_P_ROUTE 0..3 (>>routing)\n"
+"//   MOE_K_SORT\n"
+"//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights)\n"
+"//   MOE_K_ALL                   every entry, for editors and other compilers; none of them: types and wrappers alone\n"
 "\n"
 "// >>types  fixed-width integers, small vectors\n"
 "\n"
@@ -14704,7 +14709,7 @@ static const char *const moe__kernel_text[] = {
 "DI f32 shfl_down(f32 v, u32 d) { return from_bits(shfl_down(bits(v), d)); }\n"
 "DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n"
 "DI u32 match_any(u32 v) { return __match_any_sync(~0u, v); }\n"
-"DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n"
+"DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n",
 "DI u32 redux_min(u32 v) { return __reduce_min_sync(~0u, v); }\n"
 "DI u32 redux_add(u32 v) { return __reduce_add_sync(~0u, v); }\n"
 "DI u32 redux_or(u32 v) { return __reduce_or_sync(~0u, v); }\n"
@@ -14713,7 +14718,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI u32 atom_add(u32 *p, u32 v)\n"
 "{\n"
-"    u32 old;\n",
+"    u32 old;\n"
 "    asm volatile(\"atom.relaxed.gpu.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"l\"(p), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
 "}\n"
@@ -14814,7 +14819,7 @@ static const char *const moe__kernel_text[] = {
 "#else\n"
 "#define ASM_90(...) trap()\n"
 "#endif\n"
-"#if MOE_ARCH_A\n"
+"#if MOE_ARCH_A\n",
 "#define ASM_90A(...) asm volatile(__VA_ARGS__)\n"
 "#else\n"
 "#define ASM_90A(...) trap()\n"
@@ -14828,7 +14833,7 @@ static const char *const moe__kernel_text[] = {
 "DI bool elect() // one lane of a converged warp\n"
 "{\n"
 "#if MOE_ARCH >= 90\n"
-"    u32 elected;\n",
+"    u32 elected;\n"
 "    asm volatile(\"{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }\" : \"=r\"(elected));\n"
 "    return elected != 0;\n"
 "#else\n"
@@ -14938,7 +14943,7 @@ static const char *const moe__kernel_text[] = {
 "DI void red_add_cluster_f32(u32 addr, f32 v)\n"
 "{\n"
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.f32 [%0], %1;\" ::\"r\"(addr), \"f\"(v) : \"memory\");\n"
-"}\n"
+"}\n",
 "DI void st_async(u32 addr, u32 v, u32 bar) // counts 4 bytes at the barrier beside it\n"
 "{\n"
 "    ASM_90(\"st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\" ::\"r\"(addr), \"r\"(v), \"r\"(bar)\n"
@@ -14946,7 +14951,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// ---- bulk and tensor copies ---- by the asynchronous proxy\n"
-"\n",
+"\n"
 "DI u64 policy_evict_first()\n"
 "{\n"
 "    u64 policy = 0;\n"
@@ -15020,14 +15025,14 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_store_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
 "{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n",
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
 "}\n"
 "DI void tma_red_add_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
 "{\n"
 "    ASM_90(\"cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];\"\n"
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
-"}\n",
+"}\n"
 "DI void tma_prefetch(const tensor_map *map) { ASM_90(\"prefetch.tensormap [%0];\" ::\"l\"(map) : \"memory\"); }\n"
 "\n"
 "DI void fence_proxy_async() { ASM_90(\"fence.proxy.async.shared::cta;\" ::: \"memory\"); }\n"
@@ -15096,14 +15101,14 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_16 LIST_12 \", %12, %13, %14, %15\"\n"
 "#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n"
 "#define LIST_30 TEN() \", \" TEN(1) \", \" TEN(2)\n"
-"#define LIST_32 LIST_30 \", %30, %31\"\n"
+"#define LIST_32 LIST_30 \", %30, %31\"\n",
 "#define LIST_40 LIST_30 \", \" TEN(3)\n"
 "#define LIST_48 LIST_40 \", %40, %41, %42, %43, %44, %45, %46, %47\"\n"
 "#define LIST_50 LIST_40 \", \" TEN(4)\n"
 "#define LIST_56 LIST_50 \", %50, %51, %52, %53, %54, %55\"\n"
 "#define LIST_60 LIST_50 \", \" TEN(5)\n"
 "#define LIST_64 LIST_60 \", %60, %61, %62, %63\"\n"
-"#define LIST_80 LIST_60 \", \" TEN(6) \", \" TEN(7)\n",
+"#define LIST_80 LIST_60 \", \" TEN(6) \", \" TEN(7)\n"
 "#define LIST_90 LIST_80 \", \" TEN(8)\n"
 "#define LIST_96 LIST_90 \", %90, %91, %92, %93, %94, %95\"\n"
 "#define LIST_110 LIST_90 \", \" TEN(9) \", \" TEN(10)\n"
@@ -15175,7 +15180,7 @@ static const char *const moe__kernel_text[] = {
 "    return wide;\n"
 "}\n"
 "DI u16 cvt_e4m3x2(f32 lo, f32 hi)\n"
-"{\n"
+"{\n",
 "    u16 v = 0;\n"
 "    ASM_89(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
@@ -15188,7 +15193,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u32 cvt_e4m3x2_f16x2(u16 v)\n"
 "{\n"
-"    u32 wide = 0;\n",
+"    u32 wide = 0;\n"
 "    ASM_89(\"cvt.rn.f16x2.e4m3x2 %0, %1;\" : \"=r\"(wide) : \"h\"(v));\n"
 "    return wide;\n"
 "}\n"
@@ -15277,14 +15282,14 @@ static const char *const moe__kernel_text[] = {
 "}; // 256 bytes\n"
 "\n"
 "// The tables of moe_permutation, each of them NULL where nobody wants it, and which experts are local.\n"
-"struct permute_args {\n"
+"struct permute_args {\n",
 "    i32 *row_of_slot;      // [T, slots]\n"
 "    i32 *slot_of_row;      // [rows_max]\n"
 "    i32 *expert_offsets;   // [local_experts + 1]\n"
 "    i32 *expert_counts;    // [local_experts]\n"
 "    i32 *tile_expert;      // [rows_max / tile]\n"
 "    i32 *tile_limit;       // [rows_max / tile]\n"
-"    i32 *num_tiles;        // [1]\n",
+"    i32 *num_tiles;        // [1]\n"
 "    i32 *out_expert_counts; // [E]\n"
 "    u32 *out_faults;       // [4]\n"
 "    const i32 *id_of_local; // [local_experts], or NULL: by the range below\n"
@@ -15356,7 +15361,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 norm_epsilon, input_multiplier;\n"
 "}; // 96 bytes\n"
 "\n"
-"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
+"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n",
 "// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
@@ -15364,7 +15369,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 abs_f32(f32 x) { return from_bits(bits(x) & 0x7fffffffu); }\n"
 "DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
-"DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n",
+"DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
 "DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
 "\n"
 "// e^x without a branch, so that the exponentials of a row overlap: what moe.h returns early is what the limits give,\n"
@@ -15471,7 +15476,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n"
 "    return x > 0 \? x + tail : tail;\n"
 "}\n"
-"\n"
+"\n",
 "DI f32 sqrt_softplus_f32(f32 x) { return x < -20.0f \? exp_f32(0.5f * x) : sqrt_rn(softplus_f32(x)); }\n"
 "\n"
 "DI f32 bf16_f32(u16 value) { return from_bits((u32)value << 16); }\n"
@@ -15483,7 +15488,7 @@ static const char *const moe__kernel_text[] = {
 "    u16 half = ((const u16 *)data)[at];\n"
 "    return dtype == DTYPE_BF16 \? bf16_f32(half) : cvt_f16(half);\n"
 "}\n"
-"\n",
+"\n"
 "// The sum of 32 lanes in the order of moe.h: lane ^ 16, ^ 8, ^ 4, ^ 2, ^ 1. Every lane gets it.\n"
 "DI f32 lanes_sum(f32 x)\n"
 "{\n"
@@ -15572,7 +15577,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    u32 t[N], p[N];\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < N; i++) {\n"
+"    for (u32 i = 0; i < N; i++) {\n",
 "        t[i] = key[base + i];\n"
 "        p[i] = 32 * (base + i);\n"
 "    }\n"
@@ -15586,7 +15591,7 @@ static const char *const moe__kernel_text[] = {
 "    top = t[0];\n"
 "    place = lane() + p[0];\n"
 "}\n"
-"\n",
+"\n"
 "// The first `count` lanes from `first` on get the `count` largest keys and their places, best first, of equal ones the\n"
 "// lowest place; those keys become 0. Keys that may not be chosen are 0.\n"
 "template <u32 N> DI void top_k(u32 (&key)[N], i32 first, i32 count, i32 &chosen, u32 &chosen_key)\n"
@@ -15679,13 +15684,13 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// x[i] = element lane + 32 i of `width` ones; -inf behind them.\n"
 "template <class T> DI void load_row(const T *row, u32 width, T none, T (&x)[PER_LANE])\n"
-"{\n"
+"{\n",
 "    const i32 left = (i32)(width - lane()); // compared with constants: 32 i + lane would be a register each\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) x[i] = ROW_IS_FULL || (i32)(32 * i) < left \? row[lane() + 32 * i] : none;\n"
 "}\n"
 "\n"
-"// The logits of a token behind multiplier and soft cap, into x and rows.logit. Says whether one was NaN or +inf.\n",
+"// The logits of a token behind multiplier and soft cap, into x and rows.logit. Says whether one was NaN or +inf.\n"
 "DI bool route_logits(const tokens_args &a, i64 token, const warp_rows &rows, f32 (&x)[PER_LANE])\n"
 "{\n"
 "    const routing_args r = routing_of(a);\n"
@@ -15776,12 +15781,12 @@ static const char *const moe__kernel_text[] = {
 "            x[i] = s.best == -INF_F32 \? -INF_F32 : x[i] - s.best;\n"
 "            far |= !(x[i] >= NEAR) && (ROW_IS_FULL || (i32)(32 * i) < (i32)(width - lane()));\n"
 "        }\n"
-"        far = ballot(far) != 0;\n"
+"        far = ballot(far) != 0;\n",
 "        if (!far) map_fast(rows, width, x, [](f32 v) { return exp_near_f32(v); });\n"
 "        else map_row(rows, width, x, [](f32 v) { return exp_f32(v); });\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) // what is behind the row may be anything\n"
-"            sum = ROW_IS_FULL || (i32)(32 * i) < (i32)(width - lane()) \? sum + x[i] : sum;\n",
+"            sum = ROW_IS_FULL || (i32)(32 * i) < (i32)(width - lane()) \? sum + x[i] : sum;\n"
 "        s.sum = lanes_sum(sum);\n"
 "        if (!all || !(s.sum > 0)) return s;\n"
 "        const f32 d = s.sum, y = 1.0f / d;\n"
@@ -15871,7 +15876,7 @@ static const char *const moe__kernel_text[] = {
 "    warp_sync();\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
-"        u32 e = lane() + 32 * i;\n"
+"        u32 e = lane() + 32 * i;\n",
 "        if (e < experts && rows.key[e * inverse >> 21] != 0) key[i] = excluded;\n"
 "    }\n"
 "    warp_sync();\n"
@@ -15879,7 +15884,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// Lane j < top_k gets the j-th expert and its key. x: what ranks, behind which the bias is added. Says whether a key\n"
 "// was NaN or +inf.\n"
-"DI bool route_choose(const tokens_args &a, i32 bias_row, const warp_rows &rows, f32 (&x)[PER_LANE], i32 &chosen,\n",
+"DI bool route_choose(const tokens_args &a, i32 bias_row, const warp_rows &rows, f32 (&x)[PER_LANE], i32 &chosen,\n"
 "                     u32 &chosen_key)\n"
 "{\n"
 "    const routing_args r = routing_of(a);\n"
@@ -15960,14 +15965,14 @@ static const char *const moe__kernel_text[] = {
 "    const bool second = SLOT_REGS > 1 && n > 32;\n"
 "    f32 x[2] = { -INF_F32, -INF_F32 }, w[2] = { 0, 0 };\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++)\n"
-"        if (lane() + 32 * h < n) x[h] = KEYS_ARE_SCORES \? of_order(key) : rows.logit[s.id[h]];\n"
+"        if (lane() + 32 * h < n) x[h] = KEYS_ARE_SCORES \? of_order(key) : rows.logit[s.id[h]];\n",
 "    if (r.score_order == SCORE_AFTER_TOPK && r.score == SCORE_SOFTMAX) {\n"
 "        f32 best = of_order(redux_max(max_u32(order_of(x[0]), order_of(x[1]))));\n"
 "        f32 sum = best == -INF_F32 \? 0 : exp_f32(x[0] - best);\n"
 "        if (second) sum = sum + (best == -INF_F32 \? 0 : exp_f32(x[1] - best));\n"
 "        sum_of_row.best = best;\n"
 "        sum_of_row.sum = lanes_sum(sum);\n"
-"    }\n",
+"    }\n"
 "    w[0] = ROWS_ARE_SCORES \? x[0] : score_of(r.score, x[0], sum_of_row);\n"
 "    if (second) w[1] = score_of(r.score, x[1], sum_of_row);\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++)\n"
@@ -16047,12 +16052,12 @@ static const char *const moe__kernel_text[] = {
 "        route_sparse_mixer(a, rows, s);\n"
 "        return bad;\n"
 "    }\n"
-"    if (r.score_order == SCORE_BEFORE_TOPK && (r.score == SCORE_SOFTMAX || (r.select == SELECT_SCORE && !forced)))\n"
+"    if (r.score_order == SCORE_BEFORE_TOPK && (r.score == SCORE_SOFTMAX || (r.select == SELECT_SCORE && !forced)))\n",
 "        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, rows, (u32)a.width, x);\n"
 "    if (forced != nullptr) {\n"
 "        if ((i32)lane() < r.top_k) s.id[0] = forced[lane()];\n"
 "    } else {\n"
-"        if (r.score_order == SCORE_BEFORE_TOPK && r.score == SCORE_SOFTMAX && r.select == SELECT_LOGIT)\n",
+"        if (r.score_order == SCORE_BEFORE_TOPK && r.score == SCORE_SOFTMAX && r.select == SELECT_LOGIT)\n"
 "            load_row(rows.logit, (u32)a.width, -INF_F32, x); // the softmax has taken their place\n"
 "        if (MOE_P_ROUTE == ROUTE_SIGMOID) {\n"
 "#pragma unroll\n"
@@ -16136,14 +16141,14 @@ static const char *const moe__kernel_text[] = {
 "        if (there && a.input_mode == INPUT_PACKED) {\n"
 "            packed = ((const u32 *)a.ids)[at];\n"
 "            id = (i16)(u16)(packed >> 16);\n"
-"        } else if (there) {\n"
+"        } else if (there) {\n",
 "            id = load_id(a.ids, a.ids_dtype, at);\n"
 "        }\n"
 "        if (a.end_is_none && id == a.ids_end) id = -1;\n"
 "        outside = id < -1 || id >= a.ids_end;\n"
 "        wrong += popc(ballot(outside));\n"
 "        s.id[h] = outside \? -1 : (i32)id;\n"
-"        if (s.id[h] < 0) continue;\n",
+"        if (s.id[h] < 0) continue;\n"
 "        if (a.input_mode == INPUT_PACKED) s.weight[h] = bf16_f32((u16)packed);\n"
 "        else if (a.weights != nullptr) s.weight[h] = load_float(a.weights, a.weights_dtype, at);\n"
 "    }\n"
@@ -16238,12 +16243,12 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    for (u32 i = tid(); i < n; i += ntid()) word[i] = 0;\n"
 "}\n"
-"\n"
+"\n",
 "// Counters of each id become sums over the warps before; own[id] their sum. Only the first `warps` have slots.\n"
 "DI void sum_warps(const sort_memory &m, u32 ids_end, u32 warps)\n"
 "{\n"
 "    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
-"        u32 sum = 0;\n",
+"        u32 sum = 0;\n"
 "        for (u32 base = 0; base < warps; base += 4) { // 4 loads under way\n"
 "            u32 count[4];\n"
 "#pragma unroll\n"
@@ -16318,13 +16323,13 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = thread >> shift; i < tiles; i += threads >> shift) {\n"
 "        u32 low = 0, high = n; // the last expert whose first row is not behind the tile's: first[low] <= i tile\n"
 "        while (high - low > 1) {\n"
-"            u32 middle = (low + high) / 2;\n"
+"            u32 middle = (low + high) / 2;\n",
 "            if (m.first[middle] <= i * tile) low = middle;\n"
 "            else high = middle;\n"
 "        }\n"
 "        u32 at = thread & ((1u << shift) - 1), next = (i + 1) * tile;\n"
 "        u32 limit = m.first[low] + m.all[id_of_local(p, (i32)low, behind)];\n"
-"        if (limit > next) limit = next;\n",
+"        if (limit > next) limit = next;\n"
 "        if (at == 0 && p.tile_expert != nullptr) p.tile_expert[i] = (i32)low;\n"
 "        if (at == 0 && p.tile_limit != nullptr) p.tile_limit[i] = (i32)limit;\n"
 "        if (p.slot_of_row != nullptr)\n"
@@ -16406,14 +16411,14 @@ static const char *const moe__kernel_text[] = {
 "enum { ROUTER_PAD = 16 };\n"
 "\n"
 "DI u32 lane16() { return tid() % 16; }\n"
-"\n"
+"\n",
 "// The sum of 16 lanes in the order of moe.h: lane + 8, + 4, + 2, + 1. All 16 get it.\n"
 "DI f32 lanes16_sum(f32 x)\n"
 "{\n"
 "    for (u32 step = 8; step > 0; step /= 2) x = x + shfl_xor(x, step);\n"
 "    return x;\n"
 "}\n"
-"\n",
+"\n"
 "// x as it lies in memory, and later what that is: a conversion beside the load would make each load wait for the one\n"
 "// before.\n"
 "template <class X> DI X load_x(const router_args &a, u32 token, u32 k)\n"
@@ -16498,9 +16503,9 @@ static const char *const moe__kernel_text[] = {
 "    const u32 height = TM * WM, breadth = TN * WN, each = height * K / 512, chunks = ((u32)a.ld + K - 1) / K;\n"
 "    const u32 token0 = tid() / 16 / WN * TM, expert0 = tid() / 16 % WN;\n"
 "    const bool busy = token0 < height && first_token + token0 < tokens;\n"
-"    f32x2 *x_stage = (f32x2 *)smem();\n"
+"    f32x2 *x_stage = (f32x2 *)smem();\n",
 "    router_weight *w_stage = (router_weight *)(x_stage + height * K);\n"
-"    f32 *norms = (f32 *)(w_stage + 2 * breadth * (K + ROUTER_PAD)), sum[TM][TN];\n",
+"    f32 *norms = (f32 *)(w_stage + 2 * breadth * (K + ROUTER_PAD)), sum[TM][TN];\n"
 "    for (u32 i = tid() / 16; i < (height + 15) / 16 * 16; i += 16) {\n"
 "        f32 norm = router_norm<X>(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
 "        if (lane16() == 0 && i < height) norms[i] = norm;\n"
@@ -16588,11 +16593,11 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "#if defined(MOE_K_ROUTE_ONE) || defined(MOE_K_ALL)\n"
-"\n"
+"\n",
 "// Sums of a word of shared memory over the cluster's CTAs: of all, and of those before this one. Always 8 loads, all\n"
 "// under way at once.\n"
 "DI u32 cluster_sums(const u32 *own, u32 rank, u32 ctas, u32 &before)\n"
-"{\n",
+"{\n"
 "    u32 all = 0, count[8];\n"
 "    before = 0;\n"
 "    if (ctas == 1) return *own;\n"
@@ -16672,13 +16677,13 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   shared memory: own, counters, u32 fault[64], slots, two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
-"{\n"
+"{\n",
 "    const u32 warps = ROUTE_THREADS / 32, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
 "    u32 faults[4] = { 0, 0, 0, 0 }, *slot;\n"
 "    sort_memory m;\n"
 "    warp_rows rows;\n"
 "    m.stride = (u32)a.counts_stride;\n"
-"    m.own = (u32 *)smem();\n",
+"    m.own = (u32 *)smem();\n"
 "    m.faults = m.own + m.stride;\n"
 "    m.counter = (u16 *)(m.faults + 64);\n"
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
@@ -16762,14 +16767,14 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    const u32 slots = (u32)a.slots;\n"
 "    const i32 behind = a.num_experts + a.special_experts;\n"
-"    u32 wrong;\n"
+"    u32 wrong;\n",
 "    sort_memory m;\n"
 "    sort_layout(smem(), (u32)a.ids_end, m);\n"
 "    sort_clear(m);\n"
 "    cta_sync();\n"
 "    grid_launch();\n"
 "    grid_wait();\n"
-"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n",
+"    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
 "    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
 "    const u32 mine = (left < (u32)a.chunk_tokens \? left : (u32)a.chunk_tokens) * slots;\n"
 "    const i64 at = (i64)begin * slots;\n"
@@ -16819,10 +16824,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "0c4dbc6693af2ba53631a48f9677e16a3a539608ba9347018cab22c3e05c5813";
+    return "e3187f1ff47f0f465c570ec04909d5aafc58f1dc84aba988a5edacd3aa565596";
 }
 
-// >>kernels-ptx 0c4dbc6693af2ba53631a48f9677e16a3a539608ba9347018cab22c3e05c5813  of the text with this digest
+// >>kernels-ptx e3187f1ff47f0f465c570ec04909d5aafc58f1dc84aba988a5edacd3aa565596  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
