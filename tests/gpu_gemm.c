@@ -1,0 +1,589 @@
+// gpu_gemm.c - both products and finalize of the mma family (moe_kernels.cu.inc, >>gemm and >>finalize) against plain C:
+// weights packed and tables made here, numbers on a grid so that every sum is exact and bits can be compared
+#define MOE_STATIC
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+#include "test.h"
+#include "gpu.h"
+#include "gpu_text.h"
+
+enum { F32 = MOE_DTYPE_F32, BF16 = MOE_DTYPE_BF16, F16 = MOE_DTYPE_F16 };
+enum { EXPERTS_MAX = 20, BLOCK = 16384, CTAS = 3 };
+
+// Argument structs of the kernels; moe_kernels.cu.inc says what each member is.
+typedef struct rows_args {
+    const int32_t *slot_of_row, *tile_expert, *tile_limit, *num_tiles;
+    const uint64_t *experts;
+    const int32_t *num_tokens_dev;
+    int32_t num_tokens, slots, tile, rows_max;
+} rows_args;
+
+typedef struct gemm1_args {
+    rows_args rows;
+    const void *x;
+    const float *weight_on_input, *alpha, *beta, *limit;
+    const int32_t *global_of_block;
+    void *mid;
+    int64_t x_stride;
+    uint64_t w1, bias1;
+    int32_t hidden, features, kind;
+    float act_alpha, act_beta, act_limit;
+} gemm1_args;
+
+typedef struct gemm2_args {
+    rows_args rows;
+    const void *mid;
+    void *out;
+    uint64_t w2, bias2;
+    int32_t hidden, features;
+} gemm2_args;
+
+typedef struct finalize_args {
+    const void *rows, *shared_rows;
+    const int32_t *row_of_slot;
+    const float *weights;
+    const int32_t *ids;
+    const void *x;
+    const float *constants, *shared_gate, *global_scale, *row_norm;
+    const int32_t *num_tokens_dev;
+    void *out;
+    int64_t x_stride, out_stride;
+    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate;
+    float scale, shared_scale, output_scale, row_norm_epsilon;
+} finalize_args;
+
+// ---- kernels --------------------------------------------------------------------------------------------------------
+
+typedef struct program {
+    const char *entry;
+    char defines[96];
+    moe__cu_function function;
+} program;
+
+static program programs[160];
+
+// Loaded once for the test program; NULL: a check has failed.
+static moe__cu_function load(const char *entry, const char *defines, int args_bytes, int threads, int smem_bytes)
+{
+    program *p = programs;
+    moe__instance instance;
+    moe_error e;
+    while (p->function != NULL && (strcmp(p->entry, entry) != 0 || strcmp(p->defines, defines) != 0)) p++;
+    if (p->function != NULL) return p->function;
+    memset(&instance, 0, sizeof instance);
+    instance.entry = p->entry = entry;
+    snprintf(p->defines, sizeof p->defines, "%s", defines);
+    snprintf(instance.name, sizeof instance.name, "%s", entry);
+    snprintf(instance.defines, sizeof instance.defines, "%s", defines);
+    instance.args_bytes = args_bytes;
+    instance.threads = threads;
+    instance.smem_bytes = smem_bytes;
+    if (moe__jit_load(gpu.ctx, &instance, 1, &p->function, &e) != MOE_OK) {
+        p->function = NULL;
+        test_fail(__FILE__, __LINE__, e.text);
+    }
+    return p->function;
+}
+
+static int gemm_threads(int tile) { return tile >= 64 ? 256 : 128; }
+static int gemm_smem(int tile)
+{
+    int stages = tile == 128 ? 3 : 4;
+    return stages * (BLOCK + tile * 128 + 16);
+}
+
+// ---- a problem ------------------------------------------------------------------------------------------------------
+
+typedef struct problem {
+    int tile, dtype, x_dtype, rows_dtype, gated, hidden, features;
+    int tokens, slots, experts;
+    int counts[EXPERTS_MAX]; // rows of an expert
+    int identity;            // one expert for all tokens, no tables
+    int held;                // tokens that num_tokens_dev says; 0: it is NULL
+    int bias, weighted, per_expert, rough, x_pad, x_shift;
+    moe_activation_desc act;
+    uint64_t seed;
+    // made
+    float *gate[EXPERTS_MAX], *up[EXPERTS_MAX], *down[EXPERTS_MAX], *bias1[EXPERTS_MAX], *bias2[EXPERTS_MAX];
+    float *x, *weights, alpha[EXPERTS_MAX], beta[EXPERTS_MAX], limit[EXPERTS_MAX];
+    int32_t *slot_of_row, *expert_of_row, *tile_expert, *tile_limit, tiles, rows_max;
+    uint64_t w1, b1, w2, b2, expert_bytes;
+} problem;
+
+static int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// A multiple of 1/8 up to 1/2 or, rough, a float with all its bits in 1/2 .. 1.
+static float draw(uint64_t *seed, int rough)
+{
+    uint32_t n = test_random_u32(seed);
+    float v = (float)((int)(n % 9) - 4) / 8;
+    if (!rough) return v;
+    v = 0.5f + (float)(n >> 9) / 16777216.0f;
+    return (n & 1) != 0 ? -v : v;
+}
+
+static float *draw_many(uint64_t *seed, size_t n, int rough)
+{
+    float *v = (float *)malloc(n * sizeof *v);
+    for (size_t i = 0; i < n; i++) v[i] = draw(seed, rough);
+    return v;
+}
+
+
+// Slots in a random order to experts, as many as counts says; the last ones go nowhere.
+static void make_tables(problem *p)
+{
+    int total = p->tokens * p->slots, at = 0, next = 0, live = p->held > 0 ? p->held : p->tokens;
+    int32_t *slot = (int32_t *)malloc((size_t)total * 4 + 4);
+    for (int e = 0; e < p->experts; e++) at += ceil_div(p->counts[e], p->tile) * p->tile;
+    p->rows_max = p->identity ? ceil_div(p->tokens, p->tile) * p->tile : at + p->tile;
+    p->slot_of_row = (int32_t *)malloc((size_t)p->rows_max * 4);
+    p->expert_of_row = (int32_t *)malloc((size_t)p->rows_max * 4);
+    p->tile_expert = (int32_t *)malloc((size_t)p->rows_max * 4);
+    p->tile_limit = (int32_t *)malloc((size_t)p->rows_max * 4);
+    for (int r = 0; r < p->rows_max; r++) {
+        p->expert_of_row[r] = p->identity && r < live ? 0 : -1;
+        p->slot_of_row[r] = p->identity && r < live ? r : -1;
+    }
+    for (int i = 0; i < total; i++) slot[i] = i;
+    for (int i = total - 1; i > 0; i--) {
+        int other = (int)(test_random_u32(&p->seed) % (uint32_t)(i + 1)), held = slot[i];
+        slot[i] = slot[other];
+        slot[other] = held;
+    }
+    at = 0;
+    for (int e = 0; e < p->experts && !p->identity; e++) {
+        for (int i = 0; i < p->counts[e]; i++) {
+            if (i % p->tile == 0) {
+                p->tile_expert[p->tiles] = e;
+                p->tile_limit[p->tiles++] = at + (p->counts[e] - i < p->tile ? p->counts[e] : i + p->tile);
+            }
+            p->slot_of_row[at + i] = slot[next++];
+            p->expert_of_row[at + i] = e;
+        }
+        at += ceil_div(p->counts[e], p->tile) * p->tile;
+    }
+    if (next > total) test_fail(__FILE__, __LINE__, "the test has more rows than slots");
+    free(slot);
+}
+
+static void problem_make(problem *p)
+{
+    size_t h = (size_t)p->hidden, f = (size_t)p->features;
+    if (p->slots == 0) p->slots = 1;
+    if (p->experts == 0) p->experts = 1;
+    if (p->dtype == 0) p->dtype = BF16;
+    if (p->x_dtype == 0) p->x_dtype = p->dtype;
+    if (p->rows_dtype == 0) p->rows_dtype = F32;
+    if (p->act.kind == 0) p->act.kind = p->gated ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_RELU2;
+    if (p->act.kind == MOE_ACTIVATION_SWIGLU && p->act.alpha == 0) p->act.alpha = 1;
+    p->seed = p->seed * 77 + (uint64_t)(p->tile * 1000 + p->hidden + p->features + p->dtype);
+    for (int e = 0; e < p->experts; e++) {
+        p->gate[e] = draw_many(&p->seed, f * h, 0);
+        p->up[e] = draw_many(&p->seed, f * h, 0);
+        p->down[e] = draw_many(&p->seed, f * h, 0);
+        p->bias1[e] = draw_many(&p->seed, 2 * f, 0);
+        p->bias2[e] = draw_many(&p->seed, h, 0);
+        p->alpha[e] = 1 + (float)e / 8;
+        p->beta[e] = (float)(e % 3) / 2;
+        p->limit[e] = (float)(e % 2) * 1.5f;
+    }
+    p->x = draw_many(&p->seed, (size_t)p->tokens * h, p->rough);
+    p->weights = draw_many(&p->seed, (size_t)(p->tokens * p->slots), p->rough);
+    make_tables(p);
+}
+
+static void problem_free(problem *p)
+{
+    for (int e = 0; e < p->experts; e++) {
+        free(p->gate[e]);
+        free(p->up[e]);
+        free(p->down[e]);
+        free(p->bias1[e]);
+        free(p->bias2[e]);
+    }
+    free(p->x);
+    free(p->weights);
+    free(p->slot_of_row);
+    free(p->expert_of_row);
+    free(p->tile_expert);
+    free(p->tile_limit);
+}
+
+// Which row of the matrix, or of gate (first half) and up (second), is packed row p.
+static int natural_row(int p, int gated, int features)
+{
+    int n = p / 32, q = p % 32 / 8, i = p % 8, f = gated ? 16 * n + 2 * i + q % 2 : 32 * n + 4 * i + q;
+    if (f >= features) return -1;
+    return gated && q >= 2 ? features + f : f;
+}
+
+// Rows of `second` follow those of `first` (both [rows][k]); second NULL: not gated.
+static size_t pack(unsigned char *to, int dtype, const float *first, const float *second, int rows, int k)
+{
+    int packed = second != NULL ? ceil_div(rows, 16) * 32 : ceil_div(rows, 32) * 32;
+    int slabs = ceil_div(packed, 128), blocks = ceil_div(k, 64);
+    size_t bytes = (size_t)(slabs * blocks) * BLOCK;
+    if (to == NULL) return bytes;
+    memset(to, 0, bytes);
+    for (int r = 0; r < slabs * 128; r++) {
+        int row = natural_row(r, second != NULL, rows);
+        const float *from = row < 0 ? NULL : row < rows ? first + (size_t)row * (size_t)k
+                                                        : second + (size_t)(row - rows) * (size_t)k;
+        for (int i = 0; i < k && from != NULL; i++) {
+            unsigned char *block = to + (size_t)(r / 128 * blocks + i / 64) * BLOCK;
+            moe__store(block + r % 128 * 128 + ((i % 64 / 8) ^ (r % 8)) * 16, dtype, i % 8, from[i]);
+        }
+    }
+    return bytes;
+}
+
+static uint64_t up_256(uint64_t n) { return (n + 255) / 256 * 256; }
+
+// The experts on the device, in the order of the contract; returns their table.
+static const uint64_t *put_experts(problem *p)
+{
+    uint64_t address[EXPERTS_MAX], rows1 = (uint64_t)(p->gated ? 2 * p->features : p->features);
+    p->w1 = 256; // not where the expert begins
+    p->b1 = p->w1 + up_256(pack(NULL, 0, NULL, p->gated ? p->up[0] : NULL, p->features, p->hidden));
+    p->w2 = p->b1 + up_256(rows1 * 4);
+    p->b2 = p->w2 + up_256(pack(NULL, 0, NULL, NULL, p->hidden, p->features));
+    p->expert_bytes = p->b2 + (uint64_t)p->hidden * 4;
+    for (int e = 0; e < p->experts; e++) {
+        unsigned char *image = (unsigned char *)calloc((size_t)p->expert_bytes, 1);
+        pack(image + p->w1, p->dtype, p->gate[e], p->gated ? p->up[e] : NULL, p->features, p->hidden);
+        memcpy(image + p->b1, p->bias1[e], (size_t)rows1 * 4);
+        pack(image + p->w2, p->dtype, p->down[e], NULL, p->hidden, p->features);
+        memcpy(image + p->b2, p->bias2[e], (size_t)p->hidden * 4);
+        address[e] = (uint64_t)(uintptr_t)gpu_copy(image, (size_t)p->expert_bytes);
+        free(image);
+    }
+    return (const uint64_t *)gpu_copy(address, (size_t)p->experts * 8);
+}
+
+static rows_args put_rows(const problem *p, const uint64_t *experts)
+{
+    rows_args r;
+    memset(&r, 0, sizeof r);
+    r.experts = experts;
+    r.slots = p->slots;
+    r.tile = p->tile;
+    r.rows_max = p->rows_max;
+    r.num_tokens = p->tokens;
+    if (p->held > 0) r.num_tokens_dev = (const int32_t *)gpu_copy(&p->held, 4);
+    if (p->identity) return r;
+    r.slot_of_row = (const int32_t *)gpu_copy(p->slot_of_row, (size_t)p->rows_max * 4);
+    r.tile_expert = (const int32_t *)(p->tiles > 0 ? gpu_copy(p->tile_expert, (size_t)p->tiles * 4) : gpu_make_raw(4));
+    r.tile_limit = (const int32_t *)(p->tiles > 0 ? gpu_copy(p->tile_limit, (size_t)p->tiles * 4) : gpu_make_raw(4));
+    r.num_tiles = (const int32_t *)gpu_copy(&p->tiles, 4);
+    return r;
+}
+
+// Rows of `width` floats as the device takes them: type, elements between rows, elements before the first.
+static void *put_matrix(const float *from, int dtype, int rows, int width, int64_t stride, int shift)
+{
+    size_t element = dtype == F32 ? 4 : 2, bytes = ((size_t)shift + (size_t)rows * (size_t)stride) * element;
+    unsigned char *image = (unsigned char *)malloc(bytes + 1);
+    void *at;
+    memset(image, 0xff, bytes); // NaN between rows
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < width; i++)
+            moe__store(image, dtype, shift + r * stride + i, from[(size_t)r * (size_t)width + (size_t)i]);
+    at = gpu_copy(image, bytes);
+    free(image);
+    return (unsigned char *)at + (size_t)shift * element;
+}
+
+// ---- what must come out ---------------------------------------------------------------------------------------------
+
+static float dot(const float *a, const float *b, int n)
+{
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// x of a row as GEMM 1 takes it.
+static void expected_x(const problem *p, int row, float *out)
+{
+    int slot = p->slot_of_row[row];
+    for (int i = 0; i < p->hidden; i++) {
+        float v = moe__round_to(p->x[(size_t)(slot / p->slots) * (size_t)p->hidden + (size_t)i], p->x_dtype);
+        if (p->weighted) v = v * p->weights[slot];
+        out[i] = moe__round_to(v, p->dtype);
+    }
+}
+
+static void expected_mid(const problem *p, int row, float *out)
+{
+    int e = p->expert_of_row[row];
+    moe_activation_desc act = p->act;
+    float *x = (float *)malloc((size_t)p->hidden * sizeof *x);
+    if (p->per_expert) { act.alpha = p->alpha[e]; act.beta = p->beta[e]; act.limit = p->limit[e]; }
+    expected_x(p, row, x);
+    for (int f = 0; f < p->features; f++) {
+        float g = dot(p->gate[e] + (size_t)f * (size_t)p->hidden, x, p->hidden), u = 0;
+        if (p->gated) u = dot(p->up[e] + (size_t)f * (size_t)p->hidden, x, p->hidden);
+        if (p->bias) g += p->bias1[e][f];
+        if (p->bias && p->gated) u += p->bias1[e][p->features + f];
+        out[f] = moe__round_to(moe__activate(&act, g, u), p->dtype);
+    }
+    free(x);
+}
+
+static void expected_row(const problem *p, int row, const float *mid, float *out)
+{
+    int e = p->expert_of_row[row];
+    for (int i = 0; i < p->hidden; i++) {
+        out[i] = dot(p->down[e] + (size_t)i * (size_t)p->features, mid, p->features);
+        if (p->bias) out[i] += p->bias2[e][i];
+        out[i] = moe__round_to(out[i], p->rows_dtype);
+    }
+}
+
+// ---- running --------------------------------------------------------------------------------------------------------
+
+static size_t mid_bytes(const problem *p) { return (size_t)ceil_div(p->features, 64) * (size_t)p->rows_max * 128; }
+
+// Byte offset of a feature of a row of the intermediate.
+static size_t mid_at(const problem *p, int row, int f)
+{
+    return ((size_t)(f / 64) * (size_t)p->rows_max + (size_t)row) * 128 + (size_t)((f % 64 / 8 ^ row % 8) * 16 + f % 8 * 2);
+}
+
+static int launch_gemm1(const problem *p, const rows_args *rows, const void *x, void *mid, int pdl)
+{
+    char defines[96];
+    gemm1_args a;
+    moe__cu_function function;
+    int32_t map[EXPERTS_MAX];
+    float alpha[EXPERTS_MAX], beta[EXPERTS_MAX], limit[EXPERTS_MAX];
+    memset(&a, 0, sizeof a);
+    a.rows = *rows;
+    a.x = x;
+    a.x_stride = p->hidden + p->x_pad;
+    a.mid = mid;
+    a.w1 = p->w1;
+    a.bias1 = p->bias ? p->b1 : UINT64_MAX;
+    a.hidden = p->hidden;
+    a.features = p->features;
+    a.kind = p->act.kind;
+    a.act_alpha = p->act.alpha;
+    a.act_beta = p->act.beta;
+    a.act_limit = p->act.limit;
+    if (p->weighted)
+        a.weight_on_input = (const float *)gpu_copy(p->weights, (size_t)(p->tokens * p->slots) * 4);
+    if (p->per_expert) { // block b is expert experts - 1 - b
+        for (int e = 0; e < p->experts; e++) {
+            int global = p->experts - 1 - e;
+            map[e] = global;
+            alpha[global] = p->alpha[e];
+            beta[global] = p->beta[e];
+            limit[global] = p->limit[e];
+        }
+        a.global_of_block = (const int32_t *)gpu_copy(map, (size_t)p->experts * 4);
+        a.alpha = (const float *)gpu_copy(alpha, (size_t)p->experts * 4);
+        a.beta = (const float *)gpu_copy(beta, (size_t)p->experts * 4);
+        a.limit = (const float *)gpu_copy(limit, (size_t)p->experts * 4);
+    }
+    snprintf(defines, sizeof defines, "-DMOE_P_TILE=%d -DMOE_P_DTYPE=%d -DMOE_P_X=%d -DMOE_P_GATED=%d", p->tile,
+             p->dtype, p->x_dtype, p->gated);
+    function = load("moe_k_gemm1", defines, sizeof a, gemm_threads(p->tile), gemm_smem(p->tile));
+    return function == NULL ? -1 : gpu_text_launch(function, CTAS, gemm_threads(p->tile), 0, pdl, gemm_smem(p->tile), &a);
+}
+
+static int launch_gemm2(const problem *p, const rows_args *rows, const void *mid, void *out, int pdl)
+{
+    char defines[96];
+    gemm2_args a;
+    moe__cu_function function;
+    memset(&a, 0, sizeof a);
+    a.rows = *rows;
+    a.mid = mid;
+    a.out = out;
+    a.w2 = p->w2;
+    a.bias2 = p->bias ? p->b2 : UINT64_MAX;
+    a.hidden = p->hidden;
+    a.features = p->features;
+    snprintf(defines, sizeof defines, "-DMOE_P_TILE=%d -DMOE_P_DTYPE=%d -DMOE_P_ROWS=%d", p->tile, p->dtype,
+             p->rows_dtype);
+    function = load("moe_k_gemm2", defines, sizeof a, gemm_threads(p->tile), gemm_smem(p->tile));
+    return function == NULL ? -1 : gpu_text_launch(function, CTAS, gemm_threads(p->tile), 0, pdl, gemm_smem(p->tile), &a);
+}
+
+// The bits of an element, for comparing.
+static uint32_t bits_of(const void *data, int dtype, size_t i)
+{
+    return dtype == F32 ? ((const uint32_t *)data)[i] : ((const uint16_t *)data)[i];
+}
+
+static uint32_t bits_as(float v, int dtype)
+{
+    unsigned char memory[4] = { 0, 0, 0, 0 };
+    uint32_t word;
+    uint16_t half;
+    moe__store(memory, dtype, 0, v);
+    memcpy(&word, memory, 4);
+    memcpy(&half, memory, 2);
+    return dtype == F32 ? word : half;
+}
+
+static void differ(const problem *p, const char *what, int row, int column, uint32_t got, uint32_t want)
+{
+    char text[240];
+    snprintf(text, sizeof text, "%s, tile %d, dtype %d, H %d, I %d, activation %d: row %d, column %d is 0x%x, not 0x%x",
+             what, p->tile, p->dtype, p->hidden, p->features, (int)p->act.kind, row, column, (unsigned)got,
+             (unsigned)want);
+    test_fail(__FILE__, __LINE__, text);
+}
+
+// The intermediate: values, zeros behind them, and nothing written elsewhere.
+static void check_mid(const problem *p, const unsigned char *got)
+{
+    float *want = (float *)malloc((size_t)p->features * sizeof *want);
+    for (int r = 0; r < p->rows_max; r++) {
+        if (p->expert_of_row[r] >= 0) expected_mid(p, r, want);
+        for (int f = 0; f < ceil_div(p->features, 64) * 64; f++) {
+            uint16_t word;
+            uint32_t expected = f >= p->features ? 0 : bits_as(want[f], p->dtype);
+            if (p->expert_of_row[r] < 0) expected = GPU_POISON * 257;
+            memcpy(&word, got + mid_at(p, r, f), 2);
+            if (word != expected) {
+                differ(p, "intermediate", r, f, word, expected);
+                free(want);
+                return;
+            }
+        }
+    }
+    free(want);
+}
+
+// Products of the intermediate that lies in `mid`.
+static void check_rows(const problem *p, const unsigned char *mid, const void *got)
+{
+    float *in = (float *)malloc((size_t)p->features * sizeof *in), *want = (float *)malloc((size_t)p->hidden * sizeof *in);
+    int failed = 0;
+    for (int r = 0; r < p->rows_max && !failed; r++) {
+        if (p->expert_of_row[r] >= 0) {
+            for (int f = 0; f < p->features; f++) in[f] = moe__load(mid + mid_at(p, r, f), p->dtype, 0);
+            expected_row(p, r, in, want);
+        }
+        for (int i = 0; i < p->hidden && !failed; i++) {
+            uint32_t word = bits_of(got, p->rows_dtype, (size_t)r * (size_t)p->hidden + (size_t)i), expected;
+            expected = p->expert_of_row[r] >= 0 ? bits_as(want[i], p->rows_dtype)
+                                                : GPU_POISON * (p->rows_dtype == F32 ? 0x1010101u : 0x101u);
+            failed = word != expected;
+            if (failed) differ(p, "rows", r, i, word, expected);
+        }
+    }
+    free(in);
+    free(want);
+}
+
+static void run_gemm1(problem p)
+{
+    const uint64_t *experts;
+    rows_args rows;
+    void *mid[2], *x;
+    unsigned char *got[2];
+    problem_make(&p);
+    experts = put_experts(&p);
+    rows = put_rows(&p, experts);
+    x = put_matrix(p.x, p.x_dtype, p.tokens, p.hidden, p.hidden + p.x_pad, p.x_shift);
+    for (int i = 0; i < 2; i++) {
+        mid[i] = gpu_make(mid_bytes(&p));
+        got[i] = (unsigned char *)malloc(mid_bytes(&p));
+        GPU_CALL(launch_gemm1(&p, &rows, x, mid[i], 0));
+    }
+    for (int i = 0; i < 2; i++) gpu_get(got[i], mid[i], mid_bytes(&p));
+    check_mid(&p, got[0]);
+    CHECK(memcmp(got[0], got[1], mid_bytes(&p)) == 0);
+    gpu_release();
+    problem_free(&p);
+    free(got[0]);
+    free(got[1]);
+}
+
+static void run_gemm2(problem p)
+{
+    rows_args rows;
+    size_t bytes;
+    void *in, *out[2];
+    unsigned char *mid, *got[2];
+    problem_make(&p);
+    rows = put_rows(&p, put_experts(&p));
+    bytes = (size_t)p.rows_max * (size_t)p.hidden * (p.rows_dtype == F32 ? 4 : 2);
+    mid = (unsigned char *)malloc(mid_bytes(&p));
+    memset(mid, 0xff, mid_bytes(&p)); // NaN where no row is
+    for (int r = 0; r < p.rows_max; r++)
+        for (int f = 0; f < ceil_div(p.features, 64) * 64 && p.expert_of_row[r] >= 0; f++)
+            moe__store(mid + mid_at(&p, r, f), p.dtype, 0, f < p.features ? draw(&p.seed, 0) : 0);
+    in = gpu_copy(mid, mid_bytes(&p));
+    for (int i = 0; i < 2; i++) {
+        out[i] = gpu_make(bytes);
+        got[i] = (unsigned char *)malloc(bytes);
+        GPU_CALL(launch_gemm2(&p, &rows, in, out[i], 0));
+    }
+    for (int i = 0; i < 2; i++) gpu_get(got[i], out[i], bytes);
+    check_rows(&p, mid, got[0]);
+    CHECK(memcmp(got[0], got[1], bytes) == 0);
+    gpu_release();
+    problem_free(&p);
+    free(mid);
+    free(got[0]);
+    free(got[1]);
+}
+
+// ---- tests ----------------------------------------------------------------------------------------------------------
+
+static const int tiles[] = { 8, 16, 32, 64, 128 };
+
+TEST(first_product_in_every_tile)
+{
+    if (!gpu_open()) return;
+    for (int i = 0; i < 5; i++) {
+        problem p = { 0 };
+        p.tile = tiles[i];
+        p.dtype = i % 2 == 0 ? BF16 : F16;
+        p.gated = i % 2;
+        p.hidden = 72 + 64 * i;
+        p.features = 136 - 32 * i;
+        p.slots = 3;
+        p.experts = 6;
+        p.counts[0] = 1;
+        p.counts[2] = p.tile;
+        p.counts[3] = p.tile + 3;
+        p.counts[5] = 9;
+        p.tokens = p.tile + 8;
+        p.bias = i % 3 == 1;
+        run_gemm1(p);
+    }
+}
+
+TEST(second_product_in_every_tile)
+{
+    static const int types[] = { F32, BF16, F16 };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 5; i++) {
+        problem p = { 0 };
+        p.tile = tiles[i];
+        p.dtype = i % 2 == 0 ? F16 : BF16;
+        p.rows_dtype = types[i % 3];
+        p.hidden = 136 + 64 * i;
+        p.features = i == 4 ? 8 : 72 + 64 * i;
+        p.slots = 3;
+        p.experts = 6;
+        p.counts[1] = 1;
+        p.counts[2] = p.tile;
+        p.counts[3] = p.tile + 3;
+        p.counts[5] = 9;
+        p.tokens = p.tile + 8;
+        p.bias = i % 3 == 1;
+        run_gemm2(p);
+    }
+}
+
+TEST_MAIN(
+    T(first_product_in_every_tile)
+    T(second_product_in_every_tile)
+)
