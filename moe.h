@@ -9293,6 +9293,73 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
 }
 
 #if !defined(MOE_NO_CUDA)
+// ---- on the device ---- Matrices of 16 bits lie there in blocks of 128 rows x 64 elements, 16 KB each, [slab of rows]
+// [block of k]; what is beyond the matrix is 0. Inside a block the 16-byte chunk c of row r lies at chunk c ^ (r & 7), so
+// that ldmatrix meets no bank twice. Rows are reordered, 32 at a time, so that what an epilogue needs together comes out of
+// one thread:
+//
+//     gated W1    16 features: row i gate f + 2i, 8 + i gate f + 2i + 1, 16 + i up f + 2i, 24 + i up f + 2i + 1
+//     others      32 rows: row 8q + i is row 4i + q of them
+//     expert      W1   bias1 f32, gates first   W2   bias2 f32     each part 256-aligned
+
+enum { MOE__PACKED_BLOCK = 16384, MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64 };
+
+typedef struct moe__packed_shape {
+    int32_t gated, features, hidden;
+    uint64_t w1, bias1, w2, bias2; // offsets; biases UINT64_MAX when there are none
+    uint64_t bytes;                // 0: not packed
+} moe__packed_shape;
+
+static uint64_t moe__packed_matrix_bytes(int32_t rows, int32_t columns)
+{
+    uint64_t slabs = ((uint64_t)rows + MOE__PACKED_ROWS - 1) / MOE__PACKED_ROWS;
+    return slabs * (((uint64_t)columns + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS) * MOE__PACKED_BLOCK;
+}
+
+static moe__packed_shape moe__packed_shape_make(const moe__block_shape *block, int32_t gated, int32_t hidden)
+{
+    moe__packed_shape p;
+    int32_t rows1 = (gated ? 2 : 1) * block->features;
+    memset(&p, 0, sizeof p);
+    p.gated = gated;
+    p.features = block->features;
+    p.hidden = hidden;
+    p.bytes = moe__packed_matrix_bytes(rows1, hidden);
+    p.bias1 = block->bias1 == UINT64_MAX ? UINT64_MAX : p.bytes;
+    if (p.bias1 != UINT64_MAX) p.bytes = moe__align_up(p.bytes + (uint64_t)rows1 * 4, MOE__LAYOUT_ALIGN);
+    p.w2 = p.bytes;
+    p.bytes += moe__packed_matrix_bytes(hidden, block->features);
+    p.bias2 = block->bias2 == UINT64_MAX ? UINT64_MAX : p.bytes;
+    if (p.bias2 != UINT64_MAX) p.bytes = moe__align_up(p.bytes + (uint64_t)hidden * 4, MOE__LAYOUT_ALIGN);
+    return p;
+}
+
+// Which row of the CPU's block is packed row `row`.
+static int32_t moe__packed_row(int32_t gated, int32_t row)
+{
+    int32_t group = row / 32, q = row % 32 / 8, i = row % 8;
+    if (!gated) return 32 * group + 4 * i + q;
+    return 2 * (16 * group + 2 * i + q % 2) + q / 2;
+}
+
+// from: [rows][ld] elements of 16 bits, zeros from `columns` on, ld a multiple of 8.
+static void moe__packed_matrix(const unsigned char *from, int32_t rows, int32_t columns, int32_t ld, int32_t gated,
+                               unsigned char *to)
+{
+    int32_t blocks = (columns + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS;
+    for (int32_t row = 0; row < (rows + MOE__PACKED_ROWS - 1) / MOE__PACKED_ROWS * MOE__PACKED_ROWS; row++) {
+        int32_t source = moe__packed_row(gated, row), r = row % MOE__PACKED_ROWS;
+        unsigned char *line = to + ((uint64_t)(row / MOE__PACKED_ROWS) * (uint64_t)blocks * MOE__PACKED_ROWS +
+                                    (uint64_t)r) * 128;
+        for (int32_t k = 0; k < blocks * MOE__PACKED_COLUMNS; k += 8) {
+            unsigned char *chunk = line + (uint64_t)(k / MOE__PACKED_COLUMNS) * MOE__PACKED_BLOCK +
+                                   (uint64_t)((k % MOE__PACKED_COLUMNS / 8) ^ (r & 7)) * 16;
+            if (source < rows && k < columns) memcpy(chunk, from + ((int64_t)source * ld + k) * 2, 16);
+            else memset(chunk, 0, 16);
+        }
+    }
+}
+
 // Copies of the tables that the stages read, in one piece of device memory.
 typedef struct moe__device_tables {
     moe__cu_ptr memory; // 0: none
@@ -9301,6 +9368,14 @@ typedef struct moe__device_tables {
     int32_t router_bf16;               // every value of the router's matrix is one
     int32_t reserved;
 } moe__device_tables;
+
+// Packed copies of the experts in one piece of device memory: blocks, shared experts, addresses [blocks], address of the
+// shared ones.
+typedef struct moe__device_experts {
+    moe__cu_ptr memory; // 0: none
+    uint64_t bytes, shared_offset, table_offset;
+    moe__packed_shape expert, shared;
+} moe__device_experts;
 #endif
 
 struct moe_weights {
@@ -9322,6 +9397,7 @@ struct moe_weights {
     uint64_t mapping_bytes;
 #if !defined(MOE_NO_CUDA)
     moe__device_tables device; // made when sealed in a CUDA context
+    moe__device_experts packed; // also, where products run there
 #endif
 };
 
@@ -9342,6 +9418,35 @@ static moe__block moe__block_at(const moe__block_shape *shape, const unsigned ch
     block.bias2 = shape->bias2 == UINT64_MAX ? NULL : (const float *)(const void *)(memory + shape->bias2);
     return block;
 }
+
+#if !defined(MOE_NO_CUDA)
+static void moe__packed_make(const moe__packed_shape *p, moe__block block, unsigned char *to)
+{
+    int32_t rows1 = (p->gated ? 2 : 1) * p->features;
+    memset(to, 0, (size_t)p->bytes);
+    moe__packed_matrix(block.w1, rows1, p->hidden, block.shape->ld1, p->gated, to + p->w1);
+    moe__packed_matrix(block.w2, p->hidden, p->features, block.shape->ld2, 0, to + p->w2);
+    if (p->bias1 != UINT64_MAX)
+        for (int32_t i = 0; i < rows1; i++) // a gated block's biases alternate
+            memcpy(to + p->bias1 + 4 * (uint64_t)(p->gated ? i / 2 + i % 2 * p->features : i), block.bias1 + i, 4);
+    if (p->bias2 != UINT64_MAX) memcpy(to + p->bias2, block.bias2, (size_t)p->hidden * 4);
+}
+
+// Why the CUDA back end does not run this layer's products; NULL: it does.
+static const char *moe__products_refusal(const moe_layer_desc *layer)
+{
+    int32_t first, features, shared = layer->shared.count * layer->shared.intermediate_size;
+    if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
+    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &features);
+    if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
+    if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
+    if (shared > 0) {
+        moe__parallel_slice(&layer->parallel, shared, moe__format_group(layer), &first, &features);
+        if (features % 8 != 0) return "the shared experts' width is not a multiple of 8";
+    }
+    return NULL;
+}
+#endif
 
 static moe__block moe__weights_expert(const moe_weights *weights, int32_t local)
 {
@@ -10340,13 +10445,15 @@ static void moe__device_tables_make(const moe_weights *weights, moe__device_tabl
 {
     static const int32_t roles[] = { MOE_TENSOR_ROUTER, MOE_TENSOR_ROUTER_BIAS, MOE_TENSOR_ROUTER_INPUT_SCALE,
                                      MOE_TENSOR_ROUTER_GLOBAL_SCALE, MOE_TENSOR_SELECT_BIAS,
-                                     MOE_TENSOR_PER_EXPERT_SCALE, MOE_TENSOR_FORCED_IDS };
+                                     MOE_TENSOR_PER_EXPERT_SCALE, MOE_TENSOR_FORCED_IDS, MOE_TENSOR_ALPHA,
+                                     MOE_TENSOR_BETA, MOE_TENSOR_LIMIT, MOE_TENSOR_ROW_NORM, MOE_TENSOR_CONSTANT };
     memset(device, 0, sizeof *device);
     memset(device->offset, 0xff, sizeof device->offset);
     for (int32_t i = 0; i < MOE__ARRAY_COUNT(roles); i++) {
         uint64_t count = weights->layout.table_count[roles[i]];
         const float *table = (const float *)(const void *)(weights->memory + weights->layout.table_offset[roles[i]]);
-        if (weights->layout.table_offset[roles[i]] == UINT64_MAX || (weights->common_set >> roles[i] & 1u) == 0)
+        if (weights->layout.table_offset[roles[i]] == UINT64_MAX ||
+            (roles[i] != MOE_TENSOR_CONSTANT && (weights->common_set >> roles[i] & 1u) == 0)) // constants: see constant_set
             continue;
         device->offset[roles[i]] = device->bytes;
         if (roles[i] == MOE_TENSOR_ROUTER) {
@@ -10389,6 +10496,111 @@ static int32_t moe__device_tables_upload(moe_weights *weights, moe_error *err)
     return result;
 }
 
+// Address of a local expert's packed copy; `blocks` of them: that of the shared experts.
+static uint64_t moe__device_expert(const moe_weights *weights, int32_t local)
+{
+    const moe__device_experts *p = &weights->packed;
+    return (uint64_t)p->memory +
+           (local < weights->layout.blocks ? (uint64_t)local * p->expert.bytes : p->shared_offset);
+}
+
+// Packs one into host memory of its size, copies it and waits, on a stream of the context's or the caller's.
+static int32_t moe__device_expert_copy(const moe_weights *weights, int32_t local, unsigned char *staging,
+                                       moe__cu_stream stream, moe_error *err)
+{
+    const moe__cuda *cuda = weights->ctx->cuda;
+    int32_t shared = local == weights->layout.blocks;
+    const moe__packed_shape *shape = shared ? &weights->packed.shared : &weights->packed.expert;
+    moe__cu_result result;
+    if (!shared && moe__weights_expert_constant(weights, local) != NULL) memset(staging, 0, (size_t)shape->bytes);
+    else moe__packed_make(shape, shared ? moe__weights_shared(weights) : moe__weights_expert(weights, local), staging);
+    result = cuda->cuMemcpyHtoDAsync((moe__cu_ptr)moe__device_expert(weights, local), staging, (size_t)shape->bytes,
+                                     stream);
+    if (result == 0) result = cuda->cuStreamSynchronize(stream);
+    if (result == 0) return MOE_OK;
+    return moe__cuda_fail(weights->ctx, err, MOE_ERROR_DRIVER, "copying an expert to the device", result);
+}
+
+// Host memory beside the weights: one expert, or the addresses.
+static int32_t moe__device_experts_fill(moe_weights *weights, moe_error *err)
+{
+    const moe_allocator *allocator = &weights->ctx->desc.allocator;
+    moe__device_experts *p = &weights->packed;
+    const moe__cuda *cuda = weights->ctx->cuda;
+    uint64_t addresses = ((uint64_t)weights->layout.blocks + 1) * 8, bytes = addresses;
+    unsigned char *staging;
+    int32_t result = MOE_OK, blocks = weights->layout.blocks;
+    if (p->expert.bytes > bytes) bytes = p->expert.bytes;
+    if (p->shared.bytes > bytes) bytes = p->shared.bytes;
+    if ((staging = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
+    for (int32_t i = 0; i < blocks + (p->shared.bytes > 0) && result == MOE_OK; i++)
+        result = moe__device_expert_copy(weights, i, staging, cuda->stream, err);
+    if (result == MOE_OK) {
+        moe__cu_result copied;
+        for (int32_t i = 0; i <= blocks; i++) {
+            uint64_t address = moe__device_expert(weights, i);
+            memcpy(staging + 8 * (uint64_t)i, &address, 8);
+        }
+        copied = cuda->cuMemcpyHtoDAsync(p->memory + p->table_offset, staging, (size_t)addresses, cuda->stream);
+        if (copied == 0) copied = cuda->cuStreamSynchronize(cuda->stream);
+        if (copied != 0)
+            result = moe__cuda_fail(weights->ctx, err, MOE_ERROR_DRIVER, "copying addresses to the device", copied);
+    }
+    moe__free(allocator, staging, bytes);
+    return result;
+}
+
+// Nothing where products do not run on the device.
+static int32_t moe__device_experts_upload(moe_weights *weights, moe_error *err)
+{
+    moe__device_experts *p = &weights->packed;
+    const moe_layer_desc *layer = &weights->layer;
+    int32_t gated = moe__layer_is_gated(layer), result;
+    moe__cuda_scope scope;
+    if (weights->ctx->desc.backend != MOE_BACKEND_CUDA || moe__products_refusal(layer) != NULL) return MOE_OK;
+    p->expert = moe__packed_shape_make(&weights->layout.expert, gated, layer->hidden_size);
+    if (weights->layout.shared.bytes != 0)
+        p->shared = moe__packed_shape_make(&weights->layout.shared, gated, layer->hidden_size);
+    p->shared_offset = (uint64_t)weights->layout.blocks * p->expert.bytes;
+    p->table_offset = p->shared_offset + p->shared.bytes;
+    p->bytes = p->table_offset + ((uint64_t)weights->layout.blocks + 1) * 8;
+    if ((result = moe__cuda_begin(weights->ctx, &scope, err)) != MOE_OK) return result;
+    if ((result = moe__device_alloc(weights->ctx, p->bytes, &p->memory, err)) == MOE_OK &&
+        (result = moe__device_experts_fill(weights, err)) != MOE_OK) {
+        moe__device_release(weights->ctx, p->memory, p->bytes);
+        p->memory = 0;
+    }
+    moe__cuda_end(weights->ctx, &scope);
+    return result;
+}
+
+static int32_t moe__device_upload(moe_weights *weights, moe_error *err)
+{
+    int32_t result = moe__device_tables_upload(weights, err);
+    if (result != MOE_OK || (result = moe__device_experts_upload(weights, err)) == MOE_OK) return result;
+    if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
+    weights->device.memory = 0;
+    return result;
+}
+
+// A replaced expert, in the order of the caller's stream.
+static int32_t moe__device_expert_replace(const moe_weights *weights, int32_t local, void *stream, moe_error *err)
+{
+    const moe_allocator *allocator = &weights->ctx->desc.allocator;
+    uint64_t bytes = weights->packed.expert.bytes;
+    moe__cuda_scope scope;
+    unsigned char *staging;
+    int32_t result;
+    if (weights->packed.memory == 0) return MOE_OK;
+    if ((staging = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
+    if ((result = moe__cuda_begin(weights->ctx, &scope, err)) == MOE_OK) {
+        result = moe__device_expert_copy(weights, local, staging, (moe__cu_stream)stream, err);
+        moe__cuda_end(weights->ctx, &scope);
+    }
+    moe__free(allocator, staging, bytes);
+    return result;
+}
+
 // A table on the device, or NULL.
 static const void *moe__device_table(const moe_weights *weights, int32_t role)
 {
@@ -10411,7 +10623,7 @@ MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
     }
 #if !defined(MOE_NO_CUDA)
     {
-        int32_t result = moe__device_tables_upload(weights, err);
+        int32_t result = moe__device_upload(weights, err);
         if (result != MOE_OK) return result;
     }
 #endif
@@ -10554,6 +10766,7 @@ MOE_API void moe_weights_destroy(moe_weights *weights)
 #endif
 #if !defined(MOE_NO_CUDA)
     if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
+    if (weights->packed.memory != 0) moe__device_free(weights->ctx, weights->packed.memory, weights->packed.bytes);
 #endif
     if (weights->owns_memory) moe__free(allocator, weights->memory, weights->layout.bytes);
     moe__free(allocator, weights, weights->self_bytes);
@@ -10784,6 +10997,9 @@ MOE_API int32_t moe_weights_replace_expert(moe_weights *weights, int32_t expert,
         if (old != weights->memory + (uint64_t)local * bytes) moe__free(allocator, old, bytes);
     }
     weights->expert_set[local] = set;
+#if !defined(MOE_NO_CUDA)
+    if ((result = moe__device_expert_replace(weights, local, stream, err)) != MOE_OK) return result;
+#endif
     return moe__ok(err);
 }
 
@@ -11168,7 +11384,7 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
         }
     }
 #if !defined(MOE_NO_CUDA)
-    if (result == MOE_OK) result = moe__device_tables_upload(weights, err);
+    if (result == MOE_OK) result = moe__device_upload(weights, err);
 #endif
     if (result != MOE_OK) {
         moe_weights_destroy(weights);
@@ -12272,10 +12488,61 @@ typedef struct moe__router_args {
     float norm_epsilon, input_multiplier;
 } moe__router_args;
 
+typedef struct moe__activation_args {
+    int32_t kind;
+    float alpha, beta, limit;
+} moe__activation_args;
+
+typedef struct moe__rows_args {
+    const int32_t *slot_of_row, *tile_expert, *tile_limit, *num_tiles;
+    const uint64_t *experts;
+    const int32_t *num_tokens_dev;
+    int32_t num_tokens, slots, tile, rows_max;
+} moe__rows_args;
+
+typedef struct moe__gemm1_args {
+    moe__rows_args rows;
+    const void *x;
+    const float *weight_on_input, *alpha, *beta, *limit;
+    const int32_t *global_of_block;
+    void *mid;
+    int64_t x_stride;
+    uint64_t w1, bias1;
+    int32_t hidden, features;
+    moe__activation_args activation;
+} moe__gemm1_args;
+
+typedef struct moe__gemm2_args {
+    moe__rows_args rows;
+    const void *mid;
+    void *out;
+    uint64_t w2, bias2;
+    int32_t hidden, features;
+} moe__gemm2_args;
+
+typedef struct moe__finalize_args {
+    const void *rows, *shared_rows;
+    const int32_t *row_of_slot;
+    const float *weights;
+    const int32_t *ids;
+    const void *x;
+    const float *constants, *shared_gate, *global_scale, *row_norm;
+    const int32_t *num_tokens_dev;
+    void *out;
+    int64_t x_stride, out_stride;
+    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate;
+    float scale, shared_scale, output_scale, row_norm_epsilon;
+} moe__finalize_args;
+
+// Products come in two sets: for few tokens, small tiles and rows of f32 between GEMM 2 and finalize; for many, large
+// tiles and rows of 16 bits.
 enum {
     MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32, MOE__KERNEL_ROUTER_BF16,
-    MOE__KERNELS
+    MOE__KERNEL_GEMM1, MOE__KERNEL_GEMM2 = MOE__KERNEL_GEMM1 + 2, MOE__KERNEL_FINALIZE = MOE__KERNEL_GEMM2 + 2,
+    MOE__KERNELS = MOE__KERNEL_FINALIZE + 2
 };
+enum { MOE__SET_FEW, MOE__SET_MANY, MOE__SETS };
+enum { MOE__FEW_TOKENS = 64 };
 enum { MOE__ROUTE_ANY, MOE__ROUTE_SOFTMAX, MOE__ROUTE_SIGMOID, MOE__ROUTE_TOP_K }; // of programs that route
 enum {
     MOE__ONE_TOKENS = 1024,     // of one launch with clusters; a chip without them has one CTA for it:
@@ -12396,6 +12663,29 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     moe__text_format(&label, "%s_sm%d", kind, arch);
 }
 
+// What the sets of products are made of: GEMM_THREADS, GEMM_CTAS and shared memory of moe_kernels.cu.inc's tiles.
+typedef struct moe__gemm_set {
+    int32_t tile, threads, ctas, smem_bytes; // ctas: of an SM with more than 100 KB
+} moe__gemm_set;
+
+static moe__gemm_set moe__gemm_set_of(int32_t set)
+{
+    static const moe__gemm_set sets[MOE__SETS] = { { 32, 128, 3, 81984 }, { 128, 256, 2, 98352 } };
+    return sets[set];
+}
+
+// Results that do not depend on the batch come out of one set.
+static int32_t moe__set_of(const moe_plan_desc *desc, int32_t tokens)
+{
+    return tokens > MOE__FEW_TOKENS || (desc->flags & MOE_PLAN_BATCH_INVARIANT) != 0 ? MOE__SET_MANY : MOE__SET_FEW;
+}
+
+// Type of the rows between GEMM 2 and finalize.
+static int32_t moe__rows_dtype(const moe_layer_desc *layer, int32_t set)
+{
+    return set == MOE__SET_FEW ? (int32_t)MOE_DTYPE_F32 : moe__format_dtype(layer->format);
+}
+
 static void moe__instance_define(moe__instance *out, const char *parameter, int32_t value)
 {
     size_t length = strlen(out->defines);
@@ -12438,6 +12728,42 @@ static void moe__instances_make(const moe_layer_desc *layer, const moe_plan_desc
     }
 }
 
+// Products of one set, at their places in out.
+static void moe__instances_products(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t set, int32_t arch,
+                                    moe__instance *out)
+{
+    moe__gemm_set shape = moe__gemm_set_of(set);
+    int32_t dtype = moe__format_dtype(layer->format), rows = moe__rows_dtype(layer, set);
+    int32_t gated = moe__layer_is_gated(layer), slots = layer->routing.top_k + layer->routing.extra_slots;
+    moe__instance *gemm1 = &out[MOE__KERNEL_GEMM1 + set], *gemm2 = &out[MOE__KERNEL_GEMM2 + set],
+                  *finalize = &out[MOE__KERNEL_FINALIZE + set];
+    char kind[32];
+    moe__text text = moe__text_make(kind, sizeof kind);
+    moe__text_format(&text, "_%s%s_x_%s", moe_dtype_string(dtype), gated ? "_gated" : "",
+                     moe_dtype_string(desc->x_dtype));
+    moe__instance_make(gemm1, "moe_k_gemm1", "gemm1_t%d", shape.tile, kind, arch, sizeof(moe__gemm1_args), shape.threads,
+                       shape.smem_bytes);
+    moe__instance_define(gemm1, "TILE", shape.tile);
+    moe__instance_define(gemm1, "DTYPE", dtype);
+    moe__instance_define(gemm1, "X", desc->x_dtype);
+    moe__instance_define(gemm1, "GATED", gated);
+    text = moe__text_make(kind, sizeof kind);
+    moe__text_format(&text, "_%s_rows_%s", moe_dtype_string(dtype), moe_dtype_string(rows));
+    moe__instance_make(gemm2, "moe_k_gemm2", "gemm2_t%d", shape.tile, kind, arch, sizeof(moe__gemm2_args), shape.threads,
+                       shape.smem_bytes);
+    moe__instance_define(gemm2, "TILE", shape.tile);
+    moe__instance_define(gemm2, "DTYPE", dtype);
+    moe__instance_define(gemm2, "ROWS", rows);
+    text = moe__text_make(kind, sizeof kind);
+    moe__text_format(&text, "_%s_x_%s_out_%s", moe_dtype_string(rows), moe_dtype_string(desc->x_dtype),
+                     moe_dtype_string(desc->out_dtype));
+    moe__instance_make(finalize, "moe_k_finalize", "finalize_rows", 0, kind, arch, sizeof(moe__finalize_args), 128,
+                       4 * slots);
+    moe__instance_define(finalize, "ROWS", rows);
+    moe__instance_define(finalize, "X", desc->x_dtype);
+    moe__instance_define(finalize, "OUT", desc->out_dtype);
+}
+
 // The instances that a plan runs on a chip.
 static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t arch,
                                   moe__instance *out)
@@ -12445,6 +12771,8 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     int32_t width = moe__routing_width(&layer->routing, layer->num_experts);
     moe__instances_make(layer, desc, width, moe__route_kind(&layer->routing, width), moe__one_tokens(width, arch), arch,
                         out);
+    for (int32_t set = moe__set_of(desc, 1); set <= moe__set_of(desc, desc->max_tokens); set++)
+        if (moe__products_refusal(layer) == NULL) moe__instances_products(layer, desc, set, arch, out);
 }
 
 // The width whose kernels embedded PTX has for this one: few kernels serve all, always in two launches.
@@ -12475,7 +12803,7 @@ typedef struct moe__workspace {
     uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_rows, mid, mid_shared, rows,
         scratch;
     uint64_t routing, routing_bytes; // per worker
-    uint64_t slot_ranks, chunk_counts, chunk_faults; // CUDA
+    uint64_t slot_ranks, chunk_counts, chunk_faults, tile_expert, tile_limit, num_tiles, rows_shared; // CUDA
     uint64_t bytes;
 } moe__workspace;
 
@@ -12614,6 +12942,53 @@ static int32_t moe__chunks_max(int32_t tokens, int32_t slots, int32_t sms)
     return moe__max32(least, moe__min32(most, sms));
 }
 
+// Rows that `tokens` tokens take in expert order.
+static int64_t moe__rows_max(const moe_plan *plan, int32_t tokens, int32_t set)
+{
+    if (plan->blocks == 0) return 0;
+    return moe_permutation_rows((int64_t)tokens * plan->slots, plan->blocks, moe__gemm_set_of(set).tile);
+}
+
+// Bytes of an intermediate.
+static uint64_t moe__mid_bytes(int32_t features, uint64_t rows)
+{
+    return ((uint64_t)features + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS * rows * 128;
+}
+
+// Areas of the products, for the larger of the sets.
+static int32_t moe__workspace_products(moe_plan *plan)
+{
+    moe__workspace *ws = &plan->workspace;
+    uint64_t slots = (uint64_t)plan->desc.max_tokens * (uint64_t)plan->slots, *end = &ws->bytes;
+    uint64_t rows_most = 0, tiles = 0, mid = 0, rows = 0, shared_mid = 0, shared_rows = 0;
+    for (int32_t set = moe__set_of(&plan->desc, 1); set <= moe__set_of(&plan->desc, plan->desc.max_tokens); set++) {
+        int32_t tokens = set == MOE__SET_FEW ? moe__min32(plan->desc.max_tokens, MOE__FEW_TOKENS)
+                                             : plan->desc.max_tokens;
+        uint64_t size = (uint64_t)moe_dtype_bits(moe__rows_dtype(&plan->layer, set)) / 8;
+        uint64_t n = (uint64_t)moe__rows_max(plan, tokens, set), h = (uint64_t)plan->layer.hidden_size;
+        uint64_t row_bytes, shared_bytes;
+        if (!moe__mul(n * size, h, &row_bytes) || !moe__mul((uint64_t)tokens * size, h, &shared_bytes)) return 0;
+        if (n > rows_most) rows_most = n;
+        if (n / (uint64_t)moe__gemm_set_of(set).tile > tiles) tiles = n / (uint64_t)moe__gemm_set_of(set).tile;
+        if (row_bytes > rows) rows = row_bytes;
+        if (moe__mid_bytes(plan->layout.expert.features, n) > mid) mid = moe__mid_bytes(plan->layout.expert.features, n);
+        if (plan->layout.shared.bytes == 0) continue;
+        if (shared_bytes > shared_rows) shared_rows = shared_bytes;
+        n = moe__align_up((uint64_t)tokens, 8);
+        if (moe__mid_bytes(plan->layout.shared.features, n) > shared_mid)
+            shared_mid = moe__mid_bytes(plan->layout.shared.features, n);
+    }
+    return rows_most <= INT32_MAX && moe__workspace_area(end, &ws->weights, slots, 4, 1) &&
+           moe__workspace_area(end, &ws->row_of_slot, slots, 4, 1) &&
+           moe__workspace_area(end, &ws->slot_of_row, rows_most, 4, 1) &&
+           moe__workspace_area(end, &ws->tile_expert, tiles, 4, 1) &&
+           moe__workspace_area(end, &ws->tile_limit, tiles, 4, 1) &&
+           moe__workspace_area(end, &ws->num_tiles, 1, 4, 1) && moe__workspace_area(end, &ws->mid, mid, 1, 1) &&
+           moe__workspace_area(end, &ws->rows, rows, 1, 1) &&
+           moe__workspace_area(end, &ws->mid_shared, shared_mid, 1, 1) &&
+           moe__workspace_area(end, &ws->rows_shared, shared_rows, 1, 1);
+}
+
 static int32_t moe__workspace_make_cuda(moe_plan *plan, moe_error *err)
 {
     moe__workspace *ws = &plan->workspace;
@@ -12626,7 +13001,9 @@ static int32_t moe__workspace_make_cuda(moe_plan *plan, moe_error *err)
         !moe__workspace_area(end, &ws->faults, 1, 1, 1)) // so that there always is one
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.max_tokens", "is %d: %D slots are more than the kernels count",
                          plan->desc.max_tokens, (int64_t)slots);
-    return MOE_OK;
+    if (moe__products_refusal(&plan->layer) != NULL || moe__workspace_products(plan)) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.max_tokens", "is %d: more than this machine can address",
+                     plan->desc.max_tokens);
 }
 #endif
 
@@ -12661,17 +13038,26 @@ static void moe__plan_candidates_cuda(const moe_plan *plan, moe_plan_info *info)
 {
     moe__instance instances[MOE__KERNELS];
     int32_t arch = plan->ctx->cuda->arch, one = moe__one_tokens(plan->width, arch);
-    static const char *const stages[MOE__KERNELS] = { "route_one", "route", "sort", "", "" };
+    int32_t many = moe__set_of(&plan->desc, plan->desc.max_tokens); // of products, those for max_tokens are shown
+    const int32_t shown[] = { MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32,
+                              MOE__KERNEL_ROUTER_BF16, MOE__KERNEL_GEMM1 + many, MOE__KERNEL_GEMM2 + many,
+                              MOE__KERNEL_FINALIZE + many };
+    static const char *const stages[] = { "route_one", "route", "sort", "", "", "gemm1", "gemm2", "finalize" };
+    const char *refusal = moe__products_refusal(&plan->layer);
     if (plan->stages.ptx) moe__instances_ptx(&plan->layer, &plan->desc, instances);
     else moe__instances_select(&plan->layer, &plan->desc, arch, instances);
-    info->num_candidates = MOE__KERNELS + 1;
-    for (int32_t i = 0; i < MOE__KERNELS; i++) {
+    info->num_candidates = MOE__ARRAY_COUNT(shown);
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(shown); i++) {
         moe_plan_candidate *c = &info->candidates[i];
         moe__text name = moe__text_make(c->name, sizeof c->name), reason = moe__text_make(c->reason, sizeof c->reason);
-        c->chosen = instances[i].entry != NULL;
-        moe__text_string(&name, c->chosen ? instances[i].name : stages[i]);
+        c->chosen = instances[shown[i]].entry != NULL;
+        moe__text_string(&name, c->chosen ? instances[shown[i]].name : stages[i]);
         if (c->chosen) continue;
-        if (plan->stages.ptx)
+        if (i >= 5 && refusal != NULL)
+            moe__text_string(&reason, refusal);
+        else if (i >= 5)
+            moe__text_string(&reason, "there is no NVRTC, and embedded PTX has no products");
+        else if (plan->stages.ptx)
             moe__text_string(&reason, "there is no NVRTC, and embedded PTX routes in two launches");
         else if (i == MOE__KERNEL_ROUTE_ONE)
             moe__text_format(&reason, "the router's width %d is more than %d: two launches", plan->width,
@@ -12680,9 +13066,6 @@ static void moe__plan_candidates_cuda(const moe_plan *plan, moe_plan_info *info)
             moe__text_format(&reason, "one launch takes up to %d tokens, max_tokens is %d", one,
                              plan->desc.max_tokens);
     }
-    strcpy(info->candidates[MOE__KERNELS].name, "gemm1, gemm2, finalize");
-    strcpy(info->candidates[MOE__KERNELS].reason,
-           "not in this version: CUDA runs moe_route, moe_permute and moe_router_logits");
 }
 #endif
 
@@ -12766,13 +13149,14 @@ static void moe__stages_fill(moe_plan *plan)
     p->local_routed = plan->layer.parallel.local_experts;
 }
 
-// Where experts are local by a map, the kernels read it from a table.
+// Where experts are local by a map, or have parameters of their own, the kernels read from a table which they are.
 static int32_t moe__stages_upload(moe_plan *plan, moe_error *err)
 {
     moe__stages *stages = &plan->stages;
     uint64_t bytes = (uint64_t)plan->blocks * sizeof(int32_t);
     int32_t result;
-    if (plan->layer.parallel.expert_map == NULL) return MOE_OK;
+    if (plan->layer.parallel.expert_map == NULL && !plan->layer.activation.per_expert) return MOE_OK;
+    if (plan->blocks == 0) return MOE_OK;
     result = moe__device_make(plan->ctx, plan->expert_of_block, bytes, &stages->memory, err);
     if (result == MOE_OK) stages->bytes = bytes;
     return result;
