@@ -9439,6 +9439,7 @@ static const char *moe__products_refusal(const moe_layer_desc *layer)
     if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
     moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &features);
     if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
+    if (features == 0) return "this rank's slice of layer.intermediate_size is empty";
     if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
     if (shared > 0) {
         moe__parallel_slice(&layer->parallel, shared, moe__format_group(layer), &first, &features);
@@ -10446,7 +10447,8 @@ static void moe__device_tables_make(const moe_weights *weights, moe__device_tabl
     static const int32_t roles[] = { MOE_TENSOR_ROUTER, MOE_TENSOR_ROUTER_BIAS, MOE_TENSOR_ROUTER_INPUT_SCALE,
                                      MOE_TENSOR_ROUTER_GLOBAL_SCALE, MOE_TENSOR_SELECT_BIAS,
                                      MOE_TENSOR_PER_EXPERT_SCALE, MOE_TENSOR_FORCED_IDS, MOE_TENSOR_ALPHA,
-                                     MOE_TENSOR_BETA, MOE_TENSOR_LIMIT, MOE_TENSOR_ROW_NORM, MOE_TENSOR_CONSTANT };
+                                     MOE_TENSOR_BETA, MOE_TENSOR_LIMIT, MOE_TENSOR_ROW_NORM, MOE_TENSOR_CONSTANT,
+                                     MOE_TENSOR_SHARED_TOKEN_GATE };
     memset(device, 0, sizeof *device);
     memset(device->offset, 0xff, sizeof device->offset);
     for (int32_t i = 0; i < MOE__ARRAY_COUNT(roles); i++) {
@@ -12530,7 +12532,8 @@ typedef struct moe__finalize_args {
     const int32_t *num_tokens_dev;
     void *out;
     int64_t x_stride, out_stride;
-    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate;
+    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate,
+        gate_is_logit;
     float scale, shared_scale, output_scale, row_norm_epsilon;
 } moe__finalize_args;
 
@@ -12803,7 +12806,7 @@ typedef struct moe__workspace {
     uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_rows, mid, mid_shared, rows,
         scratch;
     uint64_t routing, routing_bytes; // per worker
-    uint64_t slot_ranks, chunk_counts, chunk_faults, tile_expert, tile_limit, num_tiles, rows_shared; // CUDA
+    uint64_t slot_ranks, chunk_counts, chunk_faults, tile_expert, tile_limit, num_tiles, rows_shared, gate; // CUDA
     uint64_t bytes;
 } moe__workspace;
 
@@ -12986,7 +12989,8 @@ static int32_t moe__workspace_products(moe_plan *plan)
            moe__workspace_area(end, &ws->num_tiles, 1, 4, 1) && moe__workspace_area(end, &ws->mid, mid, 1, 1) &&
            moe__workspace_area(end, &ws->rows, rows, 1, 1) &&
            moe__workspace_area(end, &ws->mid_shared, shared_mid, 1, 1) &&
-           moe__workspace_area(end, &ws->rows_shared, shared_rows, 1, 1);
+           moe__workspace_area(end, &ws->rows_shared, shared_rows, 1, 1) &&
+           moe__workspace_area(end, &ws->gate, shared_rows > 0 ? (uint64_t)plan->desc.max_tokens : 0, 4, 1);
 }
 
 static int32_t moe__workspace_make_cuda(moe_plan *plan, moe_error *err)
@@ -13671,10 +13675,31 @@ static int32_t moe__check_device(const moe__run *run, moe_error *err)
 // moe_execute_check() of a CUDA plan: what the stages would refuse, and then what this version does.
 static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
 {
+    const moe_execute_args *a = &run->args;
+    const moe_plan *plan = run->plan;
+    const char *refusal = moe__products_refusal(&plan->layer);
     int32_t result = moe__check_device(run, err);
     if (result != MOE_OK) return result;
-    return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "is of the CUDA back end, which in this version runs "
-                     "moe_route(), moe_permute() and moe_router_logits(); use MOE_BACKEND_CPU for the whole layer");
+    if (plan->stages.ptx) refusal = "there is no NVRTC, and embedded PTX has no products";
+    if (refusal != NULL)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "is of the CUDA back end, which does not run it: %s",
+                         refusal);
+    if (moe__run_rows_mode(run))
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.input_mode", "is %d: in this version CUDA takes LOGITS, IDS "
+                         "and PACKED", a->input_mode);
+    if ((a->flags & MOE_EXECUTE_ROWS_OUT) != 0)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.flags", "has ROWS_OUT, which in this version the CPU alone does");
+    if (a->done_signal != NULL || a->gemm2_start_event != NULL)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, a->done_signal != NULL ? "args.done_signal" : "args.gemm2_start_event",
+                         "is set, which this version does not do");
+    if (plan->layer.activation.per_expert && plan->blocks > plan->layer.parallel.local_experts)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has always-on experts beside activations of each expert's "
+                         "own, which in this version the CPU alone does");
+    for (int32_t i = 0; i < plan->layer.parallel.local_experts; i++)
+        if (moe__weights_expert_constant(run->weights, i) != NULL)
+            return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which in "
+                             "this version the CPU alone runs");
+    return moe__check_aligned(a->out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", err);
 }
 #endif
 
@@ -14013,8 +14038,9 @@ static void moe__stage_permute(const moe__run *run, const moe_permutation *p, mo
     a->tile_expert = p->tile_expert;
     a->tile_limit = p->tile_limit;
     a->num_tiles = p->num_tiles;
-    a->rows_max = (int32_t)moe_permutation_rows((int64_t)run->args.num_tokens * run->plan->slots, run->plan->blocks,
-                                                p->tile);
+    if (run->plan->blocks > 0)
+        a->rows_max = (int32_t)moe_permutation_rows((int64_t)run->args.num_tokens * run->plan->slots, run->plan->blocks,
+                                                    p->tile);
 }
 
 // Somebody wants what comes behind the ids and weights.
@@ -14130,6 +14156,228 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
 }
 #endif
 
+#if !defined(MOE_NO_CUDA)
+// ---- the whole layer ---- K0, then GEMM 1, GEMM 2 of the routed and of the shared experts, finalize; each starts early
+// behind the one before, by programmatic dependent launch.
+
+// CTAs of a product: as many as fit, but no more than it has tiles.
+static int32_t moe__gemm_ctas(const moe__run *run, moe__gemm_set shape, int64_t tiles, int32_t rows)
+{
+    int32_t sms = run->plan->ctx->cuda->sms, arch = run->plan->ctx->cuda->arch, slabs = (rows + 127) / 128;
+    int32_t each = arch == 80 || arch / 10 == 9 || arch / 10 == 10 ? shape.ctas : 1; // others have 100 KB an SM
+    if (run->args.sm_limit > 0) sms = moe__min32(sms, run->args.sm_limit);
+    return (int32_t)(tiles * slabs < (int64_t)sms * each ? moe__max32(1, (int32_t)(tiles * slabs)) : sms * each);
+}
+
+typedef struct moe__product {
+    moe__rows_args rows;
+    const moe__packed_shape *shape;
+    const moe_activation_desc *activation;
+    void *mid, *out;
+    const float *weight_on_input;
+    int32_t per_expert;
+    int64_t tiles; // at most
+} moe__product;
+
+static moe__activation_args moe__activation_args_of(const moe_activation_desc *act)
+{
+    moe__activation_args a;
+    a.kind = act->kind;
+    a.alpha = act->alpha;
+    a.beta = act->beta;
+    a.limit = act->limit;
+    return a;
+}
+
+// Both GEMMs of the routed experts, or of the shared ones.
+static moe__cu_result moe__launch_product(const moe__run *run, const moe__product *p, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe__packed_shape *shape = p->shape;
+    moe__gemm_set tile = moe__gemm_set_of(set);
+    int32_t rows1 = (shape->gated ? 2 : 1) * shape->features;
+    moe__gemm1_args one;
+    moe__gemm2_args two;
+    moe__cu_result result;
+    memset(&one, 0, sizeof one);
+    memset(&two, 0, sizeof two);
+    one.rows = two.rows = p->rows;
+    one.x = run->args.x;
+    one.x_stride = run->args.x_stride;
+    one.weight_on_input = p->weight_on_input;
+    if (p->per_expert) {
+        one.alpha = (const float *)moe__device_table(run->weights, MOE_TENSOR_ALPHA);
+        one.beta = (const float *)moe__device_table(run->weights, MOE_TENSOR_BETA);
+        one.limit = (const float *)moe__device_table(run->weights, MOE_TENSOR_LIMIT);
+        one.global_of_block = plan->stages.permute.id_of_local;
+    }
+    one.mid = p->mid;
+    two.mid = p->mid;
+    two.out = p->out;
+    one.w1 = shape->w1;
+    one.bias1 = shape->bias1;
+    two.w2 = shape->w2;
+    two.bias2 = plan->layer.parallel.tp_rank == 0 ? shape->bias2 : UINT64_MAX; // once in the sum of the ranks
+    one.hidden = two.hidden = shape->hidden;
+    one.features = two.features = shape->features;
+    one.activation = moe__activation_args_of(p->activation);
+    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile, p->tiles, rows1), 1,
+                               plan->stages.pdl, tile.smem_bytes, &one, stream);
+    if (result != 0) return result;
+    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile, p->tiles, shape->hidden), 1,
+                             plan->stages.pdl, tile.smem_bytes, &two, stream);
+}
+
+static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe__workspace *ws = &plan->workspace;
+    const moe__device_experts *packed = &run->weights->packed;
+    moe__product p;
+    memset(&p, 0, sizeof p);
+    p.rows.slot_of_row = t->slot_of_row;
+    p.rows.tile_expert = t->tile_expert;
+    p.rows.tile_limit = t->tile_limit;
+    p.rows.num_tiles = t->num_tiles;
+    p.rows.experts = (const uint64_t *)(uintptr_t)(packed->memory + packed->table_offset);
+    p.rows.num_tokens = run->args.num_tokens;
+    p.rows.slots = plan->slots;
+    p.rows.tile = t->tile;
+    p.rows.rows_max = (int32_t)moe__rows_max(plan, run->args.num_tokens, set);
+    p.shape = &packed->expert;
+    p.activation = &plan->layer.activation;
+    p.mid = run->memory + ws->mid;
+    p.out = run->memory + ws->rows;
+    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT) p.weight_on_input = run->args.out_weights;
+    p.per_expert = plan->layer.activation.per_expert;
+    p.tiles = p.rows.rows_max / t->tile;
+    return moe__launch_product(run, &p, set, stream);
+}
+
+static moe__cu_result moe__launch_shared(const moe__run *run, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe__workspace *ws = &plan->workspace;
+    const moe__device_experts *packed = &run->weights->packed;
+    int32_t tile = moe__gemm_set_of(set).tile;
+    moe__product p;
+    memset(&p, 0, sizeof p);
+    p.rows.experts = (const uint64_t *)(uintptr_t)(packed->memory + packed->table_offset) + plan->blocks;
+    p.rows.num_tokens_dev = run->args.num_tokens_dev;
+    p.rows.num_tokens = run->args.num_tokens;
+    p.rows.slots = 1;
+    p.rows.tile = tile;
+    p.rows.rows_max = (int32_t)moe__align_up((uint64_t)run->args.num_tokens, 8);
+    p.shape = &packed->shared;
+    p.activation = &plan->layer.shared.activation;
+    p.mid = run->memory + ws->mid_shared;
+    p.out = run->memory + ws->rows_shared;
+    p.tiles = (run->args.num_tokens + tile - 1) / tile;
+    return moe__launch_product(run, &p, set, stream);
+}
+
+// The shared experts' gate before its sigmoid: a router with one expert.
+static moe__cu_result moe__launch_gate(const moe__run *run, float *out, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    moe__router_shape shape = moe__router_shape_of(run->args.num_tokens, plan->desc.x_dtype);
+    moe__router_args a;
+    memset(&a, 0, sizeof a);
+    a.x = run->args.x;
+    a.x_stride = run->args.x_stride;
+    a.weight = moe__device_table(run->weights, MOE_TENSOR_SHARED_TOKEN_GATE);
+    a.num_tokens_dev = run->args.num_tokens_dev;
+    a.out = out;
+    a.num_tokens = run->args.num_tokens;
+    a.width = 1;
+    a.input_size = plan->layer.hidden_size;
+    a.ld = (int32_t)moe__align_up((uint64_t)plan->layer.hidden_size, MOE__ROW_ALIGN);
+    a.x_dtype = plan->desc.x_dtype;
+    a.input_multiplier = 1;
+    return moe__stage_launch(plan, MOE__KERNEL_ROUTER_F32,
+                             moe__router_ctas(shape, a.num_tokens, 1, plan->ctx->cuda->sms), 1, plan->stages.pdl,
+                             moe__router_smem(shape, 0), &a, stream);
+}
+
+static moe__cu_result moe__launch_finalize(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe_layer_desc *layer = &plan->layer;
+    const moe_routing_desc *r = &layer->routing;
+    const moe__workspace *ws = &plan->workspace;
+    int32_t special = r->special_experts > 0 && !layer->parallel.omit_common && layer->parallel.tp_rank == 0 &&
+                      (r->special_kind == MOE_SPECIAL_IDENTITY || r->special_kind == MOE_SPECIAL_CONSTANT);
+    int32_t shared = plan->layout.shared.bytes != 0;
+    moe__finalize_args a;
+    memset(&a, 0, sizeof a);
+    if (plan->blocks > 0) a.rows = run->memory + ws->rows;
+    if (shared) a.shared_rows = run->memory + ws->rows_shared;
+    a.row_of_slot = t->row_of_slot;
+    if (r->weight_on != MOE_WEIGHT_ON_INPUT) a.weights = run->args.out_weights;
+    if (special) {
+        a.ids = run->args.out_ids;
+        a.x = run->args.x;
+        a.x_stride = run->args.x_stride;
+        a.constants = (const float *)moe__device_table(run->weights, MOE_TENSOR_CONSTANT);
+    }
+    if (shared && run->args.shared_gate != NULL) {
+        a.shared_gate = run->args.shared_gate;
+    } else if (shared && layer->shared.gate) {
+        a.shared_gate = (const float *)(const void *)(run->memory + ws->gate);
+        a.gate_is_logit = 1;
+    }
+    a.scale = 1;
+    if (r->scale_on == MOE_SCALE_ON_OUTPUT) {
+        a.scale = r->scale;
+        a.global_scale = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROUTER_GLOBAL_SCALE);
+    }
+    if (layer->row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
+    a.num_tokens_dev = run->args.num_tokens_dev;
+    a.out = run->args.out;
+    a.out_stride = run->args.out_stride;
+    a.num_tokens = run->args.num_tokens;
+    a.slots = plan->slots;
+    a.hidden = layer->hidden_size;
+    a.num_experts = layer->num_experts;
+    a.special_experts = r->special_experts;
+    a.special_kind = r->special_kind;
+    a.accumulate = (run->args.flags & MOE_EXECUTE_ACCUMULATE) != 0;
+    a.shared_scale = layer->shared.scale;
+    a.output_scale = layer->output_scale;
+    a.row_norm_epsilon = layer->row_norm_epsilon;
+    return moe__stage_launch(plan, MOE__KERNEL_FINALIZE + set, 8 * plan->ctx->cuda->sms, 1, plan->stages.pdl,
+                             4 * plan->slots, &a, stream);
+}
+
+static int32_t moe__stage_execute(moe__run *run, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe__workspace *ws = &plan->workspace;
+    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), shared = plan->layout.shared.bytes != 0, entered, result;
+    moe_permutation t;
+    moe__cu_result launched = 0;
+    if ((result = moe__check_cuda(run, NULL)) != MOE_OK) return result;
+    if (run->args.out_ids == NULL) run->args.out_ids = run->ids;
+    if (run->args.out_weights == NULL) run->args.out_weights = run->slot_weights;
+    memset(&t, 0, sizeof t);
+    t.tile = moe__gemm_set_of(set).tile;
+    t.row_of_slot = run->args.out_row_of_slot != NULL ? run->args.out_row_of_slot : run->row_of_slot;
+    t.slot_of_row = run->slot_of_row;
+    t.tile_expert = (int32_t *)(void *)(run->memory + ws->tile_expert);
+    t.tile_limit = (int32_t *)(void *)(run->memory + ws->tile_limit);
+    t.num_tiles = (int32_t *)(void *)(run->memory + ws->num_tiles);
+    if ((result = moe__stage_route(run, &t, stream)) != MOE_OK) return result;
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    if (plan->blocks > 0) launched = moe__launch_routed(run, &t, set, stream);
+    if (launched == 0 && shared) launched = moe__launch_shared(run, set, stream);
+    if (launched == 0 && shared && plan->layer.shared.gate && run->args.shared_gate == NULL)
+        launched = moe__launch_gate(run, (float *)(void *)(run->memory + ws->gate), stream);
+    if (launched == 0) launched = moe__launch_finalize(run, &t, set, stream);
+    moe__cuda_leave(plan->ctx, entered);
+    return moe__cuda_result(launched);
+}
+#endif
+
 MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                             void *stream)
 {
@@ -14140,7 +14388,8 @@ MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, co
         (result = moe__check_execute(&run, NULL)) != MOE_OK)
         return result;
 #if !defined(MOE_NO_CUDA)
-    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return moe__check_cuda(&run, NULL);
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA)
+        return run.args.num_tokens == 0 && !moe__run_rows_mode(&run) ? MOE_OK : moe__stage_execute(&run, stream);
 #endif
     return moe__run_rows_mode(&run) ? moe__execute_rows(&run) : moe__execute_tokens(&run);
 }
@@ -15818,7 +16067,7 @@ static const char *const moe__kernel_text[] = {
 "    const i32 *ids;               // [T, slots], or NULL: no special expert adds anything\n"
 "    const void *x;                // [T, x_stride]; identity experts\n"
 "    const f32 *constants;         // [special_experts, hidden]; constant experts\n"
-"    const f32 *shared_gate;       // [T] or NULL\n"
+"    const f32 *shared_gate;       // [T] or NULL; gate_is_logit: before the sigmoid\n"
 "    const f32 *global_scale;      // [1] multiplies scale, or NULL\n"
 "    const f32 *row_norm;          // [hidden] or NULL\n"
 "    const i32 *num_tokens_dev;    // [1] or NULL\n"
@@ -15827,11 +16076,11 @@ static const char *const moe__kernel_text[] = {
 "    i32 num_tokens, slots;\n"
 "    i32 hidden;                   // a multiple of 8\n"
 "    i32 num_experts, special_experts, special_kind;\n"
-"    i32 accumulate;\n"
+"    i32 accumulate, gate_is_logit;\n"
 "    f32 scale, shared_scale, output_scale, row_norm_epsilon;\n"
-"}; // 160 bytes\n"
-"\n"
-"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n",
+"}; // 168 bytes\n"
+"\n",
+"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
 "// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
@@ -15943,10 +16192,10 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 softplus_f32(f32 x)\n"
 "{\n"
-"    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n"
+"    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n",
 "    return x > 0 \? x + tail : tail;\n"
 "}\n"
-"\n",
+"\n"
 "DI f32 sqrt_softplus_f32(f32 x) { return x < -20.0f \? exp_f32(0.5f * x) : sqrt_rn(softplus_f32(x)); }\n"
 "\n"
 "DI f32 bf16_f32(u16 value) { return from_bits((u32)value << 16); }\n"
@@ -17085,10 +17334,10 @@ static const char *const moe__kernel_text[] = {
 "    else router_tiles<u16, 8, 8, 4, 4, 64>(a, tokens);\n"
 "}\n"
 "\n"
-"// >>gemm  products of the mma family, from compute capability 8.0 on  y = x W^T by mma.sync m16n8k16: weights are its M,\n"
-"// token rows its N, so that a tile of few rows costs little more than its weights. The list of tiles is [expert][slab\n"
-"// of 128 packed weight rows][token tile], the last one fastest; CTA c takes the entries c, c + ncta, ..., so that those\n"
-"// at work at the same time share weights. The order is a list's, not a queue's: nothing evens out CTAs of unequal speed.\n"
+"// >>gemm  products of the mma family, from compute capability 8.0 on  y = x W^T by mma.sync m16n8k16: weights are M,\n"
+"// token rows N, so that a tile of few rows costs little more than its weights. The list of tiles is [expert][slab of\n"
+"// 128 packed weight rows][token tile], the last one fastest; CTA c takes the entries c, c + ncta, ..., so that those at\n"
+"// work at the same time share weights. That is a list, not a queue: nothing evens out CTAs of unequal speed.\n"
 "//\n"
 "//   stage   16,384 bytes of weights as they lie in memory, MOE_P_TILE rows x 128 bytes of tokens, swizzled alike\n"
 "//   ring    3 or 4 stages, filled by cp.async across the ends of tiles, by all threads; one barrier a K block\n"
@@ -17277,21 +17526,23 @@ static const char *const moe__kernel_text[] = {
 "    } while (others == 0);\n"
 "}\n"
 "\n"
-"// Entry `at` of the list.\n"
-"DI gemm_job gemm_find(const rows_args &r, u32 tiles, u32 slabs, u32 tokens, u32 at)\n"
+"// Entry `at` of the list; count: tiles of the tables, or T without.\n"
+"DI gemm_job gemm_find(const rows_args &r, u32 slabs, u32 count, u32 at)\n"
 "{\n"
+"    const bool tables = r.slot_of_row != nullptr;\n"
+"    const u32 tiles = tables \? count : (count + GEMM_TILE - 1) / GEMM_TILE;\n"
 "    gemm_job job = { 0, 0, 0, 0 };\n"
-"    u32 first = 0, end = tiles, tile;\n"
+"    u32 first = 0, end = tiles, tile, limit = count;\n"
 "    if (at >= tiles * slabs) return job;\n"
-"    if (r.slot_of_row != nullptr) {\n"
+"    if (tables) {\n"
 "        gemm_run_of(r, tiles, at / slabs, first, end);\n"
 "        job.block = (u32)r.tile_expert[first];\n"
 "    }\n"
 "    tile = first + (at - first * slabs) % (end - first);\n"
 "    job.slab = (at - first * slabs) / (end - first);\n"
 "    job.row = tile * GEMM_TILE;\n"
-"    tokens = r.slot_of_row == nullptr \? tokens : (u32)r.tile_limit[tile];\n"
-"    job.rows = tokens - job.row < GEMM_TILE \? tokens - job.row : GEMM_TILE;\n"
+"    if (tables) limit = (u32)r.tile_limit[tile];\n"
+"    job.rows = limit - job.row < GEMM_TILE \? limit - job.row : GEMM_TILE;\n"
 "    return job;\n"
 "}\n"
 "\n"
@@ -17306,7 +17557,7 @@ static const char *const moe__kernel_text[] = {
 "    const u8 *weights;          // its first 16 bytes of the next block\n"
 "    u32 at;                     // entry of the list\n"
 "    u32 k;                      // next K block\n"
-"    u32 tiles, tokens;          // tokens: T without tables\n"
+"    u32 count;                  // tiles of the tables, or T without\n"
 "    i32 source[GEMM_ROWS_EACH]; // rows of x that it loads from, -1: none\n"
 "};\n"
 "\n"
@@ -17332,7 +17583,7 @@ static const char *const moe__kernel_text[] = {
 "template <class A> DI void gemm_open(const A &a, gemm_loader &l)\n"
 "{\n"
 "    l.k = 0;\n"
-"    l.job = gemm_find(a.rows, l.tiles, gemm_slabs(a), l.tokens, l.at);\n"
+"    l.job = gemm_find(a.rows, gemm_slabs(a), l.count, l.at);\n"
 "    if (l.job.rows == 0) return;\n"
 "    l.weights = (const u8 *)a.rows.experts[l.job.block] + gemm_weights(a) +\n"
 "                (u64)l.job.slab * gemm_blocks(a) * GEMM_BLOCK + 16 * tid();\n"
@@ -17358,10 +17609,10 @@ static const char *const moe__kernel_text[] = {
 "        f32 v[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };\n"
 "        if (row >= gemm_columns(l.job.rows)) break;\n"
 "        if (l.source[i] >= 0 && k < (u32)a.hidden) {\n"
-"            load_8<MOE_P_X>(a.x, l.source[i] * a.x_stride + k, aligned, v);\n"
+"            load_8<MOE_P_X>(a.x, l.source[i] * a.x_stride + k, aligned, v);\n",
 "            if (a.weight_on_input != nullptr) {\n"
 "                f32 weight = a.weight_on_input[a.rows.slot_of_row[l.job.row + row]];\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "                for (u32 j = 0; j < 8; j++) v[j] = v[j] * weight;\n"
 "            }\n"
 "        }\n"
@@ -17421,46 +17672,44 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// ---- the product ----\n"
 "\n"
-"// acc[0 .. 1][0 .. N - 1] += 32 weight rows times 8 N columns of a stage. Byte offsets for ldmatrix: of a K step of 16\n"
-"// the 16-byte pieces 2 s and 2 s + 1, whose place in the row is xor'ed with the row.\n"
-"template <u32 N> DI void gemm_multiply(f32 (&acc)[2][GEMM_EIGHTS][4], const u8 *stage, u32 half)\n"
+"// Where a lane's rows for ldmatrix begin in a stage: of 32 weight rows, and of the columns of a warp that has N eights.\n"
+"// Of K step s, 16 elements, it takes the 16-byte pieces 2 s and 2 s + 1, whose place in the row is xor'ed with the row;\n"
+"// of one eight of columns all of two steps.\n"
+"DI u32 gemm_left() { return (warp() % 4 * 32 + lane() % 16) * 128 + ((lane() / 16 ^ lane() % 8) << 4); }\n"
+"DI u32 gemm_right(u32 eights)\n"
 "{\n"
-"    const u32 swizzle = lane() % 8;\n"
-"    const u32 left = (warp() % 4 * 32 + lane() % 16) * 128 + ((lane() / 16 ^ swizzle) << 4);\n"
-"    const u32 right = GEMM_BLOCK + half * N * 1024 + (N == 1 \? swizzle * 128 + ((lane() / 8 ^ swizzle) << 4)\n"
-"                      : (swizzle + lane() / 16 * 8) * 128 + ((lane() / 8 % 2 ^ swizzle) << 4));\n"
-"    u32 two[4];\n"
+"    const u32 row = lane() % 8 + (eights > 1 \? lane() / 16 * 8 : 0), piece = eights > 1 \? lane() / 8 % 2 : lane() / 8;\n"
+"    return GEMM_BLOCK + (warp() / 4 * eights * 8 + row) * 128 + ((piece ^ lane() % 8) << 4);\n"
+"}\n"
+"\n"
+"// acc[0 .. 1][0 .. N - 1] += 32 weight rows times 8 N columns of a stage.\n"
+"template <u32 N> DI void gemm_multiply(f32 (&acc)[2][GEMM_EIGHTS][4], const u8 *stage, u32 left, u32 right)\n"
+"{\n"
+"    u32 x[4];\n"
 "#pragma unroll\n"
 "    for (u32 s = 0; s < 4; s++) {\n"
-"        u32 w[2][4], x[N][2];\n"
+"        u32 w[2][4];\n"
 "#pragma unroll\n"
 "        for (u32 m = 0; m < 2; m++) ldmatrix_x4(w[m], stage + ((left + m * 2048) ^ (s << 5)));\n"
-"        if (N == 1 && s % 2 == 0) ldmatrix_x4(two, stage + (right ^ (s << 5))); // of this step and the next\n"
 "#pragma unroll\n"
-"        for (u32 n = 0; n < N; n += 2) {\n"
-"            if (N > 1) ldmatrix_x4(two, stage + ((right + n * 1024) ^ (s << 5)));\n"
-"            x[n][0] = two[N == 1 \? s % 2 * 2 : 0];\n"
-"            x[n][1] = two[N == 1 \? s % 2 * 2 + 1 : 1];\n"
-"            if (N > 1) {\n"
-"                x[(n + 1) % N][0] = two[2];\n"
-"                x[(n + 1) % N][1] = two[3];\n"
-"            }\n"
-"        }\n"
-"#pragma unroll\n"
-"        for (u32 n = 0; n < N; n++)\n"
+"        for (u32 n = 0; n < N; n++) { // x: of two columns of eights, or of one in two steps\n"
+"            if (N > 1 \? n % 2 == 0 : s % 2 == 0) ldmatrix_x4(x, stage + ((right + n * 1024) ^ (s << 5)));\n"
+"            const u32 at = (N > 1 \? n : s) % 2 * 2, two[2] = { x[at], x[at + 1] };\n"
 "#pragma unroll\n"
 "            for (u32 m = 0; m < 2; m++) {\n"
-"                if (MOE_P_DTYPE == DTYPE_BF16) mma_bf16(acc[m][n], w[m], x[n]);\n"
-"                else mma_f16(acc[m][n], w[m], x[n]);\n"
+"                if (MOE_P_DTYPE == DTYPE_BF16) mma_bf16(acc[m][n], w[m], two);\n"
+"                else mma_f16(acc[m][n], w[m], two);\n"
 "            }\n"
+"        }\n"
 "    }\n"
 "}\n"
 "\n"
-"// The same for 8 N columns or as many fewer as there are.\n"
-"template <u32 N> DI void gemm_multiply_some(f32 (&acc)[2][GEMM_EIGHTS][4], const u8 *stage, u32 half, u32 eights)\n"
-"{\n",
-"    if (eights == N) gemm_multiply<N>(acc, stage, half);\n"
-"    else if constexpr (N > 1) gemm_multiply_some<N / 2>(acc, stage, half, eights);\n"
+"// The same for as many eights as there are.\n",
+"template <u32 N> DI void gemm_multiply_some(f32 (&acc)[2][GEMM_EIGHTS][4], const u8 *stage, u32 left, u32 right,\n"
+"                                            u32 eights)\n"
+"{\n"
+"    if (eights == N) gemm_multiply<N>(acc, stage, left, right);\n"
+"    else if constexpr (N > 1) gemm_multiply_some<N / 2>(acc, stage, left, right, eights);\n"
 "}\n"
 "\n"
 "// Where a thread's part of a tile lies: features feature .. + 1 (gated) or + 3; of the eight columns at column + 8 n\n"
@@ -17481,20 +17730,32 @@ static const char *const moe__kernel_text[] = {
 "    return p;\n"
 "}\n"
 "\n"
-"// bias of gate f, gate f + 1, up f, up f + 1, or of f .. f + 3.\n"
-"DI void gemm_bias(const gemm1_args &a, u32 block, u32 feature, f32 (&bias)[4])\n"
+"DI void gemm_add(f32 (&acc)[2][GEMM_EIGHTS][4], f32x2 lo, f32x2 hi)\n"
 "{\n"
-"    const f32 *from = (const f32 *)(a.rows.experts[block] + a.bias1) + feature;\n"
-"    if (a.bias1 == NO_BIAS || feature >= (u32)a.features) return;\n"
-"    f32x2 lo = *(const f32x2 *)from, hi = *(const f32x2 *)(from + (MOE_P_GATED \? a.features : 2));\n"
-"    bias[0] = lo.x, bias[1] = lo.y, bias[2] = hi.x, bias[3] = hi.y;\n"
+"#pragma unroll\n"
+"    for (u32 n = 0; n < GEMM_EIGHTS; n++)\n"
+"#pragma unroll\n"
+"        for (u32 q = 0; q < 2; q++) {\n"
+"            acc[0][n][q] = acc[0][n][q] + lo.x;\n"
+"            acc[0][n][2 + q] = acc[0][n][2 + q] + lo.y;\n"
+"            acc[1][n][q] = acc[1][n][q] + hi.x;\n"
+"            acc[1][n][2 + q] = acc[1][n][2 + q] + hi.y;\n"
+"        }\n"
 "}\n"
 "\n"
-"DI void gemm_bias(const gemm2_args &a, u32 block, u32 feature, f32 (&bias)[4])\n"
+"// Bias of gate f, gate f + 1, up f, up f + 1, or of f .. f + 3.\n"
+"DI void gemm_add_bias(const gemm1_args &a, u32 block, u32 feature, f32 (&acc)[2][GEMM_EIGHTS][4])\n"
+"{\n"
+"    if (a.bias1 == NO_BIAS || feature >= (u32)a.features) return;\n"
+"    const f32 *from = (const f32 *)(a.rows.experts[block] + a.bias1) + feature;\n"
+"    gemm_add(acc, *(const f32x2 *)from, *(const f32x2 *)(from + (MOE_P_GATED \? a.features : 2)));\n"
+"}\n"
+"\n"
+"DI void gemm_add_bias(const gemm2_args &a, u32 block, u32 feature, f32 (&acc)[2][GEMM_EIGHTS][4])\n"
 "{\n"
 "    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n"
-"    f32x4 v = *(const f32x4 *)((const f32 *)(a.rows.experts[block] + a.bias2) + feature);\n"
-"    bias[0] = v.x, bias[1] = v.y, bias[2] = v.z, bias[3] = v.w;\n"
+"    const f32 *from = (const f32 *)(a.rows.experts[block] + a.bias2) + feature;\n"
+"    gemm_add(acc, *(const f32x2 *)from, *(const f32x2 *)(from + 2));\n"
 "}\n"
 "\n"
 "DI activation_args gemm_activation(const gemm1_args &a, u32 block)\n"
@@ -17515,16 +17776,15 @@ static const char *const moe__kernel_text[] = {
 "    const activation_args act = gemm_activation(a, job.block);\n"
 "    const u32 block = p.feature / 64, piece = p.feature % 64 / 8, byte = p.feature % 8 * 2;\n"
 "    u8 *to = (u8 *)a.mid + ((u64)block * (u32)a.rows.rows_max + job.row) * 128 + byte;\n"
-"    f32 bias[4] = { 0, 0, 0, 0 };\n"
 "    if (block >= ((u32)a.features + 63) / 64) return;\n"
-"    gemm_bias(a, job.block, p.feature, bias);\n"
+"    gemm_add_bias(a, job.block, p.feature, acc);\n"
 "#pragma unroll 1\n"
 "    for (u32 n = 0; n < p.eights; n++) {\n"
 "        f32 v[4], u[4];\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 4; i++) {\n"
-"            v[i] = acc[0][0][i] + bias[i / 2];\n"
-"            u[i] = acc[1][0][i] + bias[2 + i / 2];\n"
+"            v[i] = acc[0][0][i];\n"
+"            u[i] = acc[1][0][i];\n"
 "        }\n"
 "        if (MOE_P_GATED) {\n"
 "            activate_gated(act, v, u);\n"
@@ -17539,7 +17799,7 @@ static const char *const moe__kernel_text[] = {
 "            const u32 lo = some \? pack_16<MOE_P_DTYPE>(v[q], v[2 + q]) : 0;\n"
 "            const u32 hi = some \? pack_16<MOE_P_DTYPE>(u[q], u[2 + q]) : 0;\n"
 "            if (row >= job.rows) continue;\n"
-"            if (MOE_P_GATED) *(u32 *)(to + 128 * row + 16 * (piece ^ row % 8)) = lo;\n"
+"            if (MOE_P_GATED) *(u32 *)(to + 128 * row + 16 * (piece ^ row % 8)) = lo;\n",
 "            else *(u32x2 *)(to + 128 * row + 16 * (piece ^ row % 8)) = { lo, hi };\n"
 "        }\n"
 "#pragma unroll\n"
@@ -17554,17 +17814,15 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI void gemm_store(const gemm2_args &a, f32 (&acc)[2][GEMM_EIGHTS][4], const gemm_job &job)\n"
 "{\n"
-"    const gemm_place p = gemm_place_of(job, 128);\n",
-"    f32 bias[4] = { 0, 0, 0, 0 };\n"
-"    gemm_bias(a, job.block, p.feature, bias);\n"
+"    const gemm_place p = gemm_place_of(job, 128);\n"
+"    gemm_add_bias(a, job.block, p.feature, acc);\n"
 "#pragma unroll\n"
 "    for (u32 n = 0; n < GEMM_EIGHTS; n++)\n"
 "#pragma unroll\n"
 "        for (u32 q = 0; q < 2; q++) {\n"
 "            const u32 row = p.column + 8 * n + q;\n"
 "            const u64 at = (u64)(job.row + row) * (u32)a.hidden + p.feature;\n"
-"            const f32 v[4] = { acc[0][n][q] + bias[0], acc[0][n][2 + q] + bias[1], acc[1][n][q] + bias[2],\n"
-"                               acc[1][n][2 + q] + bias[3] };\n"
+"            const f32 v[4] = { acc[0][n][q], acc[0][n][2 + q], acc[1][n][q], acc[1][n][2 + q] };\n"
 "            if (n >= p.eights || row >= job.rows || p.feature >= (u32)a.hidden) continue;\n"
 "            if (MOE_P_ROWS == DTYPE_F32) *(f32x4 *)((f32 *)a.out + at) = { v[0], v[1], v[2], v[3] };\n"
 "            else *(u32x2 *)((u16 *)a.out + at) = { pack_16<MOE_P_ROWS>(v[0], v[1]), pack_16<MOE_P_ROWS>(v[2], v[3]) };\n"
@@ -17580,8 +17838,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 blocks = gemm_blocks(a);\n"
 "    gemm_loader l;\n"
 "    f32 acc[2][GEMM_EIGHTS][4];\n"
-"    l.tokens = tokens;\n"
-"    l.tiles = a.rows.slot_of_row == nullptr \? (tokens + GEMM_TILE - 1) / GEMM_TILE : (u32)*a.rows.num_tiles;\n"
+"    l.count = a.rows.slot_of_row == nullptr \? tokens : (u32)*a.rows.num_tiles;\n"
 "    l.at = cta();\n"
 "    gemm_open(a, l);\n"
 "    if (early) {\n"
@@ -17590,7 +17847,7 @@ static const char *const moe__kernel_text[] = {
 "        grid_wait();\n"
 "    }\n"
 "    for (u32 s = 0; s < GEMM_STAGES - 1; s++) gemm_load(a, l, s, !early || s >= blocks);\n"
-"    u32 stage = 0, eights = 0;\n"
+"    u32 stage = 0, eights = 0, right = 0;\n"
 "    for (u32 k = 0;; k++) {\n"
 "        cp_async_wait<GEMM_STAGES - 2>();\n"
 "        cta_sync();\n"
@@ -17598,11 +17855,12 @@ static const char *const moe__kernel_text[] = {
 "            const gemm_job job = gemm_jobs()[stage];\n"
 "            if (job.rows == 0) break;\n"
 "            eights = gemm_place_of(job, 0).eights;\n"
+"            right = gemm_right(eights);\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < 8 * GEMM_EIGHTS; i++) acc[i / 4 / GEMM_EIGHTS][i / 4 % GEMM_EIGHTS][i % 4] = 0;\n"
 "        }\n"
 "        gemm_load(a, l, stage == 0 \? GEMM_STAGES - 1 : stage - 1, true);\n"
-"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, warp() / 4, eights);\n"
+"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, gemm_left(), right, eights);\n"
 "        if (k + 1 == blocks) {\n"
 "            gemm_store(a, acc, gemm_jobs()[stage]);\n"
 "            k = ~0u;\n"
@@ -17612,8 +17870,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// >>finalize  a token from its rows  total = fma(weight, row, total) over the token's slots in order, from +0; then\n"
-"// * scale, + shared experts, * output scale, + what lies there, one rounding: the order of moe.h's >>cpu. A thread has 8\n"
-"// columns of a token; a CTA takes a part of a token's columns, or several tokens where 128 threads are more than a row.\n"
+"// * scale, + shared experts, * output scale, + what lies there, one rounding: the order of moe.h's >>cpu. A thread has\n"
+"// 8 columns of a token; a CTA takes part of a token's columns, or several tokens where a row is less than 128 threads.\n"
 "\n"
 "#define FINALIZE_THREADS 128\n"
 "\n"
@@ -17637,12 +17895,12 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// scale [slots] = 1 / sqrt(mean of (row (1 + norm))^2 + epsilon) of a token's rows; a half-warp does a row.\n"
 "DI void finalize_norms(const finalize_args &a, u32 token, f32 *scale)\n"
-"{\n"
+"{\n",
 "    const u32 slots = (u32)a.slots, group = tid() / 16;\n"
 "    for (u32 j = 0; j < slots; j += FINALIZE_THREADS / 16) {\n"
 "        const i32 row = j + group < slots \? a.row_of_slot[(i64)token * slots + j + group] : -1;\n"
 "        f32 sum = 0;\n"
-"        for (u32 k = lane() % 16; k < (u32)a.hidden && row >= 0; k += 16) {\n",
+"        for (u32 k = lane() % 16; k < (u32)a.hidden && row >= 0; k += 16) {\n"
 "            f32 u = load_float(a.rows, MOE_P_ROWS, (i64)row * a.hidden + k) * (1.0f + a.row_norm[k]);\n"
 "            sum = fmaf(u, u, sum);\n"
 "        }\n"
@@ -17713,7 +17971,9 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < 8; i++) total[i] = total[i] * scale;\n"
 "    if (a.shared_rows != nullptr) {\n"
-"        const f32 factor = a.shared_gate == nullptr \? a.shared_scale : a.shared_scale * a.shared_gate[token];\n"
+"        f32 gate = a.shared_gate == nullptr \? 1.0f : a.shared_gate[token];\n"
+"        if (a.gate_is_logit) gate = sigmoid_f32(gate);\n"
+"        const f32 factor = a.shared_scale * gate;\n"
 "        load_8<MOE_P_ROWS>(a.shared_rows, (i64)token * a.hidden + k, true, v);\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 8; i++) total[i] = fmaf(factor, v[i], total[i]);\n"
@@ -17726,7 +17986,7 @@ static const char *const moe__kernel_text[] = {
 "DI void finalize_run(const finalize_args &a, u32 tokens)\n"
 "{\n"
 "    const finalize_shape s = finalize_shape_of(a);\n"
-"    const u32 items = (tokens + s.tokens - 1) / s.tokens * s.parts;\n"
+"    const u32 items = (tokens + s.tokens - 1) / s.tokens * s.parts;\n",
 "    f32 *norms = (f32 *)smem();\n"
 "    for (u32 item = cta(); item < items; item += ncta()) {\n"
 "        const u32 token = item / s.parts * s.tokens + tid() / s.width;\n"
@@ -17735,7 +17995,7 @@ static const char *const moe__kernel_text[] = {
 "            cta_sync();\n"
 "            finalize_norms(a, item / s.parts, norms);\n"
 "            cta_sync();\n"
-"        }\n",
+"        }\n"
 "        if (tid() < s.tokens * s.width && token < tokens && eight < s.eights)\n"
 "            finalize_token(a, token, 8 * eight, norms);\n"
 "    }\n"
@@ -17815,7 +18075,7 @@ static const char *const moe__kernel_text[] = {
 "    else cta_sync();\n"
 "    u32 fault = 0, before;\n"
 "    if (tid() < 4) fault = cluster_sums(&m.faults[tid()], rank, ctas, before);\n"
-"    for (u32 id = tid(); id < ids_end && ctas > 1; id += ntid()) {\n"
+"    for (u32 id = tid(); id < ids_end && ctas > 1; id += ntid()) {\n",
 "        m.all[id] = cluster_sums(&m.own[id], rank, ctas, before);\n"
 "        m.before[id] = before;\n"
 "    }\n"
@@ -17827,7 +18087,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    place_experts(a.permute, m, behind, rank, ctas);\n"
 "    for (u32 i = run.from * slots + lane(); i < run.to * slots; i += 32) {\n"
-"        i32 id = (i16)(slot[i] & 0xffff);\n",
+"        i32 id = (i16)(slot[i] & 0xffff);\n"
 "        u32 before = id >= 0 \? m.counter[warp() * m.stride + (u32)id] + (slot[i] >> 16) : 0;\n"
 "        place_slot(a.permute, m, (i64)begin * slots + i, id, before);\n"
 "    }\n"
@@ -17901,7 +18161,7 @@ static const char *const moe__kernel_text[] = {
 "            for (u32 i = 0; i < 16; i++) {\n"
 "                sum.x += count[i].x;\n"
 "                sum.y += count[i].y;\n"
-"                if (base + i * groups >= cta()) continue;\n"
+"                if (base + i * groups >= cta()) continue;\n",
 "                part.x += count[i].x;\n"
 "                part.y += count[i].y;\n"
 "            }\n"
@@ -17909,7 +18169,7 @@ static const char *const moe__kernel_text[] = {
 "            const u32 parts[4] = { part.x & 0xffff, part.x >> 16, part.y & 0xffff, part.y >> 16 };\n"
 "#pragma unroll\n"
 "            for (u32 j = 0; j < 4; j++) {\n"
-"                all[j] += halves[j];\n",
+"                all[j] += halves[j];\n"
 "                before[j] += parts[j];\n"
 "            }\n"
 "        }\n"
@@ -18013,7 +18273,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#if defined(MOE_K_FINALIZE) || defined(MOE_K_ALL)\n"
 "\n"
-"// Rows -> output.\n"
+"// Rows -> output.\n",
 "MOE_ENTRY(moe_k_finalize, finalize_args, FINALIZE_THREADS, 8)\n"
 "{\n"
 "    u32 wrong;\n"
@@ -18033,10 +18293,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "00d5b1e394f35e401b2eaf207f71b7ff54857b00e562de77151b58d0e2a5a8dc";
+    return "eb8d559b6e5ab8b23897a7a0c40cf1080019f90ed43427c8ee05865756dd365d";
 }
 
-// >>kernels-ptx 00d5b1e394f35e401b2eaf207f71b7ff54857b00e562de77151b58d0e2a5a8dc  of the text with this digest
+// >>kernels-ptx eb8d559b6e5ab8b23897a7a0c40cf1080019f90ed43427c8ee05865756dd365d  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

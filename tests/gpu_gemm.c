@@ -1,5 +1,5 @@
-// gpu_gemm.c - both products and finalize of the mma family (moe_kernels.cu.inc, >>gemm and >>finalize) against plain C:
-// weights packed and tables made here, numbers on a grid so that every sum is exact and bits can be compared
+// gpu_gemm.c - both products and finalize of the mma family (moe_kernels.cu.inc, >>gemm and >>finalize) against plain
+// C: weights packed and tables made here, numbers on a grid so that every sum is exact and bits can be compared
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
@@ -100,7 +100,7 @@ typedef struct problem {
     int counts[EXPERTS_MAX]; // rows of an expert
     int identity;            // one expert for all tokens, no tables
     int held;                // tokens that num_tokens_dev says; 0: it is NULL
-    int bias, weighted, per_expert, rough, x_pad, x_shift;
+    int bias, weighted, per_expert, rough, rough_weights, x_pad, x_shift;
     moe_activation_desc act;
     uint64_t seed;
     // made
@@ -167,6 +167,13 @@ static void make_tables(problem *p)
     free(slot);
 }
 
+static float *draw_weights(problem *p, size_t n)
+{
+    float *v = draw_many(&p->seed, n, p->rough_weights);
+    for (size_t i = 0; i < n; i++) v[i] = moe__round_to(v[i], p->dtype);
+    return v;
+}
+
 static void problem_make(problem *p)
 {
     size_t h = (size_t)p->hidden, f = (size_t)p->features;
@@ -177,11 +184,11 @@ static void problem_make(problem *p)
     if (p->rows_dtype == 0) p->rows_dtype = F32;
     if (p->act.kind == 0) p->act.kind = p->gated ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_RELU2;
     if (p->act.kind == MOE_ACTIVATION_SWIGLU && p->act.alpha == 0) p->act.alpha = 1;
-    p->seed = p->seed * 77 + (uint64_t)(p->tile * 1000 + p->hidden + p->features + p->dtype);
+    p->seed = p->seed * 77 + (uint64_t)(p->hidden * 1000 + p->features * 10 + p->dtype);
     for (int e = 0; e < p->experts; e++) {
-        p->gate[e] = draw_many(&p->seed, f * h, 0);
-        p->up[e] = draw_many(&p->seed, f * h, 0);
-        p->down[e] = draw_many(&p->seed, f * h, 0);
+        p->gate[e] = draw_weights(p, f * h);
+        p->up[e] = draw_weights(p, f * h);
+        p->down[e] = draw_weights(p, f * h);
         p->bias1[e] = draw_many(&p->seed, 2 * f, 0);
         p->bias2[e] = draw_many(&p->seed, h, 0);
         p->alpha[e] = 1 + (float)e / 8;
@@ -348,7 +355,8 @@ static size_t mid_bytes(const problem *p) { return (size_t)ceil_div(p->features,
 // Byte offset of a feature of a row of the intermediate.
 static size_t mid_at(const problem *p, int row, int f)
 {
-    return ((size_t)(f / 64) * (size_t)p->rows_max + (size_t)row) * 128 + (size_t)((f % 64 / 8 ^ row % 8) * 16 + f % 8 * 2);
+    return ((size_t)(f / 64) * (size_t)p->rows_max + (size_t)row) * 128 +
+           (size_t)(((f % 64 / 8) ^ (row % 8)) * 16 + f % 8 * 2);
 }
 
 static int launch_gemm1(const problem *p, const rows_args *rows, const void *x, void *mid, int pdl)
@@ -389,7 +397,8 @@ static int launch_gemm1(const problem *p, const rows_args *rows, const void *x, 
     snprintf(defines, sizeof defines, "-DMOE_P_TILE=%d -DMOE_P_DTYPE=%d -DMOE_P_X=%d -DMOE_P_GATED=%d", p->tile,
              p->dtype, p->x_dtype, p->gated);
     function = load("moe_k_gemm1", defines, sizeof a, gemm_threads(p->tile), gemm_smem(p->tile));
-    return function == NULL ? -1 : gpu_text_launch(function, CTAS, gemm_threads(p->tile), 0, pdl, gemm_smem(p->tile), &a);
+    if (function == NULL) return -1;
+    return gpu_text_launch(function, CTAS, gemm_threads(p->tile), 0, pdl, gemm_smem(p->tile), &a);
 }
 
 static int launch_gemm2(const problem *p, const rows_args *rows, const void *mid, void *out, int pdl)
@@ -408,7 +417,8 @@ static int launch_gemm2(const problem *p, const rows_args *rows, const void *mid
     snprintf(defines, sizeof defines, "-DMOE_P_TILE=%d -DMOE_P_DTYPE=%d -DMOE_P_ROWS=%d", p->tile, p->dtype,
              p->rows_dtype);
     function = load("moe_k_gemm2", defines, sizeof a, gemm_threads(p->tile), gemm_smem(p->tile));
-    return function == NULL ? -1 : gpu_text_launch(function, CTAS, gemm_threads(p->tile), 0, pdl, gemm_smem(p->tile), &a);
+    if (function == NULL) return -1;
+    return gpu_text_launch(function, CTAS, gemm_threads(p->tile), 0, pdl, gemm_smem(p->tile), &a);
 }
 
 // The bits of an element, for comparing.
@@ -458,10 +468,31 @@ static void check_mid(const problem *p, const unsigned char *got)
     free(want);
 }
 
+// The same for numbers whose sums are not exact: each of I additions rounds once, or the chip cuts it off, which is at
+// most 2^-23 of the sum of magnitudes.
+static void check_rough_rows(const problem *p, const unsigned char *mid, const float *got)
+{
+    for (int r = 0; r < p->rows_max; r++)
+        for (int i = 0; i < p->hidden && p->expert_of_row[r] >= 0; i++) {
+            double sum = 0, magnitude = 0;
+            float v = got[(size_t)r * (size_t)p->hidden + (size_t)i];
+            for (int f = 0; f < p->features; f++) {
+                double product = (double)moe__load(mid + mid_at(p, r, f), p->dtype, 0) *
+                                 (double)p->down[p->expert_of_row[r]][(size_t)i * (size_t)p->features + (size_t)f];
+                sum += product;
+                magnitude += product < 0 ? -product : product;
+            }
+            if (test_near((double)v, sum, magnitude * p->features / 8388608.0)) continue;
+            differ(p, "rows", r, i, moe__f32_bits(v), moe__f32_bits((float)sum));
+            return;
+        }
+}
+
 // Products of the intermediate that lies in `mid`.
 static void check_rows(const problem *p, const unsigned char *mid, const void *got)
 {
-    float *in = (float *)malloc((size_t)p->features * sizeof *in), *want = (float *)malloc((size_t)p->hidden * sizeof *in);
+    float *in = (float *)malloc((size_t)p->features * sizeof *in);
+    float *want = (float *)malloc((size_t)p->hidden * sizeof *want);
     int failed = 0;
     for (int r = 0; r < p->rows_max && !failed; r++) {
         if (p->expert_of_row[r] >= 0) {
@@ -517,7 +548,7 @@ static void run_gemm2(problem p)
     memset(mid, 0xff, mid_bytes(&p)); // NaN where no row is
     for (int r = 0; r < p.rows_max; r++)
         for (int f = 0; f < ceil_div(p.features, 64) * 64 && p.expert_of_row[r] >= 0; f++)
-            moe__store(mid + mid_at(&p, r, f), p.dtype, 0, f < p.features ? draw(&p.seed, 0) : 0);
+            moe__store(mid + mid_at(&p, r, f), p.dtype, 0, f < p.features ? draw(&p.seed, p.rough) : 0);
     in = gpu_copy(mid, mid_bytes(&p));
     for (int i = 0; i < 2; i++) {
         out[i] = gpu_make(bytes);
@@ -525,13 +556,255 @@ static void run_gemm2(problem p)
         GPU_CALL(launch_gemm2(&p, &rows, in, out[i], 0));
     }
     for (int i = 0; i < 2; i++) gpu_get(got[i], out[i], bytes);
-    check_rows(&p, mid, got[0]);
+    if (p.rough) check_rough_rows(&p, mid, (const float *)got[0]);
+    else check_rows(&p, mid, got[0]);
     CHECK(memcmp(got[0], got[1], bytes) == 0);
     gpu_release();
     problem_free(&p);
     free(mid);
     free(got[0]);
     free(got[1]);
+}
+
+// ---- finalize -------------------------------------------------------------------------------------------------------
+
+typedef struct sums {
+    int rows_dtype, out_dtype, x_dtype, tokens, held, slots, hidden;
+    int no_rows, no_weights, shared, gate, special_kind, norm, global_scale, accumulate, pad;
+    uint64_t seed;
+} sums;
+
+enum { SUM_EXPERTS = 10, SUM_SPECIAL = 3 };
+
+static float *some_floats(uint64_t *seed, size_t n, int dtype)
+{
+    float *v = (float *)malloc(n * sizeof *v + 4);
+    for (size_t i = 0; i < n; i++) v[i] = moe__round_to(test_random_float(seed) * 2 - 1, dtype);
+    return v;
+}
+
+// Column `i` of what a slot adds; 0: nothing.
+static int sums_slot(const sums *s, const finalize_args *a, int t, int j, float *row)
+{
+    int slot = t * s->slots + j, r = a->rows == NULL ? -1 : a->row_of_slot[slot], h = s->hidden;
+    int special = a->ids == NULL ? -1 : a->ids[slot] - SUM_EXPERTS;
+    const float *rows = (const float *)a->rows, *x = (const float *)a->x;
+    float lane[16] = { 0 }, scale = 1;
+    if (r < 0 && (special < 0 || special >= SUM_SPECIAL || s->special_kind == MOE_SPECIAL_ZERO)) return 0;
+    for (int i = 0; i < h; i++)
+        row[i] = r >= 0 ? rows[r * h + i]
+                 : s->special_kind == MOE_SPECIAL_IDENTITY ? x[t * h + i] : a->constants[special * h + i];
+    if (r < 0 || !s->norm) return 1;
+    for (int i = 0; i < h; i++) row[i] = row[i] * (1.0f + a->row_norm[i]);
+    for (int i = 0; i < h; i++) lane[i % 16] = moe__fmaf(row[i], row[i], lane[i % 16]);
+    for (int half = 8; half > 0; half /= 2)
+        for (int l = 0; l < half; l++) lane[l] += lane[l + half];
+    scale = 1.0f / moe__sqrtf(lane[0] / (float)h + a->row_norm_epsilon);
+    for (int i = 0; i < h; i++) row[i] = row[i] * scale;
+    return 1;
+}
+
+// The sum of token t, from floats on the host, into `total`; out: what lies there.
+static void sums_token(const sums *s, const finalize_args *a, int t, const float *out, float *total)
+{
+    float *row = (float *)malloc((size_t)s->hidden * sizeof *row);
+    float scale = a->scale * (a->global_scale != NULL ? *a->global_scale : 1);
+    float factor = a->shared_gate != NULL ? a->shared_scale * a->shared_gate[t] : a->shared_scale;
+    for (int i = 0; i < s->hidden; i++) total[i] = 0;
+    for (int j = 0; j < s->slots; j++) {
+        float weight = a->weights == NULL ? 1 : a->weights[t * s->slots + j];
+        if (!sums_slot(s, a, t, j, row)) continue;
+        for (int i = 0; i < s->hidden; i++) total[i] = moe__fmaf(weight, row[i], total[i]);
+    }
+    for (int i = 0; i < s->hidden; i++) {
+        float v = total[i] * scale;
+        if (s->shared) v = moe__fmaf(factor, ((const float *)a->shared_rows)[t * s->hidden + i], v);
+        v = v * a->output_scale;
+        if (s->accumulate) v = v + out[t * s->hidden + i];
+        total[i] = v;
+    }
+    free(row);
+}
+
+static moe__cu_function load_finalize(int rows_dtype, int out_dtype, int x_dtype, int slots)
+{
+    char defines[96];
+    snprintf(defines, sizeof defines, "-DMOE_P_ROWS=%d -DMOE_P_OUT=%d -DMOE_P_X=%d", rows_dtype, out_dtype, x_dtype);
+    return load("moe_k_finalize", defines, sizeof(finalize_args), 128, slots * 4 < 1024 ? 1024 : slots * 4);
+}
+
+static void run_sums(sums s)
+{
+    int rows_max = s.tokens * s.slots + 3, live = s.held > 0 ? s.held : s.tokens, stride = s.hidden + s.pad;
+    size_t h = (size_t)s.hidden, slots = (size_t)(s.tokens * s.slots), words = (size_t)(s.tokens * stride);
+    float *rows = some_floats(&s.seed, (size_t)rows_max * h, s.rows_dtype), *weights = some_floats(&s.seed, slots, F32);
+    float *shared = some_floats(&s.seed, (size_t)s.tokens * h, s.rows_dtype), *gate = some_floats(&s.seed, slots, F32);
+    float *x = some_floats(&s.seed, (size_t)s.tokens * h, s.x_dtype), *norm = some_floats(&s.seed, h, F32);
+    float *constants = some_floats(&s.seed, SUM_SPECIAL * h, F32), *out = some_floats(&s.seed, words, s.out_dtype);
+    float *total = (float *)malloc(h * sizeof *total), global = 1.25f;
+    int32_t *row_of_slot = (int32_t *)malloc(slots * 4 + 4), *ids = (int32_t *)malloc(slots * 4 + 4);
+    size_t element = s.out_dtype == F32 ? 4 : 2;
+    unsigned char *got = (unsigned char *)malloc((size_t)rows_max * h * 4 + words * 4);
+    finalize_args host, a;
+    moe__cu_function function = load_finalize(s.rows_dtype, s.out_dtype, s.x_dtype, s.slots);
+    int failed = 0;
+    for (size_t i = 0; i < slots; i++) {
+        ids[i] = (int32_t)(test_random_u32(&s.seed) % (SUM_EXPERTS + SUM_SPECIAL + 1)) - 1;
+        row_of_slot[i] = (int32_t)(i * 7 % (size_t)rows_max);
+        if (ids[i] < 0 || ids[i] >= SUM_EXPERTS || ids[i] == 4) row_of_slot[i] = -1;
+    }
+    memset(&host, 0, sizeof host);
+    host.num_tokens = s.tokens;
+    host.slots = s.slots;
+    host.hidden = s.hidden;
+    host.num_experts = SUM_EXPERTS;
+    host.special_experts = SUM_SPECIAL;
+    host.special_kind = s.special_kind;
+    host.accumulate = s.accumulate;
+    host.scale = 1.5f;
+    host.shared_scale = 0.75f;
+    host.output_scale = 0.875f;
+    host.row_norm_epsilon = 1e-5f;
+    host.x_stride = s.hidden + 1;
+    host.out_stride = stride;
+    a = host;
+    host.row_of_slot = row_of_slot;
+    if (!s.no_rows) host.rows = rows;
+    if (!s.no_weights) host.weights = weights;
+    if (s.shared) host.shared_rows = shared;
+    if (s.gate) host.shared_gate = gate;
+    if (s.special_kind != 0) { host.ids = ids; host.x = x; host.constants = constants; }
+    if (s.norm) host.row_norm = norm;
+    if (s.global_scale) host.global_scale = &global;
+    if (!s.no_rows) a.rows = put_matrix(rows, s.rows_dtype, rows_max, s.hidden, s.hidden, 0);
+    if (!s.no_rows) a.row_of_slot = (const int32_t *)gpu_copy(row_of_slot, slots * 4);
+    if (s.shared) a.shared_rows = put_matrix(shared, s.rows_dtype, s.tokens, s.hidden, s.hidden, 0);
+    a.weights = (const float *)gpu_copy(host.weights, slots * 4);
+    a.ids = (const int32_t *)gpu_copy(host.ids, slots * 4);
+    if (s.special_kind != 0) a.x = put_matrix(x, s.x_dtype, s.tokens, s.hidden, s.hidden + 1, 0);
+    a.constants = (const float *)gpu_copy(host.constants, SUM_SPECIAL * h * 4);
+    a.shared_gate = (const float *)gpu_copy(host.shared_gate, (size_t)s.tokens * 4);
+    a.global_scale = (const float *)gpu_copy(host.global_scale, 4);
+    a.row_norm = (const float *)gpu_copy(host.row_norm, h * 4);
+    if (s.held > 0) a.num_tokens_dev = (const int32_t *)gpu_copy(&s.held, 4);
+    a.out = s.accumulate ? put_matrix(out, s.out_dtype, s.tokens, s.hidden, stride, 0) : gpu_make(words * element);
+    if (function != NULL) GPU_CALL(gpu_text_launch(function, 5, 128, 0, 0, s.slots * 4, &a));
+    gpu_get(got, a.out, words * element);
+    for (int t = 0; t < s.tokens && !failed; t++) {
+        sums_token(&s, &host, t, out, total);
+        for (int i = 0; i < stride && !failed; i++) {
+            uint32_t word = bits_of(got, s.out_dtype, (size_t)(t * stride + i)), want;
+            want = i < s.hidden ? bits_as(total[i], s.out_dtype) : 0xffffffffu >> (s.out_dtype == F32 ? 0 : 16);
+            if (!s.accumulate && (i >= s.hidden || t >= live))
+                want = GPU_POISON * (s.out_dtype == F32 ? 0x1010101u : 0x101u);
+            else if (t >= live && i < s.hidden)
+                want = bits_as(out[t * s.hidden + i], s.out_dtype);
+            failed = word != want;
+            if (failed) {
+                char text[160];
+                snprintf(text, sizeof text, "H %d, T %d, slots %d, types %d %d: token %d, column %d is 0x%x, not 0x%x",
+                         s.hidden, s.tokens, s.slots, s.rows_dtype, s.out_dtype, t, i, (unsigned)word, (unsigned)want);
+                test_fail(__FILE__, __LINE__, text);
+            }
+        }
+    }
+    gpu_release();
+    free(rows);
+    free(weights);
+    free(shared);
+    free(gate);
+    free(x);
+    free(norm);
+    free(constants);
+    free(out);
+    free(total);
+    free(row_of_slot);
+    free(ids);
+    free(got);
+}
+
+// ---- both products and finalize -------------------------------------------------------------------------------------
+
+// Launches all three, each allowed to start before the one ahead ends; rows and output into the caller's memory.
+static void run_chain(problem *p, void *got_rows, size_t row_bytes, void *got_out, size_t out_bytes)
+{
+    rows_args rows = put_rows(p, put_experts(p));
+    void *x = put_matrix(p->x, p->x_dtype, p->tokens, p->hidden, p->hidden, 0), *mid = gpu_make_raw(mid_bytes(p));
+    void *out_rows = gpu_make_raw(row_bytes);
+    int32_t slots = p->tokens * p->slots, *row_of_slot = (int32_t *)malloc((size_t)slots * 4);
+    moe__cu_function function = load_finalize(p->rows_dtype, F32, BF16, p->slots);
+    finalize_args a;
+    memset(&a, 0, sizeof a);
+    for (int i = 0; i < slots; i++) row_of_slot[i] = -1;
+    for (int r = 0; r < p->rows_max; r++)
+        if (p->slot_of_row[r] >= 0) row_of_slot[p->slot_of_row[r]] = r;
+    a.rows = out_rows;
+    a.row_of_slot = (const int32_t *)gpu_copy(row_of_slot, (size_t)slots * 4);
+    a.weights = (const float *)gpu_copy(p->weights, (size_t)slots * 4);
+    a.out = gpu_make(out_bytes);
+    a.out_stride = a.hidden = p->hidden;
+    a.num_tokens = p->tokens;
+    a.slots = p->slots;
+    a.scale = a.shared_scale = a.output_scale = 1;
+    GPU_CALL(launch_gemm1(p, &rows, x, mid, 1));
+    GPU_CALL(launch_gemm2(p, &rows, mid, out_rows, 1));
+    if (function != NULL) GPU_CALL(gpu_text_launch(function, CTAS, 128, 0, 1, p->slots * 4, &a));
+    gpu_get(got_out, a.out, out_bytes);
+    if (got_rows != NULL)
+        for (int r = 0; r < p->rows_max; r++) // of the rows there are: others were never written
+            if (p->slot_of_row[r] >= 0)
+                gpu_get((char *)got_rows + (size_t)p->slot_of_row[r] * (row_bytes / (size_t)p->rows_max),
+                        (char *)out_rows + (size_t)r * (row_bytes / (size_t)p->rows_max),
+                        row_bytes / (size_t)p->rows_max);
+    gpu_release();
+    free(row_of_slot);
+}
+
+static problem chain_problem(int tile)
+{
+    problem p = { 0 };
+    p.tile = tile;
+    p.gated = 1;
+    p.hidden = 136;
+    p.features = 72;
+    p.slots = 2;
+    p.tokens = 21;
+    p.experts = 4;
+    p.counts[0] = 17;
+    p.counts[1] = 5;
+    p.counts[3] = 18;
+    p.bias = 1;
+    return p;
+}
+
+// The whole of a layer behind its routing, in numbers that round nowhere but in the intermediate.
+static void check_chain(problem p)
+{
+    size_t h = (size_t)p.hidden, out_bytes = (size_t)p.tokens * h * 4;
+    float *got, *want, *mid, *row;
+    problem_make(&p);
+    got = (float *)malloc(out_bytes);
+    want = (float *)calloc(out_bytes, 1);
+    mid = (float *)malloc((size_t)p.features * 4);
+    row = (float *)malloc(h * 4);
+    run_chain(&p, NULL, (size_t)p.rows_max * h * 4, got, out_bytes);
+    for (int r = 0; r < p.rows_max; r++) {
+        int slot = p.slot_of_row[r];
+        if (slot < 0) continue;
+        expected_mid(&p, r, mid);
+        expected_row(&p, r, mid, row);
+        for (size_t i = 0; i < h; i++) want[(size_t)(slot / p.slots) * h + i] += p.weights[slot] * row[i];
+    }
+    for (size_t i = 0; i < (size_t)p.tokens * h; i++)
+        if (got[i] != want[i]) {
+            differ(&p, "output", (int)(i / h), (int)(i % h), moe__f32_bits(got[i]), moe__f32_bits(want[i]));
+            break;
+        }
+    problem_free(&p);
+    free(got);
+    free(want);
+    free(mid);
+    free(row);
 }
 
 // ---- tests ----------------------------------------------------------------------------------------------------------
@@ -583,7 +856,227 @@ TEST(second_product_in_every_tile)
     }
 }
 
+// Tiles of 1, 2, ... rows.
+TEST(every_number_of_rows_in_a_tile)
+{
+    static const int some[] = { 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127 };
+    problem p = { 0 };
+    if (!gpu_open()) return;
+    p.tile = 16;
+    p.dtype = F16;
+    p.gated = 1;
+    p.hidden = p.features = 8;
+    p.experts = 16;
+    p.tokens = 17 * 8;
+    for (int e = 0; e < 16; e++) p.counts[e] = 16 - e;
+    run_gemm1(p);
+    p.tile = 128;
+    p.dtype = BF16;
+    p.gated = 0;
+    p.experts = 15;
+    p.tokens = 600;
+    for (int e = 0; e < 15; e++) p.counts[e] = some[e];
+    run_gemm1(p);
+}
+
+TEST(long_runs_of_tiles_and_no_tile)
+{
+    problem p = { 0 };
+    if (!gpu_open()) return;
+    p.tile = 8;
+    p.gated = 0;
+    p.hidden = 72;
+    p.features = 136;
+    p.experts = 4;
+    p.tokens = 1000;
+    p.counts[1] = 8 * 33; // more tiles than a warp looks at in one go, and the ends of such looks
+    p.counts[2] = 8 * 32 - 3;
+    p.counts[3] = 8 * 34;
+    run_gemm1(p);
+    memset(p.counts, 0, sizeof p.counts);
+    run_gemm1(p);
+}
+
+TEST(every_activation)
+{
+    static const int kinds[] = {
+        MOE_ACTIVATION_SWIGLU, MOE_ACTIVATION_SWIGLU_STEP, MOE_ACTIVATION_GEGLU_ERF, MOE_ACTIVATION_GEGLU_TANH,
+        MOE_ACTIVATION_SITU, MOE_ACTIVATION_SILU, MOE_ACTIVATION_GELU_ERF, MOE_ACTIVATION_GELU_TANH,
+        MOE_ACTIVATION_RELU, MOE_ACTIVATION_RELU2, MOE_ACTIVATION_RELU2_CLAMP, MOE_ACTIVATION_IDENTITY
+    };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 24; i++) {
+        problem p = { 0 };
+        p.tile = 8;
+        p.act.kind = kinds[i / 2];
+        p.act.alpha = i % 2 == 0 ? 1 : 1.702f;
+        p.act.beta = i % 2 == 0 ? 0 : 1;
+        p.act.limit = i % 2 == 0 ? 0 : 1.25f;
+        p.gated = p.act.kind < MOE_ACTIVATION_SILU;
+        p.hidden = 136;
+        p.features = 72;
+        p.bias = i % 2;
+        p.experts = 2;
+        p.tokens = 9;
+        p.counts[i % 2] = 8;
+        run_gemm1(p);
+    }
+}
+
+TEST(activation_of_each_expert)
+{
+    problem p = { 0 };
+    if (!gpu_open()) return;
+    p.tile = 8;
+    p.gated = p.per_expert = 1;
+    p.hidden = 72;
+    p.features = 8;
+    p.experts = 5;
+    p.tokens = 20;
+    for (int e = 0; e < 5; e++) p.counts[e] = 4;
+    run_gemm1(p);
+}
+
+// x by cp.async, rounded, weighted, at odd places.
+TEST(every_kind_of_x)
+{
+    if (!gpu_open()) return;
+    for (int i = 0; i < 8; i++) {
+        static const int types[] = { BF16, F32, F16 };
+        problem p = { 0 };
+        p.tile = i == 4 ? 128 : 8;
+        p.x_dtype = i == 4 ? F32 : types[i % 3];
+        p.rough = i > 0;
+        p.gated = 0;
+        p.weighted = i % 2;
+        p.x_pad = i == 3 ? 3 : i == 5 ? 8 : 0;
+        p.x_shift = i == 6 || i == 7;
+        p.hidden = 72;
+        p.features = 40;
+        p.slots = 2;
+        p.tokens = 10;
+        p.experts = 3;
+        p.counts[0] = 11;
+        p.counts[2] = 5;
+        run_gemm1(p);
+    }
+}
+
+TEST(shared_experts_have_no_tables)
+{
+    static const int tokens[] = { 1, 8, 13, 40 };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 8; i++) {
+        problem p = { 0 };
+        p.tile = i % 2 == 0 ? 8 : 16;
+        p.dtype = i % 2 == 0 ? BF16 : F16;
+        p.rows_dtype = i % 2 == 0 ? F32 : BF16;
+        p.gated = i % 2;
+        p.identity = 1;
+        p.tokens = tokens[i / 2];
+        p.held = i >= 4 ? p.tokens - 5 : 0;
+        p.hidden = i % 4 == 0 ? 40 : 200;
+        p.features = 136;
+        run_gemm1(p);
+        run_gemm2(p);
+    }
+}
+
+TEST(chained_launches)
+{
+    if (!gpu_open()) return;
+    for (int i = 0; i < 3; i++) {
+        problem p = chain_problem(i == 1 ? 16 : 8);
+        p.dtype = i == 1 ? F16 : BF16;
+        p.act.kind = MOE_ACTIVATION_SWIGLU_STEP;
+        p.act.limit = 0.015625f; // times up: sums of what comes out are exact
+        if (i != 1) {
+            p.gated = 0;
+            p.act.kind = i == 0 ? MOE_ACTIVATION_IDENTITY : MOE_ACTIVATION_RELU;
+        }
+        check_chain(p);
+    }
+}
+
+TEST(random_numbers_within_bounds)
+{
+    if (!gpu_open()) return;
+    for (int i = 0; i < 2; i++) {
+        problem p = { 0 };
+        p.tile = i == 0 ? 8 : 64;
+        p.dtype = i == 0 ? F16 : BF16;
+        p.rough = p.rough_weights = 1;
+        p.hidden = 40;
+        p.features = 704;
+        p.tokens = 12;
+        p.counts[0] = 12;
+        run_gemm2(p);
+    }
+}
+
+TEST(a_row_does_not_depend_on_the_tile)
+{
+    float *rows[5];
+    problem p;
+    size_t words = 0;
+    if (!gpu_open()) return;
+    for (int i = 0; i < 5; i++) {
+        p = chain_problem(tiles[i]);
+        p.rough = p.rough_weights = 1;
+        p.dtype = BF16;
+        p.gated = 0;
+        p.act.kind = MOE_ACTIVATION_IDENTITY;
+        problem_make(&p);
+        words = (size_t)(p.tokens * p.slots * p.hidden);
+        rows[i] = (float *)calloc(words + (size_t)(p.tokens * p.hidden), 4);
+        run_chain(&p, rows[i], (size_t)(p.rows_max * p.hidden) * 4, rows[i] + words, (size_t)(p.tokens * p.hidden) * 4);
+        if (i < 4) problem_free(&p);
+    }
+    for (int i = 1; i < 5; i++) CHECK(memcmp(rows[0], rows[i], words * 4) == 0);
+    problem_free(&p);
+    for (int i = 0; i < 5; i++) free(rows[i]);
+}
+
+TEST(finalize_gives_the_same_bits)
+{
+    static const int sizes[] = { 8, 72, 704, 1032, 136 };
+    static const int types[][3] = { { F32, BF16, BF16 }, { BF16, F32, F32 }, { F16, F16, F16 } };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 30; i++) {
+        sums s = { 0 };
+        s.rows_dtype = types[i % 3][0];
+        s.out_dtype = types[i % 3][1];
+        s.x_dtype = types[i % 3][2];
+        s.hidden = sizes[i % 5];
+        s.tokens = 1 + i % 4 * 7;
+        s.slots = 1 + i * 5 % 11;
+        s.held = i % 7 == 4 && s.tokens > 3 ? s.tokens - 2 : 0;
+        s.no_rows = i % 10 == 7;
+        s.no_weights = i % 6 == 5;
+        s.shared = i % 3 != 1;
+        s.gate = i % 4 == 3;
+        s.norm = i % 5 == i % 2;
+        s.special_kind = i % 4 == 1 ? MOE_SPECIAL_IDENTITY : i % 4 == 2 ? MOE_SPECIAL_CONSTANT
+                         : i % 8 == 7 ? MOE_SPECIAL_ZERO : 0;
+        s.global_scale = i % 2;
+        s.accumulate = i % 5 > 2;
+        s.pad = i % 9 == 2 ? 8 : i % 9 == 5 ? 1 : 0;
+        s.seed = (uint64_t)i + 5;
+        run_sums(s);
+    }
+}
+
 TEST_MAIN(
     T(first_product_in_every_tile)
     T(second_product_in_every_tile)
+    T(every_number_of_rows_in_a_tile)
+    T(long_runs_of_tiles_and_no_tile)
+    T(every_activation)
+    T(activation_of_each_expert)
+    T(every_kind_of_x)
+    T(shared_experts_have_no_tables)
+    T(chained_launches)
+    T(random_numbers_within_bounds)
+    T(a_row_does_not_depend_on_the_tile)
+    T(finalize_gives_the_same_bits)
 )
