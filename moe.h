@@ -9294,9 +9294,9 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
 
 #if !defined(MOE_NO_CUDA)
 // ---- on the device ---- Matrices of 16 bits lie there in blocks of 128 rows x 64 elements, 16 KB each, [slab of rows]
-// [block of k]; what is beyond the matrix is 0. Inside a block the 16-byte chunk c of row r lies at chunk c ^ (r & 7), so
-// that ldmatrix meets no bank twice. Rows are reordered, 32 at a time, so that what an epilogue needs together comes out of
-// one thread:
+// [block of k]; what is beyond the matrix is 0. Inside a block the 16-byte chunk c of row r lies at chunk c ^ (r & 7),
+// so that ldmatrix meets no bank twice. Rows are reordered, 32 at a time, so that what an epilogue needs together comes
+// out of one thread:
 //
 //     gated W1    16 features: row i gate f + 2i, 8 + i gate f + 2i + 1, 16 + i up f + 2i, 24 + i up f + 2i + 1
 //     others      32 rows: row 8q + i is row 4i + q of them
@@ -9369,8 +9369,8 @@ typedef struct moe__device_tables {
     int32_t reserved;
 } moe__device_tables;
 
-// Packed copies of the experts in one piece of device memory: blocks, shared experts, addresses [blocks], address of the
-// shared ones.
+// Packed copies of the experts in one piece of device memory: blocks, shared experts, addresses [blocks], address of
+// the shared ones.
 typedef struct moe__device_experts {
     moe__cu_ptr memory; // 0: none
     uint64_t bytes, shared_offset, table_offset;
@@ -10455,7 +10455,7 @@ static void moe__device_tables_make(const moe_weights *weights, moe__device_tabl
         uint64_t count = weights->layout.table_count[roles[i]];
         const float *table = (const float *)(const void *)(weights->memory + weights->layout.table_offset[roles[i]]);
         if (weights->layout.table_offset[roles[i]] == UINT64_MAX ||
-            (roles[i] != MOE_TENSOR_CONSTANT && (weights->common_set >> roles[i] & 1u) == 0)) // constants: see constant_set
+            (roles[i] != MOE_TENSOR_CONSTANT && (weights->common_set >> roles[i] & 1u) == 0))
             continue;
         device->offset[roles[i]] = device->bytes;
         if (roles[i] == MOE_TENSOR_ROUTER) {
@@ -12744,16 +12744,16 @@ static void moe__instances_products(const moe_layer_desc *layer, const moe_plan_
     moe__text text = moe__text_make(kind, sizeof kind);
     moe__text_format(&text, "_%s%s_x_%s", moe_dtype_string(dtype), gated ? "_gated" : "",
                      moe_dtype_string(desc->x_dtype));
-    moe__instance_make(gemm1, "moe_k_gemm1", "gemm1_t%d", shape.tile, kind, arch, sizeof(moe__gemm1_args), shape.threads,
-                       shape.smem_bytes);
+    moe__instance_make(gemm1, "moe_k_gemm1", "gemm1_t%d", shape.tile, kind, arch, sizeof(moe__gemm1_args),
+                       shape.threads, shape.smem_bytes);
     moe__instance_define(gemm1, "TILE", shape.tile);
     moe__instance_define(gemm1, "DTYPE", dtype);
     moe__instance_define(gemm1, "X", desc->x_dtype);
     moe__instance_define(gemm1, "GATED", gated);
     text = moe__text_make(kind, sizeof kind);
     moe__text_format(&text, "_%s_rows_%s", moe_dtype_string(dtype), moe_dtype_string(rows));
-    moe__instance_make(gemm2, "moe_k_gemm2", "gemm2_t%d", shape.tile, kind, arch, sizeof(moe__gemm2_args), shape.threads,
-                       shape.smem_bytes);
+    moe__instance_make(gemm2, "moe_k_gemm2", "gemm2_t%d", shape.tile, kind, arch, sizeof(moe__gemm2_args),
+                       shape.threads, shape.smem_bytes);
     moe__instance_define(gemm2, "TILE", shape.tile);
     moe__instance_define(gemm2, "DTYPE", dtype);
     moe__instance_define(gemm2, "ROWS", rows);
@@ -12969,12 +12969,12 @@ static int32_t moe__workspace_products(moe_plan *plan)
                                              : plan->desc.max_tokens;
         uint64_t size = (uint64_t)moe_dtype_bits(moe__rows_dtype(&plan->layer, set)) / 8;
         uint64_t n = (uint64_t)moe__rows_max(plan, tokens, set), h = (uint64_t)plan->layer.hidden_size;
-        uint64_t row_bytes, shared_bytes;
+        uint64_t row_bytes, shared_bytes, mid_bytes = moe__mid_bytes(plan->layout.expert.features, n);
         if (!moe__mul(n * size, h, &row_bytes) || !moe__mul((uint64_t)tokens * size, h, &shared_bytes)) return 0;
         if (n > rows_most) rows_most = n;
         if (n / (uint64_t)moe__gemm_set_of(set).tile > tiles) tiles = n / (uint64_t)moe__gemm_set_of(set).tile;
         if (row_bytes > rows) rows = row_bytes;
-        if (moe__mid_bytes(plan->layout.expert.features, n) > mid) mid = moe__mid_bytes(plan->layout.expert.features, n);
+        if (mid_bytes > mid) mid = mid_bytes;
         if (plan->layout.shared.bytes == 0) continue;
         if (shared_bytes > shared_rows) shared_rows = shared_bytes;
         n = moe__align_up((uint64_t)tokens, 8);
@@ -13688,17 +13688,20 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.input_mode", "is %d: in this version CUDA takes LOGITS, IDS "
                          "and PACKED", a->input_mode);
     if ((a->flags & MOE_EXECUTE_ROWS_OUT) != 0)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.flags", "has ROWS_OUT, which in this version the CPU alone does");
-    if (a->done_signal != NULL || a->gemm2_start_event != NULL)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, a->done_signal != NULL ? "args.done_signal" : "args.gemm2_start_event",
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.flags",
+                         "has ROWS_OUT, which in this version the CPU alone does");
+    if (a->done_signal != NULL)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.done_signal", "is set, which this version does not do");
+    if (a->gemm2_start_event != NULL)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.gemm2_start_event",
                          "is set, which this version does not do");
     if (plan->layer.activation.per_expert && plan->blocks > plan->layer.parallel.local_experts)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has always-on experts beside activations of each expert's "
-                         "own, which in this version the CPU alone does");
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has always-on experts beside activations of each "
+                         "expert's own, which in this version the CPU alone does");
     for (int32_t i = 0; i < plan->layer.parallel.local_experts; i++)
         if (moe__weights_expert_constant(run->weights, i) != NULL)
-            return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which in "
-                             "this version the CPU alone runs");
+            return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which "
+                             "in this version the CPU alone runs");
     return moe__check_aligned(a->out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", err);
 }
 #endif
@@ -14157,8 +14160,8 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
 #endif
 
 #if !defined(MOE_NO_CUDA)
-// ---- the whole layer ---- K0, then GEMM 1, GEMM 2 of the routed and of the shared experts, finalize; each starts early
-// behind the one before, by programmatic dependent launch.
+// ---- the whole layer ---- K0, then GEMM 1, GEMM 2 of the routed and of the shared experts, finalize; each starts
+// early behind the one before, by programmatic dependent launch.
 
 // CTAs of a product: as many as fit, but no more than it has tiles.
 static int32_t moe__gemm_ctas(const moe__run *run, moe__gemm_set shape, int64_t tiles, int32_t rows)
@@ -14353,7 +14356,8 @@ static int32_t moe__stage_execute(moe__run *run, void *stream)
 {
     const moe_plan *plan = run->plan;
     const moe__workspace *ws = &plan->workspace;
-    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), shared = plan->layout.shared.bytes != 0, entered, result;
+    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), shared = plan->layout.shared.bytes != 0;
+    int32_t entered, result;
     moe_permutation t;
     moe__cu_result launched = 0;
     if ((result = moe__check_cuda(run, NULL)) != MOE_OK) return result;
@@ -15948,8 +15952,8 @@ static const char *const moe__kernel_text[] = {
 "//   moe_k_router_logits  256                    any; good: 2 an SM, but      8 h K + 2 b (K + 16) word + 4 h, tiles\n"
 "//                                               not more than tiles          of h x b, stages of K (>>router)\n"
 "//\n"
-"// Every kernel lets its dependents start at once and itself waits for all of the grid before (programmatic launch). Good\n"
-"// chunks: T over the number of SMs, rounded up to 16.\n"
+"// Every kernel lets its dependents start at once and itself waits for all of the grid before (programmatic launch).\n"
+"// Good chunks: T over the number of SMs, rounded up to 16.\n"
 "\n"
 "// moe_k_route_one. Grid = cluster = 1, 2, 4 or 8 CTAs.\n"
 "struct route_one_args {\n"
@@ -16208,8 +16212,8 @@ static const char *const moe__kernel_text[] = {
 "    return dtype == DTYPE_BF16 \? bf16_f32(half) : cvt_f16(half);\n"
 "}\n"
 "\n"
-"// The sum of 32 lanes in the order of moe.h: lane ^ 16, ^ 8, ^ 4, ^ 2, ^ 1. Every lane gets it; with 8, where the others\n"
-"// have zeros, the first eight.\n"
+"// The sum of 32 lanes in the order of moe.h: lane ^ 16, ^ 8, ^ 4, ^ 2, ^ 1. Every lane gets it; with 8, where the\n"
+"// others have zeros, the first eight.\n"
 "DI f32 lanes_sum(f32 x, u32 lanes = 32)\n"
 "{\n"
 "    if (lanes > 8) {\n"
@@ -16426,8 +16430,8 @@ static const char *const moe__kernel_text[] = {
 "    return ballot(bad) != 0;\n"
 "}\n"
 "\n"
-"// The logits of a token behind multiplier and soft cap, into x and, in ROUTE_ANY, rows.logit. Says whether one was NaN or\n"
-"// +inf; ROUTE_SOFTMAX leaves that to route_scores().\n"
+"// The logits of a token behind multiplier and soft cap, into x and, in ROUTE_ANY, rows.logit. Says whether one was NaN\n"
+"// or +inf; ROUTE_SOFTMAX leaves that to route_scores().\n"
 "DI bool route_logits(const tokens_args &a, i64 token, const warp_rows &rows, f32 (&x)[PER_LANE])\n"
 "{\n"
 "    const routing_args r = routing_of(a);\n"
@@ -16935,9 +16939,9 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// >>permute  slots in expert order  A counting sort, stable: tokens stay in order inside an expert. A warp has a run of\n"
-"// neighbouring tokens and counts their ids in 16-bit counters of its own, so that each slot knows how many of the warp's\n"
-"// come before it. Then counters are added up over the warps, and CTAs (of the cluster, or one a chunk) and experts.\n"
-"// moe.h's moe_permute() gives the same tables.\n"
+"// neighbouring tokens and counts their ids in 16-bit counters of its own, so that each slot knows how many of the\n"
+"// warp's come before it. Then counters are added up over the warps, and CTAs (of the cluster, or one a chunk) and\n"
+"// experts. moe.h's moe_permute() gives the same tables.\n"
 "//\n"
 "//   u32 slot[]         per slot of this CTA: its id (16 bits, -1: none), how many of the warp's come before\n"
 "//   u16 counter[W][S]  per warp and id: its slots; then those of the CTA's warps before\n"
@@ -18077,7 +18081,7 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   route      warps: token -> ids, weights, slot, counter; threads: ids; counters over warps -> own  | cluster barrier\n"
 "//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
-"//   place      threads: local experts -> rows; warps: slots; threads: tiles, shared out by CTA  | wait is the last thing\n"
+"//   place      threads: experts -> rows; warps: slots; threads: tiles, shared out by CTA  | wait is the last thing\n"
 "//\n"
 "//   shared memory: sort_memory, own, counters, slots, two rows a warp. At most 128 registers.\n"
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
@@ -18133,8 +18137,8 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#if defined(MOE_K_ROUTE) || defined(MOE_K_ALL)\n"
 "\n"
-"// First half of K0 for many tokens: a CTA routes a chunk of neighbouring tokens, a warp a run of them, and leaves behind\n"
-"// how often each id occurs in it, and how often before each slot.\n"
+"// First half of K0 for many tokens: a CTA routes a chunk of neighbouring tokens, a warp a run of them, and leaves\n"
+"// behind how often each id occurs in it, and how often before each slot.\n"
 "//\n"
 "//   shared memory: own, counters, u32 fault[64], slots, two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
@@ -18174,8 +18178,8 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#if defined(MOE_K_SORT) || defined(MOE_K_ALL)\n"
 "\n",
-"// Sums of the chunks' counters: all chunks into m.all, those before this CTA's into m.before. A thread takes four ids of\n"
-"// every G-th chunk, so that a warp reads lines.\n"
+"// Sums of the chunks' counters: all chunks into m.all, those before this CTA's into m.before. A thread takes four ids\n"
+"// of every G-th chunk, so that a warp reads lines.\n"
 "DI void sum_chunks(const sort_args &a, const sort_memory &m)\n"
 "{\n"
 "    const u32 fours = (u32)a.counts_stride / 4, groups = fours < ntid() \? ntid() / fours : 1, chunks = (u32)a.chunks;\n"
@@ -18326,10 +18330,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "d3c62c6c2ea1317dfe8448b08741b2575629a5b95f4e4eae7aa9d18656bf0eeb";
+    return "57a430b07e662410321c08dd5f4fdf1ec5da70a1eb8820b45286cb6c93899ed3";
 }
 
-// >>kernels-ptx d3c62c6c2ea1317dfe8448b08741b2575629a5b95f4e4eae7aa9d18656bf0eeb  of the text with this digest
+// >>kernels-ptx 57a430b07e662410321c08dd5f4fdf1ec5da70a1eb8820b45286cb6c93899ed3  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

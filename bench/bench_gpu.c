@@ -3,10 +3,10 @@
 //     cc -O2 -o build/bench_gpu bench/bench_gpu.c -ldl -lpthread && build/bench_gpu [result.json]
 //
 // Rows: routing with all permutation tables (moe_permute from logits, E256 k8), plain softmax and DeepSeek-V3's groups,
-// and the router's product (moe_router_logits); each as it comes and, "programmatic", with MOE_EXECUTE_PDL_IN. A stage's
-// time is the slope between graphs of 10 and of 60 of it, each node with logits of its own, two graphs with different
-// inputs in turn. Ceilings: a chain of empty kernels (what a dependent launch costs) and a copy on the device (bytes read
-// plus bytes written). Last, what making a plan costs with an empty folder of kernels, and with a full one.
+// and the router's product (moe_router_logits); each as it comes and, "programmatic", with MOE_EXECUTE_PDL_IN. A
+// stage's time is the slope between graphs of 10 and of 60 of it, each node with logits of its own, two graphs with
+// different inputs in turn. Ceilings: a chain of empty kernels (what a dependent launch costs) and a copy on the device
+// (bytes read plus bytes written). Last, what making a plan costs with an empty folder of kernels, and with a full one.
 #define _POSIX_C_SOURCE 200809L
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION

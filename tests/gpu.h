@@ -65,8 +65,8 @@ static void gpu_close(void)
     if (leaks != NULL && leaks(text, sizeof text) != 0) test_fail2(__FILE__, __LINE__, "leaked", text);
 }
 
-// Both contexts, once for the program, with these settings of the compiler and the cache; 0: the test is left out, or has
-// failed.
+// Both contexts, once for the program, with these settings of the compiler and the cache; 0: the test is left out, or
+// has failed.
 TEST_UNUSED static int gpu_open_with(const moe_jit_desc *jit)
 {
     moe_context_desc desc;
@@ -288,8 +288,8 @@ static int pair_tensor(moe_weights *weights, int role, int expert, int rank, int
     return moe_weights_set_tensor(weights, &t, err);
 }
 
-// The matrices and vectors of `role`, of every local routed expert or of the shared ones, on a grid: multiples of `step`
-// within 4 of it, so that sums are exact.
+// The matrices and vectors of `role`, of every local routed expert or of the shared ones, on a grid: multiples of
+// `step` within 4 of it, so that sums are exact.
 static int pair_grid(const pair *p, moe_weights *weights, int role, int64_t rows, int64_t columns, float step,
                      moe_error *err)
 {
@@ -298,7 +298,8 @@ static int pair_grid(const pair *p, moe_weights *weights, int role, int64_t rows
     uint64_t state = p->seed * 77 + (uint64_t)role;
     float *data = (float *)malloc((size_t)count * sizeof data[0]);
     for (int64_t i = 0; i < count; i++) data[i] = step * (float)((int)(test_random_u32(&state) % 9) - 4);
-    if (stacked) result = pair_tensor(weights, role, -1, vector ? 2 : 3, experts, rows, columns, MOE_DTYPE_F32, data, err);
+    if (stacked)
+        result = pair_tensor(weights, role, -1, vector ? 2 : 3, experts, rows, columns, MOE_DTYPE_F32, data, err);
     else result = pair_tensor(weights, role, -1, vector ? 1 : 2, rows, columns, 0, MOE_DTYPE_F32, data, err);
     free(data);
     return result;
