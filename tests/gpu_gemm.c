@@ -10,48 +10,6 @@
 enum { F32 = MOE_DTYPE_F32, BF16 = MOE_DTYPE_BF16, F16 = MOE_DTYPE_F16 };
 enum { EXPERTS_MAX = 20, BLOCK = 16384, CTAS = 3 };
 
-// Argument structs of the kernels; moe_kernels.cu.inc says what each member is.
-typedef struct rows_args {
-    const int32_t *slot_of_row, *tile_expert, *tile_limit, *num_tiles;
-    const uint64_t *experts;
-    const int32_t *num_tokens_dev;
-    int32_t num_tokens, slots, tile, rows_max;
-} rows_args;
-
-typedef struct gemm1_args {
-    rows_args rows;
-    const void *x;
-    const float *weight_on_input, *alpha, *beta, *limit;
-    const int32_t *global_of_block;
-    void *mid;
-    int64_t x_stride;
-    uint64_t w1, bias1;
-    int32_t hidden, features, kind;
-    float act_alpha, act_beta, act_limit;
-} gemm1_args;
-
-typedef struct gemm2_args {
-    rows_args rows;
-    const void *mid;
-    void *out;
-    uint64_t w2, bias2;
-    int32_t hidden, features;
-} gemm2_args;
-
-typedef struct finalize_args {
-    const void *rows, *shared_rows;
-    const int32_t *row_of_slot;
-    const float *weights;
-    const int32_t *ids;
-    const void *x;
-    const float *constants, *shared_gate, *global_scale, *row_norm;
-    const int32_t *num_tokens_dev;
-    void *out;
-    int64_t x_stride, out_stride;
-    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate;
-    float scale, shared_scale, output_scale, row_norm_epsilon;
-} finalize_args;
-
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
 typedef struct program {
@@ -266,9 +224,9 @@ static const uint64_t *put_experts(problem *p)
     return (const uint64_t *)gpu_copy(address, (size_t)p->experts * 8);
 }
 
-static rows_args put_rows(const problem *p, const uint64_t *experts)
+static moe__rows_args put_rows(const problem *p, const uint64_t *experts)
 {
-    rows_args r;
+    moe__rows_args r;
     memset(&r, 0, sizeof r);
     r.experts = experts;
     r.slots = p->slots;
@@ -357,10 +315,10 @@ static size_t mid_at(const problem *p, int row, int f)
            (size_t)(((f % 64 / 8) ^ (row % 8)) * 16 + f % 8 * 2);
 }
 
-static int launch_gemm1(const problem *p, const rows_args *rows, const void *x, void *mid, int pdl)
+static int launch_gemm1(const problem *p, const moe__rows_args *rows, const void *x, void *mid, int pdl)
 {
     char defines[96];
-    gemm1_args a;
+    moe__gemm1_args a;
     moe__cu_function function;
     int32_t map[EXPERTS_MAX];
     float alpha[EXPERTS_MAX], beta[EXPERTS_MAX], limit[EXPERTS_MAX];
@@ -373,10 +331,10 @@ static int launch_gemm1(const problem *p, const rows_args *rows, const void *x, 
     a.bias1 = p->bias ? p->b1 : UINT64_MAX;
     a.hidden = p->hidden;
     a.features = p->features;
-    a.kind = p->act.kind;
-    a.act_alpha = p->act.alpha;
-    a.act_beta = p->act.beta;
-    a.act_limit = p->act.limit;
+    a.activation.kind = p->act.kind;
+    a.activation.alpha = p->act.alpha;
+    a.activation.beta = p->act.beta;
+    a.activation.limit = p->act.limit;
     if (p->weighted)
         a.weight_on_input = (const float *)gpu_copy(p->weights, (size_t)(p->tokens * p->slots) * 4);
     if (p->per_expert) { // block b is expert experts - 1 - b
@@ -399,10 +357,10 @@ static int launch_gemm1(const problem *p, const rows_args *rows, const void *x, 
     return gpu_text_launch(function, CTAS, 128, 0, pdl, gemm_smem(p->tile), &a);
 }
 
-static int launch_gemm2(const problem *p, const rows_args *rows, const void *mid, void *out, int pdl)
+static int launch_gemm2(const problem *p, const moe__rows_args *rows, const void *mid, void *out, int pdl)
 {
     char defines[96];
-    gemm2_args a;
+    moe__gemm2_args a;
     moe__cu_function function;
     memset(&a, 0, sizeof a);
     a.rows = *rows;
@@ -512,7 +470,7 @@ static void check_rows(const problem *p, const unsigned char *mid, const void *g
 static void run_gemm1(problem p)
 {
     const uint64_t *experts;
-    rows_args rows;
+    moe__rows_args rows;
     void *mid[2], *x;
     unsigned char *got[2];
     problem_make(&p);
@@ -535,7 +493,7 @@ static void run_gemm1(problem p)
 
 static void run_gemm2(problem p)
 {
-    rows_args rows;
+    moe__rows_args rows;
     size_t bytes;
     void *in, *out[2];
     unsigned char *mid, *got[2];
@@ -582,7 +540,7 @@ static float *some_floats(uint64_t *seed, size_t n, int dtype)
 }
 
 // Column `i` of what a slot adds; 0: nothing.
-static int sums_slot(const sums *s, const finalize_args *a, int t, int j, float *row)
+static int sums_slot(const sums *s, const moe__finalize_args *a, int t, int j, float *row)
 {
     int slot = t * s->slots + j, r = a->rows == NULL ? -1 : a->row_of_slot[slot], h = s->hidden;
     int special = a->ids == NULL ? -1 : a->ids[slot] - SUM_EXPERTS;
@@ -603,7 +561,7 @@ static int sums_slot(const sums *s, const finalize_args *a, int t, int j, float 
 }
 
 // The sum of token t, from floats on the host, into `total`; out: what lies there.
-static void sums_token(const sums *s, const finalize_args *a, int t, const float *out, float *total)
+static void sums_token(const sums *s, const moe__finalize_args *a, int t, const float *out, float *total)
 {
     float *row = (float *)malloc((size_t)s->hidden * sizeof *row);
     float scale = a->scale * (a->global_scale != NULL ? *a->global_scale : 1);
@@ -628,7 +586,7 @@ static moe__cu_function load_finalize(int rows_dtype, int out_dtype, int x_dtype
 {
     char defines[96];
     snprintf(defines, sizeof defines, "-DMOE_P_ROWS=%d -DMOE_P_OUT=%d -DMOE_P_X=%d", rows_dtype, out_dtype, x_dtype);
-    return load("moe_k_finalize", defines, sizeof(finalize_args), 128, slots * 4 < 1024 ? 1024 : slots * 4);
+    return load("moe_k_finalize", defines, sizeof(moe__finalize_args), 128, slots * 4 < 1024 ? 1024 : slots * 4);
 }
 
 static void run_sums(sums s)
@@ -643,7 +601,7 @@ static void run_sums(sums s)
     int32_t *row_of_slot = (int32_t *)malloc(slots * 4 + 4), *ids = (int32_t *)malloc(slots * 4 + 4);
     size_t element = s.out_dtype == F32 ? 4 : 2;
     unsigned char *got = (unsigned char *)malloc((size_t)rows_max * h * 4 + words * 4);
-    finalize_args host, a;
+    moe__finalize_args host, a;
     moe__cu_function function = load_finalize(s.rows_dtype, s.out_dtype, s.x_dtype, s.slots);
     int failed = 0;
     for (size_t i = 0; i < slots; i++) {
@@ -726,12 +684,12 @@ static void run_sums(sums s)
 // Launches all three, each allowed to start before the one ahead ends; rows and output into the caller's memory.
 static void run_chain(problem *p, void *got_rows, size_t row_bytes, void *got_out, size_t out_bytes)
 {
-    rows_args rows = put_rows(p, put_experts(p));
+    moe__rows_args rows = put_rows(p, put_experts(p));
     void *x = put_matrix(p->x, p->x_dtype, p->tokens, p->hidden, p->hidden, 0), *mid = gpu_make_raw(mid_bytes(p));
     void *out_rows = gpu_make_raw(row_bytes);
     int32_t slots = p->tokens * p->slots, *row_of_slot = (int32_t *)malloc((size_t)slots * 4);
     moe__cu_function function = load_finalize(p->rows_dtype, F32, BF16, p->slots);
-    finalize_args a;
+    moe__finalize_args a;
     memset(&a, 0, sizeof a);
     for (int i = 0; i < slots; i++) row_of_slot[i] = -1;
     for (int r = 0; r < p->rows_max; r++)
