@@ -12673,7 +12673,7 @@ typedef struct moe__gemm_set {
 
 static moe__gemm_set moe__gemm_set_of(int32_t set)
 {
-    static const moe__gemm_set sets[MOE__SETS] = { { 32, 128, 3, 81984 }, { 128, 256, 2, 98352 } };
+    static const moe__gemm_set sets[MOE__SETS] = { { 32, 128, 3, 81984 }, { 128, 128, 2, 98352 } };
     return sets[set];
 }
 
