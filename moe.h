@@ -17812,13 +17812,12 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// Activation of the first group's first 8 columns, into the intermediate. Behind its last feature sums are zero, and\n"
 "// every activation of zero is zero.\n"
-"DI void gemm_store_eight(const gemm1_args &a, const activation_args &act, const gemm_sums &acc, u8 *to, u32 row,\n"
-"                         u32 rows, u32 feature)\n"
+"DI void gemm_store_eight(const activation_args &act, const gemm_sums &acc, u8 *to, u32 row, u32 rows, u32 feature)\n"
 "{\n"
 "    const u32 piece = feature % 64 / 8;\n"
-"    f32 v[4], u[4];\n",
+"    f32 v[4], u[4];\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < 4; i++) {\n"
+"    for (u32 i = 0; i < 4; i++) {\n",
 "        v[i] = acc[0][0][i];\n"
 "        u[i] = acc[1][0][i];\n"
 "    }\n"
@@ -17851,7 +17850,7 @@ static const char *const moe__kernel_text[] = {
 "        gemm_add_bias(a, job.block, feature, acc, 0);\n"
 "#pragma unroll 1\n"
 "        for (u32 n = 0; n < p.eights; n++) {\n"
-"            gemm_store_eight(a, act, acc, to, p.column + 8 * n, job.rows, feature);\n"
+"            gemm_store_eight(act, acc, to, p.column + 8 * n, job.rows, feature);\n"
 "            gemm_next_eight(acc);\n"
 "        }\n"
 "        gemm_next_group(acc);\n"
@@ -17910,8 +17909,8 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "                for (u32 i = 0; i < 4 * GEMM_EIGHTS; i++) acc[m][i / 4][i % 4] = 0;\n"
 "        }\n"
-"        gemm_load(a, l, stage == 0 \? GEMM_STAGES - 1 : stage - 1, true);\n",
-"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, gemm_left(), right, eights);\n"
+"        gemm_load(a, l, stage == 0 \? GEMM_STAGES - 1 : stage - 1, true);\n"
+"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, gemm_left(), right, eights);\n",
 "        if (k + 1 == blocks) {\n"
 "            gemm_store(a, acc, gemm_jobs()[stage]);\n"
 "            k = ~0u;\n"
@@ -18001,10 +18000,10 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "        widen_8<MOE_P_ROWS>(raw[j], v);\n"
 "        if (a.row_norm != nullptr) {\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "            for (u32 i = 0; i < 8; i++) v[i] = v[i] * (1.0f + a.row_norm[k + i]) * norms[first + j];\n"
 "        }\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "        for (u32 i = 0; i < 8; i++) total[i] = fmaf(weight[j], v[i], total[i]);\n"
 "    }\n"
 "}\n"
@@ -18103,14 +18102,14 @@ static const char *const moe__kernel_text[] = {
 "    if (ctas == 1) return *own;\n"
 "#pragma unroll\n"
 "    for (u32 c = 0; c < 8; c++) count[c] = ld_cluster(mapa(own, c < ctas \? c : rank));\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 c = 0; c < 8; c++) {\n"
 "        all += c < ctas \? count[c] : 0;\n"
 "        before += c < rank \? count[c] : 0;\n"
 "    }\n"
 "    return all;\n"
 "}\n"
-"\n"
+"\n",
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
@@ -18187,9 +18186,9 @@ static const char *const moe__kernel_text[] = {
 "    m.faults = m.own + m.stride;\n"
 "    m.counter = (u16 *)(m.faults + 64);\n"
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
-"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n",
+"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
 "    slot = (u32 *)(m.counter + warps * m.stride) + warps * 64 * PER_LANE;\n"
-"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n"
+"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n",
 "    cta_sync();\n"
 "    grid_launch();\n"
 "    grid_wait();\n"
@@ -18273,12 +18272,12 @@ static const char *const moe__kernel_text[] = {
 "    grid_launch();\n"
 "    grid_wait();\n"
 "    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
-"    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n",
+"    const u32 begin = cta() * (u32)a.chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
 "    const u32 mine = (left < (u32)a.chunk_tokens \? left : (u32)a.chunk_tokens) * slots;\n"
 "    const i64 at = (i64)begin * slots;\n"
 "    i32 id[2];\n"
 "    u32 before[2];\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 h = 0; h < 2; h++) { // the first ones are on their way while counters are added\n"
 "        u32 i = tid() + h * ntid();\n"
 "        id[h] = i < mine \? a.ids[at + i] : -1;\n"
@@ -18365,10 +18364,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "d9a135c4fe19c9d4862323e62e958a9c1a9bd8b645323d8d336fbaa8ce7218c2";
+    return "68e45b6e514626170e7b3638f49dbbfacbb8de95205a527d2802467c9a93dc47";
 }
 
-// >>kernels-ptx d9a135c4fe19c9d4862323e62e958a9c1a9bd8b645323d8d336fbaa8ce7218c2  of the text with this digest
+// >>kernels-ptx 68e45b6e514626170e7b3638f49dbbfacbb8de95205a527d2802467c9a93dc47  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

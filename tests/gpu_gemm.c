@@ -605,7 +605,7 @@ static void run_sums(sums s)
     moe__cu_function function = load_finalize(s.rows_dtype, s.out_dtype, s.x_dtype, s.slots);
     int failed = 0;
     for (size_t i = 0; i < slots; i++) {
-        ids[i] = (int32_t)(test_random_u32(&s.seed) % (SUM_EXPERTS + SUM_SPECIAL + 1)) - 1;
+        ids[i] = (int32_t)(test_random_u32(&s.seed) % (SUM_EXPERTS + SUM_SPECIAL + 3)) - 1;
         row_of_slot[i] = (int32_t)(i * 7 % (size_t)rows_max);
         if (ids[i] < 0 || ids[i] >= SUM_EXPERTS || ids[i] == 4) row_of_slot[i] = -1;
     }
@@ -720,7 +720,7 @@ static problem chain_problem(int tile)
 {
     problem p = { 0 };
     p.tile = tile;
-    p.gated = 1;
+    p.dtype = BF16;
     p.hidden = 136;
     p.features = 72;
     p.slots = 2;
@@ -791,13 +791,13 @@ TEST(first_product_in_every_tile)
 
 TEST(second_product_in_every_tile)
 {
-    static const int types[] = { F32, BF16, F16 };
+    static const int types[] = { F32, F16, F32, BF16, F32 };
     if (!gpu_open()) return;
     for (int i = 0; i < 5; i++) {
         problem p = { 0 };
         p.tile = tiles[i];
-        p.dtype = i % 2 == 0 ? F16 : BF16;
-        p.rows_dtype = types[i % 3];
+        p.dtype = i % 2 == 0 ? BF16 : F16;
+        p.rows_dtype = types[i];
         p.hidden = 136 + 64 * i;
         p.features = i == 4 ? 8 : 72 + 64 * i;
         p.slots = 3;
@@ -841,13 +841,13 @@ TEST(long_runs_of_tiles_and_no_tile)
     if (!gpu_open()) return;
     p.tile = 8;
     p.gated = 0;
-    p.hidden = 72;
-    p.features = 136;
+    p.hidden = 8;
+    p.features = 264;
     p.experts = 4;
     p.tokens = 1000;
     p.counts[1] = 8 * 33; // more tiles than a warp looks at in one go, and the ends of such looks
     p.counts[2] = 8 * 32 - 3;
-    p.counts[3] = 8 * 34;
+    p.counts[3] = 8 * 51;
     run_gemm1(p);
     memset(p.counts, 0, sizeof p.counts);
     run_gemm1(p);
@@ -926,7 +926,7 @@ TEST(shared_experts_have_no_tables)
         problem p = { 0 };
         p.tile = i % 2 == 0 ? 8 : 16;
         p.dtype = i % 2 == 0 ? BF16 : F16;
-        p.rows_dtype = i % 2 == 0 ? F32 : BF16;
+        p.rows_dtype = i % 2 == 0 ? F32 : F16;
         p.gated = i % 2;
         p.identity = 1;
         p.tokens = tokens[i / 2];
@@ -941,15 +941,9 @@ TEST(shared_experts_have_no_tables)
 TEST(chained_launches)
 {
     if (!gpu_open()) return;
-    for (int i = 0; i < 3; i++) {
-        problem p = chain_problem(i == 1 ? 16 : 8);
-        p.dtype = i == 1 ? F16 : BF16;
-        p.act.kind = MOE_ACTIVATION_SWIGLU_STEP;
-        p.act.limit = 0.015625f; // times up: sums of what comes out are exact
-        if (i != 1) {
-            p.gated = 0;
-            p.act.kind = i == 0 ? MOE_ACTIVATION_IDENTITY : MOE_ACTIVATION_RELU;
-        }
+    for (int i = 0; i < 2; i++) {
+        problem p = chain_problem(i == 0 ? 8 : 32);
+        p.act.kind = i == 0 ? MOE_ACTIVATION_IDENTITY : MOE_ACTIVATION_RELU;
         check_chain(p);
     }
     { // without tables: weights are asked for before the wait
@@ -970,8 +964,7 @@ TEST(random_numbers_within_bounds)
     if (!gpu_open()) return;
     for (int i = 0; i < 2; i++) {
         problem p = { 0 };
-        p.tile = i == 0 ? 8 : 64;
-        p.dtype = i == 0 ? F16 : BF16;
+        p.tile = i == 0 ? 8 : 128;
         p.rough = p.rough_weights = 1;
         p.hidden = 40;
         p.features = 704;
@@ -983,31 +976,30 @@ TEST(random_numbers_within_bounds)
 
 TEST(a_row_does_not_depend_on_the_tile)
 {
-    float *rows[5];
+    static const int sizes[] = { 8, 32, 128 };
+    float *rows[3];
     problem p;
-    size_t words = 0;
+    size_t words = 0, sums = 0;
     if (!gpu_open()) return;
-    for (int i = 0; i < 5; i++) {
-        p = chain_problem(tiles[i]);
+    for (int i = 0; i < 3; i++) {
+        p = chain_problem(sizes[i]);
         p.rough = p.rough_weights = 1;
-        p.dtype = BF16;
-        p.gated = 0;
         p.act.kind = MOE_ACTIVATION_IDENTITY;
         problem_make(&p);
         words = (size_t)(p.tokens * p.slots * p.hidden);
-        rows[i] = (float *)calloc(words + (size_t)(p.tokens * p.hidden), 4);
-        run_chain(&p, rows[i], (size_t)(p.rows_max * p.hidden) * 4, rows[i] + words, (size_t)(p.tokens * p.hidden) * 4);
-        if (i < 4) problem_free(&p);
+        sums = (size_t)(p.tokens * p.hidden);
+        rows[i] = (float *)calloc(words + sums, 4);
+        run_chain(&p, rows[i], (size_t)(p.rows_max * p.hidden) * 4, rows[i] + words, sums * 4);
+        problem_free(&p);
     }
-    for (int i = 1; i < 5; i++) CHECK(memcmp(rows[0], rows[i], words * 4) == 0);
-    problem_free(&p);
-    for (int i = 0; i < 5; i++) free(rows[i]);
+    for (int i = 1; i < 3; i++) CHECK(memcmp(rows[0], rows[i], (words + sums) * 4) == 0);
+    for (int i = 0; i < 3; i++) free(rows[i]);
 }
 
 TEST(finalize_gives_the_same_bits)
 {
     static const int sizes[] = { 8, 72, 704, 1032, 136 };
-    static const int types[][3] = { { F32, BF16, BF16 }, { BF16, F32, F32 }, { F16, F16, F16 } };
+    static const int types[][3] = { { F32, F32, BF16 }, { BF16, BF16, F32 }, { F16, F16, F16 } };
     if (!gpu_open()) return;
     for (int i = 0; i < 30; i++) {
         sums s = { 0 };
@@ -1033,6 +1025,36 @@ TEST(finalize_gives_the_same_bits)
     }
 }
 
+// What a model has, on hardware alone: the emulated device would take minutes.
+TEST(large_sizes)
+{
+    sums s = { 0 };
+    if (!gpu_open()) return;
+    if (!gpu_large()) { test_not_here("sizes for hardware"); return; }
+    for (int i = 0; i < 20; i++) {
+        problem p = { 0 };
+        p.tile = tiles[i % 5];
+        p.dtype = i % 2 == 0 ? BF16 : F16;
+        p.gated = i / 10;
+        p.hidden = i % 3 == 0 ? 2880 : 1856;
+        p.features = i % 3 == 1 ? 2880 : 704;
+        p.slots = 2;
+        p.tokens = 150;
+        p.experts = 12;
+        p.counts[0] = 130;
+        for (int e = 1; e < 12; e++) p.counts[e] = e * e % 23;
+        p.bias = i % 4 == 1;
+        run_gemm1(p);
+        run_gemm2(p);
+    }
+    s.rows_dtype = s.out_dtype = s.x_dtype = BF16;
+    s.slots = 3;
+    s.tokens = 65536;
+    s.hidden = 40;
+    s.shared = 1;
+    run_sums(s);
+}
+
 TEST_MAIN(
     T(first_product_in_every_tile)
     T(second_product_in_every_tile)
@@ -1046,4 +1068,5 @@ TEST_MAIN(
     T(random_numbers_within_bounds)
     T(a_row_does_not_depend_on_the_tile)
     T(finalize_gives_the_same_bits)
+    T(large_sizes)
 )
