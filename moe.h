@@ -2,8 +2,8 @@
 //
 // Runs one MoE layer: router logits -> top-k experts -> GEMM 1, activation -> GEMM 2 -> weighted sum + shared experts.
 // Infers routing, activation, sizes and tensor names from a checkpoint's own files, for about sixty model families.
-// Needs the C library, nothing else. This version runs whole layers on the CPU, in f32, bf16 and f16, and on CUDA what
-// stands before the GEMMs: the router's product, routing, permutation. The calls are the same.
+// Needs the C library, nothing else. This version runs whole layers on the CPU, in f32, bf16 and f16, and on CUDA, in
+// bf16 and f16, by mma.sync kernels for every chip from compute capability 8.0 on. The calls are the same.
 //
 // QUICK START
 //
@@ -134,14 +134,22 @@
 // ENVIRONMENT    desc wins; not read at all by a process with more rights than its user
 //     MOE_CACHE_DIR  folder    MOE_CACHE  rw, ro, off    MOE_CUDA_LIB, MOE_NVRTC_LIB  absolute paths: no other is tried
 //
-// STAGES ON CUDA
-//     A CUDA context runs moe_route(), moe_permute() and moe_router_logits(); this version has no GEMM kernels, so
-//     moe_execute() and moe_finalize() are MOE_ERROR_UNSUPPORTED there; moe_execute_check() and the plan's candidates
-//     say so. Weights are packed in host memory; what the stages read is copied to the device when they are sealed.
-//     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements' size;
-//     calls only enqueue, and may be captured. Results are the CPU's, to the bit. Routing takes one launch up to 1,024
-//     tokens (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else two.
-//     sm_limit is for GEMMs: the stages do not look at it.
+// LAYERS ON CUDA
+//     A CUDA context runs moe_execute() of bf16 and f16 layers whose H and I (of this rank) are multiples of 8, and the
+//     stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version, and refused by name: f32
+//     layers, MASKED and SORTED rows, ROWS_OUT, moe_finalize() alone, pruned experts, done_signal, gemm2_start_event,
+//     products without NVRTC. Weights stay in host memory as on the CPU; when they are sealed, copies of the experts in
+//     the kernels' layout and the tables go to the device. moe_weights_replace_expert() renews a copy on `stream` and
+//     waits for that stream.
+//     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements'
+//     size; calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits
+//     with sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once.
+//     Rows between GEMM 2 and the weighted sum are fp32 up to 64 tokens, else of the layer's 16 bits; with
+//     MOE_PLAN_BATCH_INVARIANT always those, and no token's result depends on the others. x of another type than the
+//     layer's is rounded first, and so is x times the weight where weights are on the input. Routing takes one launch
+//     up to 1,024 tokens (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else
+//     two. Kernels depend on each other programmatically; with MOE_EXECUTE_PDL_IN the first one on what the caller has
+//     enqueued before. sm_limit is for the GEMMs.
 //     Contents cannot be refused there; what the CPU refuses is counted in out_faults, and routing goes on: a NaN or
 //     +inf logit (or key) counts as -inf and sorts last; an id out of range becomes -1 with weight 0; a token whose
 //     token id or bias row is out of range gets ids -1. A number of tokens in num_tokens_dev that is out of range
@@ -1085,17 +1093,16 @@ typedef struct moe_execute_args {
     const void *reserved[4];
 } moe_execute_args;
 
-// Runs one layer; not on CUDA in this version. CUDA: stages enqueue on `stream` (a CUstream; NULL is the legacy one),
-// allocate nothing, take no lock, never wait. CPU: `stream` is ignored, the result is complete on return; allocates
-// nothing. Several threads may call it with one plan and one set of weights, each with its own workspace (on the CPU
-// they take turns on the context's thread pool). All pointers stay the caller's. Returns MOE_OK, or a code;
-// moe_execute_check() says why. After MOE_ERROR_DATA on the CPU only out_faults has been written. MASKED and SORTED:
-// each row is weighted and scaled on its own, shared and special experts are left out, num_tokens is not used, and more
-// rows than max_tokens are done in turns.
+// Runs one layer. CUDA: only enqueues on `stream` (a CUstream; NULL is the legacy one), allocates nothing, takes no
+// lock, never waits. CPU: `stream` is ignored, the result is complete on return; allocates nothing. Several threads may
+// call it with one plan and one set of weights, each with its own workspace (on the CPU they take turns on the
+// context's thread pool). All pointers stay the caller's. Returns MOE_OK, or a code; moe_execute_check() says why.
+// After MOE_ERROR_DATA on the CPU only out_faults has been written. MASKED and SORTED: each row is weighted and scaled
+// on its own, shared and special experts are left out, num_tokens is not used, and more rows than max_tokens are done
+// in turns.
 MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                             void *stream);
-// The checks of moe_execute() with words, and on the CPU also of the tensors' contents; computes nothing. On CUDA what
-// a stage would refuse comes first, then that moe_execute() is not in this version.
+// The checks of moe_execute() with words, and on the CPU also of the tensors' contents; computes nothing.
 MOE_API int32_t moe_execute_check(const moe_plan *plan, const moe_weights *weights, const moe_execute_args *args,
                                   moe_error *err);
 
