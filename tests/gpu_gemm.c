@@ -565,7 +565,9 @@ static void sums_token(const sums *s, const moe__finalize_args *a, int t, const 
 {
     float *row = (float *)malloc((size_t)s->hidden * sizeof *row);
     float scale = a->scale * (a->global_scale != NULL ? *a->global_scale : 1);
-    float factor = a->shared_gate != NULL ? a->shared_scale * a->shared_gate[t] : a->shared_scale;
+    float factor = a->shared_scale;
+    if (a->shared_gate != NULL)
+        factor *= a->gate_is_logit ? moe__sigmoidf(a->shared_gate[t]) : a->shared_gate[t];
     for (int i = 0; i < s->hidden; i++) total[i] = 0;
     for (int j = 0; j < s->slots; j++) {
         float weight = a->weights == NULL ? 1 : a->weights[t * s->slots + j];
@@ -617,6 +619,7 @@ static void run_sums(sums s)
     host.special_experts = SUM_SPECIAL;
     host.special_kind = s.special_kind;
     host.accumulate = s.accumulate;
+    host.gate_is_logit = s.gate == 2;
     host.scale = 1.5f;
     host.shared_scale = 0.75f;
     host.output_scale = 0.875f;
@@ -1013,7 +1016,7 @@ TEST(finalize_gives_the_same_bits)
         s.no_rows = i % 10 == 7;
         s.no_weights = i % 6 == 5;
         s.shared = i % 3 != 1;
-        s.gate = i % 4 == 3;
+        s.gate = i % 4 == 3 ? 1 + i % 3 / 2 : 0;
         s.norm = i % 5 == i % 2;
         s.special_kind = i % 4 == 1 ? MOE_SPECIAL_IDENTITY : i % 4 == 2 ? MOE_SPECIAL_CONSTANT
                          : i % 8 == 7 ? MOE_SPECIAL_ZERO : 0;
