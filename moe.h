@@ -13706,8 +13706,8 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has always-on experts beside activations of each "
                          "expert's own, which in this version the CPU alone does");
     if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT && plan->layer.routing.special_experts > 0)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has special experts beside weights on the input, which in "
-                         "this version the CPU alone does");
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has special experts beside weights on the input, which "
+                         "in this version the CPU alone does");
     for (int32_t i = 0; i < plan->layer.parallel.local_experts; i++)
         if (moe__weights_expert_constant(run->weights, i) != NULL)
             return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which "
@@ -15962,8 +15962,8 @@ static const char *const moe__kernel_text[] = {
 "//   moe_k_router_logits  256                    any; good: 2 an SM, but      8 h K + 2 b (K + 16) word + 4 h, tiles\n"
 "//                                               not more than tiles          of h x b, stages of K (>>router)\n"
 "//\n"
-"// Every kernel but the router's product lets its dependents start at once; every one waits for the whole grid before it.\n"
-"// Good chunks: T over the number of SMs, rounded up to 16.\n"
+"// All kernels but the router's product let their dependents start at once; all wait for the whole grid before them. Good\n"
+"// chunks: T over the number of SMs, rounded up to 16.\n"
 "\n"
 "// moe_k_route_one. Grid = cluster = 1, 2, 4 or 8 CTAs.\n"
 "struct route_one_args {\n"
@@ -18366,10 +18366,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "ab7e01008bbe599b6d96280164b1654a6812906d90a03b52505adc03dba32e7a";
+    return "cd365f8b82ab34f5bb7c9f832ef9f5ef5db3341686f160ab184bff9f8be0096d";
 }
 
-// >>kernels-ptx ab7e01008bbe599b6d96280164b1654a6812906d90a03b52505adc03dba32e7a  of the text with this digest
+// >>kernels-ptx cd365f8b82ab34f5bb7c9f832ef9f5ef5db3341686f160ab184bff9f8be0096d  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
