@@ -12291,7 +12291,7 @@ typedef struct moe__tile_chip {
 enum {
     MOE__RULE_NONE, MOE__RULE_FORMAT, MOE__RULE_CHIP, MOE__RULE_CHIP_TYPE, MOE__RULE_CLUSTER, MOE__RULE_GATHER,
     MOE__RULE_TILE_M, MOE__RULE_TILE_K, MOE__RULE_STAGES, MOE__RULE_MMA_M, MOE__RULE_MMA_N, MOE__RULE_MMA_K,
-    MOE__RULE_MMA_TILE, MOE__RULE_PAIR, MOE__RULE_EPILOGUE, MOE__RULE_PROMOTION, MOE__RULE_SCALE_ATOM,
+    MOE__RULE_MMA_TILE, MOE__RULE_PAIR, MOE__RULE_EPILOGUE, MOE__RULE_PROMOTION,
     MOE__RULE_SMEM, MOE__RULE_REGISTERS, MOE__RULE_TMEM, MOE__RULE_SPLIT, MOE__RULE_STREAM, MOE__RULE_INVARIANT,
     MOE__RULE_ROW_BYTES, MOE__RULE_GROUP, MOE__RULE_SCALE_GATHER, MOE__RULE_REQUANTISE, MOE__RULE_X_DTYPE,
     MOE__RULE_INPUT_WEIGHT, MOE__RULES
@@ -12816,10 +12816,6 @@ static int32_t moe__tile_check_tile(const moe__tile_config *c, moe__text *why)
     if (c->tokens_block == 128 && t->k != 128)
         return moe__tile_refuse(why, MOE__RULE_PROMOTION, "sums are scaled each 128 elements of K, the tile has %d",
                                 (int32_t)t->k);
-    if (t->family == MOE__FAMILY_SM100 && c->tokens_block > 0 && c->tokens_block < 128 &&
-        t->k % (4 * c->tokens_block) != 0)
-        return moe__tile_refuse(why, MOE__RULE_SCALE_ATOM, "scales are copied for %d elements of K at a time, the tile "
-                                "has %d", 4 * c->tokens_block, (int32_t)t->k);
     return MOE__RULE_NONE;
 }
 
@@ -13144,6 +13140,10 @@ static int64_t moe__tile_cost(const moe__tile_config *c, const moe__tile_problem
             total += moe__tile_wave(c, chip, &work, slots) * (work.tiles / slots) + moe__cost_fix_up;
         } else {
             double waves = (double)(int64_t)(work.tiles / slots), last = work.tiles - waves * slots;
+            if (waves >= 4) { // the count is a mean, and what is left over half of a wave on average
+                waves = work.tiles / slots - 0.5;
+                last = slots / 2;
+            }
             total += waves * moe__tile_wave(c, chip, &work, slots);
             if (last >= 1 || waves < 1) total += moe__tile_wave(c, chip, &work, last);
         }
@@ -13259,10 +13259,10 @@ static void moe__tile_line(const moe__tile_problem *p, const moe__tile_chip *chi
     } else {
         moe__text_format(out, ": %g us, ", (double)(v->ns / 10) / 100);
         if (choice->chosen.row[product - 1] == row) moe__text_string(out, "chosen");
-        else if (!v->built) moe__text_string(out, "not built");
-        else moe__text_string(out, "slower, alone or with the other product in tiles of as many rows");
+        else if (v->built) moe__text_string(out, "slower, alone or with the other product in tiles of as many rows");
+        else moe__text_string(out, "if it were there");
     }
-    moe__text_char(out, '\n');
+    moe__text_string(out, v->built ? "\n" : "; not built\n");
 }
 
 // What a chip is without what its driver does not say: then that of its kind.
