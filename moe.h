@@ -13089,7 +13089,8 @@ static moe__tile_work moe__tile_work_of(const moe__tile_config *c, const moe__ti
     }
     if (work.tiles <= 0) return work;
     work.memory = active * slabs * t->m * k * weight + rows * out * moe_dtype_bits(c->out) / 8.0;
-    work.memory += product == 1 ? (double)p->tokens * p->hidden * token : rows * p->features * token;
+    if (product == 2) work.memory += rows * p->features * token;
+    else work.memory += (rows < p->tokens ? rows : p->tokens) * p->hidden * token;
     work.l2 = work.tiles * t->m * k * weight + columns * k * token / (moe__tile_pair(t) ? 2 : 1);
     work.operations = 2.0 * t->m * k * columns;
     work.memory /= work.tiles;

@@ -47,6 +47,7 @@ static const layer_entry layers[] = {
 };
 enum { LAYERS = sizeof layers / sizeof layers[0] };
 
+static const int home[MOE__FAMILIES] = { H200, H200, B200, RTX5090 }; // a chip of each family
 static const int token_counts[] = { 1, 8, 32, 128, 1024, 8192 };
 
 static moe__tile_problem problem(const layer_entry *l, int tokens)
@@ -85,7 +86,6 @@ static int multiplies(const moe__tile_row *row, int format) { return (int)(row->
 
 TEST(every_row_is_legal_where_it_belongs)
 {
-    static const int home[MOE__FAMILIES] = { H200, H200, B200, RTX5090 };
     for (int i = 0; i < MOE__TILES; i++) {
         const moe__tile_row *row = &moe__tile_rows[i];
         CHECK(row->formats != 0);
@@ -96,7 +96,8 @@ TEST(every_row_is_legal_where_it_belongs)
                 char why[256], text[300];
                 int rule = check(row, &p, home[row->tile.family], product, why, sizeof why);
                 if (rule == MOE__RULE_NONE) continue;
-                snprintf(text, sizeof text, "row %d, %s, product %d: %.200s", i, moe_format_string(format), product, why);
+                snprintf(text, sizeof text, "row %d, %s, product %d: %.200s", i, moe_format_string(format), product,
+                         why);
                 test_fail(__FILE__, __LINE__, text);
             }
         }
@@ -106,7 +107,8 @@ TEST(every_row_is_legal_where_it_belongs)
 // Kernels exist for these: moe_kernels.cu.inc's GEMM_STAGES, GEMM_THREADS and GEMM_CTAS say the same.
 TEST(the_rows_with_kernels)
 {
-    static const int n[] = { 8, 16, 32, 64, 128 }, stages[] = { 4, 4, 4, 4, 3 }, threads[] = { 128, 128, 128, 256, 256 };
+    static const int n[] = { 8, 16, 32, 64, 128 }, stages[] = { 4, 4, 4, 4, 3 };
+    static const int threads[] = { 128, 128, 128, 256, 256 };
     static const int smem[] = { 69696, 73792, 81984, 98368, 98352 };
     int built = 0;
     for (int i = 0; i < MOE__TILES; i++) {
@@ -133,6 +135,39 @@ TEST(the_rows_with_kernels)
     CHECK_EQ(built, 5);
 }
 
+static void check_stage(int family, int format, int n, int bytes, int smem, int tmem);
+
+// Bytes of a stage, of a CTA, columns of tensor memory; counted by hand.
+TEST(what_tiles_take)
+{
+    check_stage(MOE__FAMILY_SM90, MOE_FORMAT_BF16, 128, 256 * 128 + 128 * 128, 4 * 49152 + 256 * 32 / 2 * 2 + 1024, 0);
+    check_stage(MOE__FAMILY_SM90, MOE_FORMAT_FP8_BLOCK, 64, 256 * 128 + 64 * 128 + 4 + 64 * 4,
+                5 * (40960 + 260) + 256 * 16 / 2 + 1024, 0);
+    check_stage(MOE__FAMILY_SM90, MOE_FORMAT_INT4_W4A16, 64, 256 * 64 + 64 * 256 + 256 * 2,
+                5 * (32768 + 512) + 256 * 16 / 2 * 2 + 1024, 0); // 128 weights a scale of 2 bytes
+    check_stage(MOE__FAMILY_SM100, MOE_FORMAT_MXFP4_W4A8, 8, 136 * 512 + 136 * 16, // e2m1 as bytes
+                3 * 136 * 528 + 128 * 8 / 2 + 1024, 8 + 4 * 4 * 2);
+    check_stage(MOE__FAMILY_SM100, MOE_FORMAT_NVFP4, 256, 128 * 128 + 256 * 128 / 2 + (128 + 256) * 16, // of a pair
+                4 * (32768 + 6144) + 128 * 32 / 2 / 2 + 1024, 256 + 4 * 4 * 3);
+    check_stage(MOE__FAMILY_SM100, MOE_FORMAT_FP8_BLOCK, 128, 128 * 128 * 2 + 4 + 128 * 4,
+                5 * (32768 + 516) + 64 * 32 + 1024, 4 * 128); // raw sums: not halved
+}
+
+TEST(types_of_the_second_product)
+{
+    moe__tile_problem p = plain(MOE_FORMAT_FP8_BLOCK);
+    moe__tile_config c;
+    for (int invariant = 0; invariant < 2; invariant++)
+        for (p.tokens = 64; p.tokens <= 65; p.tokens++) {
+            p.invariant = invariant;
+            CHECK(moe__tile_config_make(&c, &moe__tile_rows[0].tile, &p, 2));
+            CHECK_EQ(c.out, invariant || p.tokens > 64 ? MOE_DTYPE_BF16 : MOE_DTYPE_F32);
+            CHECK(c.weights == MOE_DTYPE_E4M3 && c.tokens == MOE_DTYPE_E4M3 && c.out_block == 0 && c.activation == 0);
+            CHECK(moe__tile_config_make(&c, &moe__tile_rows[0].tile, &p, 1));
+            CHECK(c.out == MOE_DTYPE_E4M3 && c.out_block == 128 && c.activation == MOE_ACTIVATION_SWIGLU);
+        }
+}
+
 // ---- rules ----------------------------------------------------------------------------------------------------------
 
 typedef struct rule_case {
@@ -149,7 +184,7 @@ static rule_case from(int family, int format, int n, int split_k)
     rule_case r;
     memset(&r, 0, sizeof r);
     r.p = plain(format);
-    r.chip = family == MOE__FAMILY_SM100 ? B200 : family == MOE__FAMILY_SM120 ? RTX5090 : H200;
+    r.chip = home[family];
     r.product = 1;
     for (int i = 0; i < MOE__TILES && r.row.formats == 0; i++) {
         const moe__tile_row *row = &moe__tile_rows[i];
@@ -157,6 +192,17 @@ static rule_case from(int family, int format, int n, int split_k)
             r.row = *row;
     }
     return r;
+}
+
+static void check_stage(int family, int format, int n, int bytes, int smem, int tmem)
+{
+    rule_case r = from(family, format, n, 1);
+    moe__tile_config c;
+    REQUIRE(r.row.formats != 0);
+    CHECK(moe__tile_config_make(&c, &r.row.tile, &r.p, 1));
+    CHECK_EQ(moe__tile_stage(&c), bytes);
+    CHECK_EQ(moe__tile_smem(&c), smem);
+    CHECK_EQ(moe__tile_tmem(&c), tmem);
 }
 
 // Legal before, refused by this rule after one change, with a sentence that has `part`.
@@ -449,8 +495,8 @@ TEST(costs_follow_bytes_and_tokens)
 {
     for (int row = 0; row < MOE__TILES; row++)
         for (int l = 0; l < LAYERS; l++) {
-            int family = moe__tile_rows[row].tile.family, before = -1;
-            moe__tile_chip chip = chips[family == MOE__FAMILY_SM100 ? B200 : family == MOE__FAMILY_SM120 ? RTX5090 : H200].chip;
+            moe__tile_chip chip = chips[home[moe__tile_rows[row].tile.family]].chip;
+            int before = -1;
             if (!multiplies(&moe__tile_rows[row], layers[l].format)) continue;
             for (int t = 0; t < 6; t++) {
                 moe__tile_problem p = problem(&layers[l], token_counts[t]);
@@ -471,6 +517,35 @@ TEST(costs_follow_bytes_and_tokens)
                 before = (int)(ns / 100 * 97); // whole waves may make a few more tokens a little cheaper
             }
         }
+}
+
+TEST(rates_follow_the_instruction)
+{
+    static const int formats[] = { MOE_FORMAT_BF16, MOE_FORMAT_FP8_PER_TENSOR, MOE_FORMAT_NVFP4 };
+    moe__tile_config c;
+    double before = 0;
+    for (int i = 0; i < 3; i++) { // twice as fast from type to type; half of it with 64 rows
+        rule_case r = from(MOE__FAMILY_SM100, formats[i], 16, 1);
+        double rate;
+        CHECK(moe__tile_config_make(&c, &r.row.tile, &r.p, 1));
+        rate = moe__tile_rate(&c, 100);
+        CHECK(i == 0 || rate == 2 * before);
+        before = rate;
+        c.tile.mma_m = 64;
+        CHECK_EQ(moe__tile_rate(&c, 100), rate / 2);
+    }
+}
+
+// A rank with one of many experts: that rarely anything is there makes the tile no cheaper when it is.
+TEST(fewer_tiles_than_one)
+{
+    layer_entry mine = { "", MOE_FORMAT_BF16, 0, 4096, 64, 256, 1 }, one = { "", MOE_FORMAT_BF16, 0, 4096, 64, 1, 1 };
+    moe__tile_problem p = problem(&mine, 1), q = problem(&one, 1);
+    int64_t rare, always;
+    p.local = 1;
+    rare = cost_of(0, &p, &chips[H200].chip, 1) - (int64_t)moe__cost_launch;
+    always = cost_of(0, &q, &chips[H200].chip, 1) - (int64_t)moe__cost_launch;
+    CHECK(rare > always / 10 * 6 && rare <= always);
 }
 
 // ---- choice ---------------------------------------------------------------------------------------------------------
@@ -550,7 +625,8 @@ TEST(batch_invariant_choices_split_nothing)
 // The same mean of rows an expert, by tokens of one expert or of all: the tile is not the mean's.
 TEST(a_tile_is_not_sized_from_the_mean)
 {
-    layer_entry few = { "", MOE_FORMAT_BF16, 0, 4096, 1536, 256, 1 }, many = { "", MOE_FORMAT_BF16, 0, 4096, 1536, 256, 32 };
+    layer_entry few = { "", MOE_FORMAT_BF16, 0, 4096, 1536, 256, 1 };
+    layer_entry many = { "", MOE_FORMAT_BF16, 0, 4096, 1536, 256, 32 };
     moe__tile_problem p = problem(&few, 2048), q = problem(&many, 64); // 8 rows an expert
     moe__tile_choice a, b;
     moe__tiles_choose(&p, &chips[H200].chip, &a);
@@ -652,6 +728,31 @@ static int lines(const char *text)
     return n;
 }
 
+// "up to 64 tokens: tiles of 8 rows": the rows that the plan tells for 64 tokens and for the power of two behind the
+// line before, and not for the one behind this line.
+static void check_ladder(const standing *s, const moe_layer_desc *l, const char *text)
+{
+    int tokens, rows, before = 0, count = 0;
+    while (sscanf(text, "up to %d tokens: tiles of %d rows", &tokens, &rows) == 2) {
+        moe_plan_info info;
+        int ask[3];
+        ask[0] = before == 0 ? 1 : 2 * before;
+        ask[1] = tokens;
+        ask[2] = 2 * tokens;
+        for (int i = 0; i < 3 && ask[i] <= 8192; i++) {
+            memset(&info, 0, sizeof info);
+            info.tiles_tokens = ask[i];
+            CHECK_OK(moe_plan_query(&s->ctx, l, NULL, &info, &err));
+            CHECK_EQ(info.tile_rows == rows, i < 2);
+        }
+        before = tokens;
+        count++;
+        text = strchr(text, '\n') + 1;
+    }
+    CHECK_EQ(before, 8192);
+    CHECK(count > 1);
+}
+
 TEST(a_plan_tells_its_tiles_and_why_not_others)
 {
     static char text[32768], again[32768];
@@ -676,10 +777,11 @@ TEST(a_plan_tells_its_tiles_and_why_not_others)
             CHECK(moe__tile_parse(info.gemm1, &c) && c.tile.n == 8 && c.tile.gather == MOE__GATHER_LDGSTS);
             CHECK(moe__tile_parse(info.gemm2, &c) && c.tile.n == 8 && c.out == MOE_DTYPE_F32);
             CHECK_CONTAINS(text, "; not built\n");
-            if (chips[chip].chip.arch >= 90 && chips[chip].chip.arch < 120) CHECK_CONTAINS(text, "us, if it were there; ");
+            if (chips[chip].chip.arch >= 90 && chips[chip].chip.arch < 120)
+                CHECK_CONTAINS(text, " us, if it were there; not built\n");
             CHECK_CONTAINS(text, "chosen\n");
             CHECK_CONTAINS(text, "refused, its instructions are those of compute capability");
-            CHECK_CONTAINS(text, "up to 8192 tokens: tiles of ");
+            check_ladder(&s, &l, text);
             first = strstr(text, "gemm1 bmm_");
             REQUIRE(first != NULL);
             CHECK_EQ(lines(first), 2 * info.num_tiles);
@@ -784,6 +886,8 @@ TEST(chips_that_do_not_say_are_those_of_their_kind)
 TEST_MAIN(
     T(every_row_is_legal_where_it_belongs)
     T(the_rows_with_kernels)
+    T(what_tiles_take)
+    T(types_of_the_second_product)
     T(each_rule_refuses_what_breaks_it_and_says_why)
     T(rules_of_one_product_leave_the_other)
     T(a_known_kernel_of_trtllm_gen_has_its_name)
@@ -793,6 +897,8 @@ TEST_MAIN(
     T(loads_have_the_rows_of_their_tokens)
     T(loads_at_the_edges)
     T(costs_follow_bytes_and_tokens)
+    T(rates_follow_the_instruction)
+    T(fewer_tiles_than_one)
     T(choices_are_legal_near_the_cheapest_and_the_same_twice)
     T(batch_invariant_choices_split_nothing)
     T(a_tile_is_not_sized_from_the_mean)
