@@ -3,9 +3,10 @@
 //     cc -O2 -o build/bench_gpu bench/bench_gpu.c -ldl -lpthread && build/bench_gpu [result.json]
 //
 // Rows: routing with all permutation tables (moe_permute from logits, E256 k8), plain softmax and DeepSeek-V3's groups,
-// and the router's product (moe_router_logits). A stage's time is the slope between graphs of 10 and of 60 of it, each
-// node with logits of its own, two graphs with different inputs in turn. Ceilings: a chain of empty kernels (what a
-// dependent launch costs) and a copy on the device (bytes read plus bytes written).
+// and the router's product (moe_router_logits); each as it comes and, "programmatic", with MOE_EXECUTE_PDL_IN. A
+// stage's time is the slope between graphs of 10 and of 60 of it, each node with logits of its own, two graphs with
+// different inputs in turn. Ceilings: a chain of empty kernels (what a dependent launch costs) and a copy on the device
+// (bytes read plus bytes written). Last, what making a plan costs with an empty folder of kernels, and with a full one.
 #define _POSIX_C_SOURCE 200809L
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
@@ -18,7 +19,7 @@
 enum { EXPERTS = 256, TOP_K = 8, HIDDEN = 7168, MAX_TOKENS = 16384, SHORT = 10, LONG = 60, SETS = 2, REPEATS = 25 };
 
 typedef struct row {
-    const char *layer, *stage;
+    const char *layer, *stage, *config;
     int tokens;
     double us, us_min, us_max, floor_us, bytes, flops;
 } row;
@@ -298,19 +299,17 @@ static void fill_inputs(stage *s, int dtype)
     free(host);
 }
 
-static int bench_layer(const char *name, int method, int logits_dtype, int router, double copy, row *rows)
+static void print_row(const row *r)
 {
-    static const int tokens[] = { 1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384 };
+    printf("%-28s %-14s %6d %9.2f %9.2f %9.2f %9.2f  %s\n", r->layer, r->stage, r->tokens, r->us, r->us_min, r->us_max,
+           r->floor_us, r->config);
+    fflush(stdout);
+}
+
+static moe_layer_desc layer_of(int method)
+{
     moe_layer_desc layer;
-    moe_plan_desc desc;
-    moe_plan_info info;
-    moe_error err;
-    stage s;
-    int count = 0;
     memset(&layer, 0, sizeof layer);
-    memset(&desc, 0, sizeof desc);
-    memset(&info, 0, sizeof info);
-    memset(&s, 0, sizeof s);
     layer.hidden_size = layer.intermediate_size = 16;
     layer.router.input_size = HIDDEN;
     layer.num_experts = EXPERTS;
@@ -319,6 +318,21 @@ static int bench_layer(const char *name, int method, int logits_dtype, int route
     moe_routing_preset(method, &layer.routing, NULL);
     layer.routing.top_k = TOP_K;
     if (layer.routing.group_rule != 0) { layer.routing.groups = 8; layer.routing.groups_kept = 4; }
+    return layer;
+}
+
+static int bench_layer(const char *name, int method, int logits_dtype, int router, double copy, row *rows)
+{
+    static const int tokens[] = { 1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384 };
+    moe_layer_desc layer = layer_of(method);
+    moe_plan_desc desc;
+    moe_plan_info info;
+    moe_error err;
+    stage s;
+    int count = 0;
+    memset(&desc, 0, sizeof desc);
+    memset(&info, 0, sizeof info);
+    memset(&s, 0, sizeof s);
     desc.max_tokens = MAX_TOKENS;
     desc.logits_dtype = logits_dtype;
     if (moe_plan_create(ctx, &layer, &desc, &s.plan, &err) || moe_plan_get_info(s.plan, &info, &err))
@@ -347,15 +361,55 @@ static int bench_layer(const char *name, int method, int logits_dtype, int route
         r->bytes = (double)s.input_bytes + (router ? EXPERTS * (2.0 * HIDDEN + 4 * t) : t * TOP_K * 16);
         r->flops = router ? 2.0 * EXPERTS * HIDDEN * t : 0;
         r->floor_us = r->bytes / copy * 1e-3;
+        r->config = "";
+        s.args.flags = 0;
         measure(enqueue_stage, &s, r);
+        print_row(r);
+        r = &rows[count++];
+        *r = r[-1];
+        r->config = "programmatic";
+        s.args.flags = MOE_EXECUTE_PDL_IN;
+        measure(enqueue_stage, &s, r);
+        print_row(r);
         CALL(cuda->cuMemFree(s.inputs));
-        printf("%-28s %-14s %6d %9.2f %9.2f %9.2f %9.2f\n", r->layer, r->stage, r->tokens, r->us, r->us_min, r->us_max,
-               r->floor_us);
-        fflush(stdout);
     }
     moe_plan_destroy(s.plan);
     moe_weights_destroy(s.weights);
     return count;
+}
+
+// Three times a plan in a context of its own: the first compiles, the others read what it has left in a folder.
+static int bench_plan(const char *name, int method, row *rows)
+{
+    char folder[] = "/tmp/moe_bench_XXXXXX";
+    moe_layer_desc layer = layer_of(method);
+    moe_context_desc desc;
+    moe_error err;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = MOE_BACKEND_CUDA;
+    desc.jit.cache_dir = mkdtemp(folder);
+    if (desc.jit.cache_dir == NULL) return 0;
+    for (int i = 0; i < 3; i++) {
+        struct timespec begin, end;
+        moe_context *own;
+        moe_plan *plan;
+        row *r = &rows[i];
+        if (moe_context_create(&desc, &own, &err)) fail("context", &err);
+        clock_gettime(CLOCK_MONOTONIC, &begin);
+        if (moe_plan_create(own, &layer, NULL, &plan, &err)) fail("plan", &err);
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        moe_plan_destroy(plan);
+        moe_context_destroy(own);
+        memset(r, 0, sizeof *r);
+        r->layer = name;
+        r->stage = "plan_create";
+        r->config = i == 0 ? "cold" : "warm";
+        r->us = 1e6 * (double)(end.tv_sec - begin.tv_sec) + 1e-3 * (double)(end.tv_nsec - begin.tv_nsec);
+        r->us_min = r->us_max = r->us;
+        print_row(r);
+    }
+    moe_cache_trim(folder, 0, NULL);
+    return 3;
 }
 
 static void write_json(const char *path, const moe_context_info *info, double launch, double copy, const row *rows,
@@ -377,16 +431,16 @@ static void write_json(const char *path, const moe_context_info *info, double la
         fprintf(f,
                 "  {\"layer\": \"%s\", \"format\": \"bf16\", \"load\": \"uniform\", \"tokens\": %d, \"stage\": \"%s\", "
                 "\"us\": %.3f, \"us_min\": %.3f, \"us_max\": %.3f, \"floor_us\": %.3f, \"bytes\": %.0f, "
-                "\"flops\": %.0f, \"config\": \"\"}%s\n",
+                "\"flops\": %.0f, \"config\": \"%s\"}%s\n",
                 rows[i].layer, rows[i].tokens, rows[i].stage, rows[i].us, rows[i].us_min, rows[i].us_max,
-                rows[i].floor_us, rows[i].bytes, rows[i].flops, i + 1 < count ? "," : "");
+                rows[i].floor_us, rows[i].bytes, rows[i].flops, rows[i].config, i + 1 < count ? "," : "");
     fprintf(f, " ]}\n");
     fclose(f);
 }
 
 int main(int argc, char **argv)
 {
-    static row rows[64];
+    static row rows[128];
     moe_context_desc desc;
     moe_context_info info;
     moe_error err;
@@ -408,6 +462,7 @@ int main(int argc, char **argv)
     count += bench_layer("E256 k8 softmax", MOE_ROUTING_RENORMALIZE_NAIVE, MOE_DTYPE_BF16, 0, copy, rows + count);
     count += bench_layer("E256 k8 DeepSeek-V3", MOE_ROUTING_DEEPSEEK_V3, MOE_DTYPE_F32, 0, copy, rows + count);
     count += bench_layer("E256 H7168", MOE_ROUTING_RENORMALIZE_NAIVE, MOE_DTYPE_F32, 1, copy, rows + count);
+    count += bench_plan("E256 k8 DeepSeek-V3", MOE_ROUTING_DEEPSEEK_V3, rows + count);
     if (argc > 1) write_json(argv[1], &info, launch, copy, rows, count);
     moe_context_destroy(ctx);
     return 0;

@@ -65,8 +65,8 @@ static void gpu_close(void)
     if (leaks != NULL && leaks(text, sizeof text) != 0) test_fail2(__FILE__, __LINE__, "leaked", text);
 }
 
-// Both contexts, once for the program, with these settings of the compiler and the cache; 0: the test is left out, or has
-// failed.
+// Both contexts, once for the program, with these settings of the compiler and the cache; 0: the test is left out, or
+// has failed.
 TEST_UNUSED static int gpu_open_with(const moe_jit_desc *jit)
 {
     moe_context_desc desc;
@@ -288,6 +288,43 @@ static int pair_tensor(moe_weights *weights, int role, int expert, int rank, int
     return moe_weights_set_tensor(weights, &t, err);
 }
 
+// The matrices and vectors of `role`, of every local routed expert or of the shared ones, on a grid: multiples of
+// `step` within 4 of it, so that sums are exact.
+static int pair_grid(const pair *p, moe_weights *weights, int role, int64_t rows, int64_t columns, float step,
+                     moe_error *err)
+{
+    int stacked = role < MOE_TENSOR_SHARED_GATE, vector = columns == 0, result;
+    int64_t experts = stacked ? p->layer.num_experts : 1, count = experts * rows * (vector ? 1 : columns);
+    uint64_t state = p->seed * 77 + (uint64_t)role;
+    float *data = (float *)malloc((size_t)count * sizeof data[0]);
+    for (int64_t i = 0; i < count; i++) data[i] = step * (float)((int)(test_random_u32(&state) % 9) - 4);
+    if (stacked)
+        result = pair_tensor(weights, role, -1, vector ? 2 : 3, experts, rows, columns, MOE_DTYPE_F32, data, err);
+    else result = pair_tensor(weights, role, -1, vector ? 1 : 2, rows, columns, 0, MOE_DTYPE_F32, data, err);
+    free(data);
+    return result;
+}
+
+// Matrices, biases and parameters of a layer whose products run.
+static int pair_products(const pair *p, moe_weights *weights, moe_error *err)
+{
+    const moe_layer_desc *l = &p->layer;
+    int64_t h = l->hidden_size, i = l->intermediate_size, s = (int64_t)l->shared.count * l->shared.intermediate_size;
+    int gated = moe__layer_is_gated(l), result = pair_grid(p, weights, MOE_TENSOR_UP, i, h, 0.125f, err);
+    if (result == 0 && gated) result = pair_grid(p, weights, MOE_TENSOR_GATE, i, h, 0.125f, err);
+    if (result == 0) result = pair_grid(p, weights, MOE_TENSOR_DOWN, h, i, 0.125f, err);
+    if (result == 0 && l->gemm1_bias) result = pair_grid(p, weights, MOE_TENSOR_UP_BIAS, i, 0, 0.5f, err);
+    if (result == 0 && l->gemm1_bias && gated) result = pair_grid(p, weights, MOE_TENSOR_GATE_BIAS, i, 0, 0.5f, err);
+    if (result == 0 && l->gemm2_bias) result = pair_grid(p, weights, MOE_TENSOR_DOWN_BIAS, h, 0, 0.5f, err);
+    if (result == 0 && s > 0) result = pair_grid(p, weights, MOE_TENSOR_SHARED_UP, s, h, 0.125f, err);
+    if (result == 0 && s > 0 && gated) result = pair_grid(p, weights, MOE_TENSOR_SHARED_GATE, s, h, 0.125f, err);
+    if (result == 0 && s > 0) result = pair_grid(p, weights, MOE_TENSOR_SHARED_DOWN, h, s, 0.125f, err);
+    if (result == 0 && l->shared.gate)
+        result = pair_grid(p, weights, MOE_TENSOR_SHARED_TOKEN_GATE, h, 0, 0.0625f, err);
+    if (result == 0 && l->row_norm) result = pair_grid(p, weights, MOE_TENSOR_ROW_NORM, h, 0, 0.125f, err);
+    return result;
+}
+
 // Matrices of zeros: the stages do not read them.
 static int pair_experts(const pair *p, moe_weights *weights, moe_error *err)
 {
@@ -339,7 +376,7 @@ static int pair_fill(const pair *p, moe_weights *weights, moe_error *err)
     const moe_routing_desc *r = &l->routing;
     int ranked = l->num_experts + r->special_experts, width = ranked + (r->extra_scored ? r->extra_slots : 0),
         input = l->router.input_size > 0 ? l->router.input_size : l->hidden_size,
-        result = pair_experts(p, weights, err);
+        result = l->format == MOE_FORMAT_F32 ? pair_experts(p, weights, err) : pair_products(p, weights, err);
     if (result == 0 && p->router) result = pair_table(p, weights, MOE_TENSOR_ROUTER, width, input, 0.3f, 0, err);
     if (result == 0 && l->router.bias) result = pair_table(p, weights, MOE_TENSOR_ROUTER_BIAS, 1, width, 1, 0, err);
     if (result == 0 && l->router.input_scale)
@@ -373,8 +410,11 @@ TEST_UNUSED static int pair_open(pair *p, moe_error *err)
     ctx[1] = gpu.ctx;
     if (p->layer.hidden_size == 0) p->layer.hidden_size = 8;
     if (p->layer.intermediate_size == 0) p->layer.intermediate_size = 8;
-    p->layer.format = MOE_FORMAT_BF16;
-    p->layer.activation.kind = MOE_ACTIVATION_SILU;
+    if (p->layer.format == 0) { // stages alone: no products are compiled
+        p->layer.format = MOE_FORMAT_F32;
+        p->layer.activation.kind = MOE_ACTIVATION_SILU;
+        if (p->desc.x_dtype == 0) p->desc.x_dtype = MOE_DTYPE_BF16;
+    }
     for (int i = 0; i < 2 && result == 0; i++) {
         result = moe_weights_create(ctx[i], &p->layer, NULL, &p->weights[i], err);
         if (result == 0) result = pair_fill(p, p->weights[i], err);

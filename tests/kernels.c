@@ -76,7 +76,18 @@ static int is_wanted(const char *name)
     return num_names == 0;
 }
 
-static void add_layer(int experts, int preset, int extra_slots, int chip)
+// What tells products apart: types of the matrices, of x and of the output, and whether GEMM 1 is gated.
+typedef struct product {
+    int format, activation, x_dtype, out_dtype;
+} product;
+
+static const product products[] = {
+    { MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_BF16, MOE_DTYPE_BF16 },
+    { MOE_FORMAT_BF16, MOE_ACTIVATION_RELU2, MOE_DTYPE_F32, MOE_DTYPE_F32 },
+    { MOE_FORMAT_F16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_F16, MOE_DTYPE_F16 }
+};
+
+static void add_layer(int experts, int preset, int extra_slots, const product *made, int chip)
 {
     moe_layer_desc layer;
     moe_plan_desc plan;
@@ -86,8 +97,10 @@ static void add_layer(int experts, int preset, int extra_slots, int chip)
     memset(&plan, 0, sizeof plan);
     layer.num_experts = experts;
     layer.hidden_size = layer.intermediate_size = 128;
-    layer.format = MOE_FORMAT_BF16;
-    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
+    layer.format = made->format;
+    layer.activation.kind = made->activation;
+    plan.x_dtype = made->x_dtype;
+    plan.out_dtype = made->out_dtype;
     if (moe_routing_preset(preset, &layer.routing, &err) != MOE_OK) stop(err.text, "preset");
     layer.routing.top_k = experts < MOE_MAX_TOP_K ? experts : MOE_MAX_TOP_K;
     layer.routing.extra_slots = extra_slots;
@@ -116,10 +129,10 @@ static void list_kernels(void)
     for (int chip = 0; chip < CHIPS; chip++)
         for (int experts = 1; experts <= MOE_MAX_EXPERTS; experts++) {
             int rest = MOE_MAX_EXPERTS - experts;
-            for (int i = 0; i < 3; i++) add_layer(experts, presets[i], 0, chip);
-            add_layer(experts, MOE_ROUTING_LLAMA4, 0, chip);
-            if (rest > 0)
-                add_layer(experts, MOE_ROUTING_LLAMA4, rest < MOE_MAX_EXTRA_SLOTS ? rest : MOE_MAX_EXTRA_SLOTS, chip);
+            for (int i = 0; i < 3; i++) add_layer(experts, presets[i], 0, &products[i], chip);
+            add_layer(experts, MOE_ROUTING_LLAMA4, 0, &products[0], chip);
+            if (rest > MOE_MAX_EXTRA_SLOTS) rest = MOE_MAX_EXTRA_SLOTS;
+            if (rest > 0) add_layer(experts, MOE_ROUTING_LLAMA4, rest, &products[0], chip);
         }
     for (int i = 0; i < num_kernels; i++)
         if (is_wanted(kernels[i].instance.name)) kernels[kept++] = kernels[i];

@@ -108,7 +108,6 @@ TEST(every_row_is_legal_where_it_belongs)
 TEST(the_rows_with_kernels)
 {
     static const int n[] = { 8, 16, 32, 64, 128 }, stages[] = { 4, 4, 4, 4, 3 };
-    static const int threads[] = { 128, 128, 128, 256, 256 };
     static const int smem[] = { 69696, 73792, 81984, 98368, 98352 };
     int built = 0;
     for (int i = 0; i < MOE__TILES; i++) {
@@ -121,10 +120,10 @@ TEST(the_rows_with_kernels)
         CHECK_EQ(row->tile.family, MOE__FAMILY_MMA);
         CHECK(row->tile.m == 128 && row->tile.n == n[built] && row->tile.k == 64);
         CHECK_EQ(row->tile.stages, stages[built]);
-        CHECK_EQ(moe__tile_threads(&row->tile), threads[built]);
+        CHECK_EQ(moe__tile_threads(&row->tile), 128);
         CHECK(moe__tile_config_make(&c, &row->tile, &p, 1));
         CHECK_EQ(moe__tile_smem(&c), smem[built]);
-        CHECK_EQ(moe__tile_ctas(&c, &chips[H200].chip), built < 2 ? 3 : 2);
+        CHECK_EQ(moe__tile_ctas(&c, &chips[H200].chip), built < 2 ? 3 : 2); // of 3, 81,984 bytes each do not fit
         for (int chip = 0; chip < CHIPS; chip++)
             for (int product = 1; product <= 2; product++) {
                 char why[256];
@@ -133,6 +132,19 @@ TEST(the_rows_with_kernels)
         built++;
     }
     CHECK_EQ(built, 5);
+    for (int set = 0; set < MOE__SETS; set++) { // what plans launch is in the table
+        moe__gemm_set plan = moe__gemm_set_of(set);
+        int found = 0;
+        for (int i = 0; i < MOE__TILES; i++) {
+            moe__tile_problem p = plain(MOE_FORMAT_F16);
+            moe__tile_config c;
+            if (moe__tile_rows[i].built == 0 || moe__tile_rows[i].tile.n != plan.tile) continue;
+            CHECK(moe__tile_config_make(&c, &moe__tile_rows[i].tile, &p, 1));
+            CHECK(moe__tile_smem(&c) == plan.smem_bytes && moe__tile_threads(&c.tile) == plan.threads);
+            found++;
+        }
+        CHECK_EQ(found, 1);
+    }
 }
 
 static void check_stage(int family, int format, int n, int bytes, int smem, int tmem);
@@ -721,29 +733,33 @@ static moe_layer_desc layer_desc(int format)
     return l;
 }
 
-static int lines(const char *text)
+static int occurrences(const char *text, const char *part)
 {
     int n = 0;
-    for (; *text != 0; text++) n += *text == '\n';
+    while ((text = strstr(text, part)) != NULL) {
+        text += strlen(part);
+        n++;
+    }
     return n;
 }
 
-// "up to 64 tokens: tiles of 8 rows": the rows that the plan tells for 64 tokens and for the power of two behind the
-// line before, and not for the one behind this line.
-static void check_ladder(const standing *s, const moe_layer_desc *l, const char *text)
+// "up to 64 tokens 8 rows are cheapest": so the chooser says for 64 tokens and for the power of two behind the line
+// before, and not for the one behind this line.
+static void check_ladder(const moe__tile_chip *chip, int format, const char *text)
 {
+    layer_entry layer = { "", MOE_FORMAT_UNSET, 0, 4096, 1536, 128, 8 };
     int tokens, rows, before = 0, count = 0;
-    while (sscanf(text, "up to %d tokens: tiles of %d rows", &tokens, &rows) == 2) {
-        moe_plan_info info;
+    layer.format = format;
+    while (sscanf(text, "up to %d tokens %d rows are cheapest", &tokens, &rows) == 2) {
         int ask[3];
         ask[0] = before == 0 ? 1 : 2 * before;
         ask[1] = tokens;
         ask[2] = 2 * tokens;
         for (int i = 0; i < 3 && ask[i] <= 8192; i++) {
-            memset(&info, 0, sizeof info);
-            info.tiles_tokens = ask[i];
-            CHECK_OK(moe_plan_query(&s->ctx, l, NULL, &info, &err));
-            CHECK_EQ(info.tile_rows == rows, i < 2);
+            moe__tile_problem p = problem(&layer, ask[i]);
+            moe__tile_choice choice;
+            moe__tiles_choose(&p, chip, &choice);
+            CHECK_EQ(moe__tile_choice_rows(&choice) == rows, i < 2);
         }
         before = tokens;
         count++;
@@ -772,24 +788,29 @@ TEST(a_plan_tells_its_tiles_and_why_not_others)
             memset(text, 'x', sizeof text);
             REQUIRE_OK(moe_plan_query(&s.ctx, &l, NULL, &info, &err));
             CHECK(info.tiles_text == text && info.tiles_text_bytes == (int)sizeof text && info.tiles_tokens == 8);
-            CHECK_EQ(info.tile_rows, 8);
+            CHECK_EQ(info.tile_rows, 32);
             CHECK_EQ(info.num_tiles, 5 + 6 + 7);
-            CHECK(moe__tile_parse(info.gemm1, &c) && c.tile.n == 8 && c.tile.gather == MOE__GATHER_LDGSTS);
-            CHECK(moe__tile_parse(info.gemm2, &c) && c.tile.n == 8 && c.out == MOE_DTYPE_F32);
+            CHECK(moe__tile_parse(info.gemm1, &c) && c.tile.n == 32 && c.tile.gather == MOE__GATHER_LDGSTS);
+            CHECK(moe__tile_parse(info.gemm2, &c) && c.tile.n == 32 && c.out == MOE_DTYPE_F32);
             CHECK_CONTAINS(text, "; not built\n");
             if (chips[chip].chip.arch >= 90 && chips[chip].chip.arch < 120)
                 CHECK_CONTAINS(text, " us, if it were there; not built\n");
             CHECK_CONTAINS(text, "chosen\n");
             CHECK_CONTAINS(text, "refused, its instructions are those of compute capability");
-            check_ladder(&s, &l, text);
+            check_ladder(&chips[chip].chip, l.format, text);
+            CHECK_CONTAINS(text, "us, not of this plan, whose tiles for 8 tokens have 32 rows\n");
             first = strstr(text, "gemm1 bmm_");
             REQUIRE(first != NULL);
-            CHECK_EQ(lines(first), 2 * info.num_tiles);
+            CHECK_EQ(occurrences(first, "\n"), 2 * info.num_tiles);
             for (int i = 0; i < 2; i++) { // exactly one line says so of each product
                 char part[240];
                 snprintf(part, sizeof part, "gemm%d %s: ", i + 1, i == 0 ? info.gemm1 : info.gemm2);
                 CHECK_CONTAINS(text, part);
             }
+            CHECK_EQ(occurrences(text, "us, chosen\n"), 2);
+            quiet.tiles_tokens = 65;
+            REQUIRE_OK(moe_plan_query(&s.ctx, &l, NULL, &quiet, &err));
+            CHECK_EQ(quiet.tile_rows, 128);
             quiet.tiles_tokens = 8;
             REQUIRE_OK(moe_plan_query(&s.ctx, &l, NULL, &quiet, &err));
             CHECK_STR(quiet.gemm1, info.gemm1);
@@ -836,6 +857,7 @@ TEST(wrong_wishes_are_refused_and_a_cpu_has_no_tiles)
     moe_plan *plan;
     standing s;
     char text[100] = "as it was";
+    static char longer[32768];
     stand(&s, &chips[H200].chip);
     memset(&desc, 0, sizeof desc);
     memset(&info, 0, sizeof info);
@@ -855,6 +877,16 @@ TEST(wrong_wishes_are_refused_and_a_cpu_has_no_tiles)
     CHECK_EQ(info.num_tiles, 0);
     CHECK_STR(info.gemm1, "");
     CHECK_STR(text, "no kernel multiplies this layer on this chip\n");
+    l.hidden_size = 100; // no product of a plan has rows of 200 bytes
+    info.tiles_text = longer;
+    info.tiles_text_bytes = sizeof longer;
+    CHECK_OK(moe_plan_query(&s.ctx, &l, &desc, &info, &err));
+    CHECK_EQ(info.tile_rows, 0);
+    CHECK_STR(info.gemm2, "");
+    CHECK_CONTAINS(longer, "not of this plan, which has no products\n"); // the second would have them
+    CHECK_CONTAINS(longer, "refused, rows of 100 elements of bf16 are not whole pieces of 16 bytes\n");
+    info.tiles_text = text;
+    info.tiles_text_bytes = sizeof text;
     strcpy(text, "as it was");
     REQUIRE_OK(moe_context_create(NULL, &cpu, &err));
     l.hidden_size = l.intermediate_size = 64;

@@ -1,0 +1,473 @@
+// gpu_layer.c - whole layers on the device against moe_reference_layer(): from the same ids and weights, with the rows
+// between GEMM 2 and finalize rounded as the plan rounds them
+//
+// Inputs and matrices are small multiples of powers of two, so that the sums of GEMM 1 are exact. With an activation
+// that keeps that (ReLU) GEMM 2's are too, and the outputs must be the reference's bits. With the others the
+// intermediate has the reference's bits, and GEMM 2 adds n products in another order: either order is off by at most (n
+// - 1) 2^-24 of the sum of their absolute values; rows of 16 bits may then be rounded to neighbours.
+#define MOE_STATIC
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+#include "test.h"
+#include "gpu.h"
+
+#include <math.h>
+
+enum { H = 72, I = 40, EXPERTS = 6, TOP_K = 3 };
+
+static moe_layer_desc layer_of(int format, int kind)
+{
+    moe_layer_desc l;
+    memset(&l, 0, sizeof l);
+    l.hidden_size = H;
+    l.intermediate_size = I;
+    l.num_experts = EXPERTS;
+    l.format = format;
+    l.activation.kind = kind;
+    l.routing = preset(MOE_ROUTING_RENORMALIZE, TOP_K);
+    return l;
+}
+
+// What a call brings: everything on the host.
+typedef struct layer_call {
+    int mode, tokens, held; // held: in num_tokens_dev; -1: there is none
+    uint32_t flags;
+    int shared_gate;        // the caller's gate
+    uint64_t seed;
+} layer_call;
+
+typedef struct layer_data {
+    float *x, *logits, *old, *gate; // x, old: [T][H] exact in 16 bits
+    int32_t *ids;
+    float *weights;
+    float *expected, *got, *again;
+} layer_data;
+
+static float *grid_values(size_t n, float step, int range, uint64_t *state)
+{
+    float *v = (float *)malloc(n * sizeof v[0] + 4);
+    for (size_t i = 0; i < n; i++)
+        v[i] = step * (float)((int)(test_random_u32(state) % (uint32_t)(2 * range + 1)) - range);
+    return v;
+}
+
+static void *narrowed(const float *v, size_t n, int dtype)
+{
+    void *to = malloc(n * 4 + 4);
+    for (size_t i = 0; i < n; i++) moe__store(to, dtype, (int64_t)i, v[i]);
+    return to;
+}
+
+// Ids and weights of the CPU, then the reference.
+static int expect(const pair *p, const layer_call *c, layer_data *d)
+{
+    size_t slots = (size_t)c->tokens * (size_t)p->info[0].slots;
+    int tokens = c->held >= 0 ? c->held : c->tokens, result;
+    const moe_layer_desc *l = &p->plan[0]->layer;
+    moe_reference_layer_args r;
+    moe_error err;
+    d->ids = (int32_t *)malloc(slots * 4 + 4);
+    d->weights = (float *)malloc(slots * 4 + 4);
+    d->expected = (float *)calloc((size_t)c->tokens * (size_t)l->hidden_size + 1, 4);
+    memset(&r, 0, sizeof r);
+    if (c->mode == MOE_INPUT_LOGITS) {
+        moe_reference_route_args a;
+        memset(&a, 0, sizeof a);
+        a.num_tokens = c->tokens;
+        a.num_experts = l->num_experts;
+        a.logits = d->logits;
+        a.out_ids = d->ids;
+        a.out_weights = d->weights;
+        if ((result = moe_reference_route(&l->routing, &a, &err)) != MOE_OK) return result;
+    } else {
+        uint64_t state = c->seed + 3;
+        for (size_t i = 0; i < slots; i++) {
+            uint32_t draw = test_random_u32(&state);
+            d->ids[i] = draw % 8 == 0 ? -1 : (int32_t)(draw / 8 % (uint32_t)p->plan[0]->ids_end);
+            d->weights[i] = (float)((int)(test_random_u32(&state) % 64) - 32) / 64;
+        }
+    }
+    r.num_tokens = tokens;
+    r.rows_dtype = moe__rows_dtype(l, moe__set_of(&p->plan[1]->desc, c->tokens));
+    r.x = d->x;
+    r.ids = d->ids;
+    r.weights = d->weights;
+    r.shared_gate = c->shared_gate ? d->gate : NULL;
+    r.rows = moe_weights_row;
+    r.rows_user = p->weights[0];
+    r.out = d->expected;
+    result = moe_reference_layer(&p->layer, &r, &err);
+    if (result != MOE_OK) test_fail2(__FILE__, __LINE__, err.member, err.text);
+    return result;
+}
+
+static int run_gpu(const pair *p, const layer_call *c, const layer_data *d, float *out)
+{
+    const moe_plan *plan = p->plan[1];
+    size_t h = (size_t)plan->layer.hidden_size, n = (size_t)c->tokens * h, width = (size_t)plan->width;
+    size_t slots = (size_t)c->tokens * (size_t)plan->slots;
+    int x_dtype = plan->desc.x_dtype, out_dtype = plan->desc.out_dtype, result;
+    void *x = narrowed(d->x, n, x_dtype), *old = narrowed(d->old, n, out_dtype), *place = gpu_make(n * 4 + 16);
+    int32_t held = c->held;
+    moe_execute_args a;
+    memset(&a, 0, sizeof a);
+    a.input_mode = c->mode;
+    a.flags = c->flags;
+    a.num_tokens = c->tokens;
+    a.num_tokens_dev = held >= 0 ? (const int32_t *)gpu_copy(&held, 4) : NULL;
+    a.x = gpu_copy(x, n * dtype_size(x_dtype));
+    if (c->mode == MOE_INPUT_LOGITS) a.logits = gpu_copy(d->logits, (size_t)c->tokens * width * 4);
+    if (c->mode == MOE_INPUT_IDS) {
+        a.ids = gpu_copy(d->ids, slots * 4);
+        a.weights = gpu_copy(d->weights, slots * 4);
+    }
+    if (c->mode == MOE_INPUT_PACKED) {
+        uint32_t *packed = (uint32_t *)malloc(slots * 4 + 4);
+        for (size_t i = 0; i < slots; i++)
+            packed[i] = (uint32_t)d->ids[i] << 16 | moe__f32_to_bf16(d->weights[i]);
+        a.ids = gpu_copy(packed, slots * 4);
+        free(packed);
+    }
+    a.shared_gate = c->shared_gate ? (const float *)gpu_copy(d->gate, (size_t)c->tokens * 4) : NULL;
+    a.out = place;
+    if (c->flags & MOE_EXECUTE_ACCUMULATE) gpu_put(place, old, n * dtype_size(out_dtype));
+    a.workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
+    a.workspace_bytes = p->info[1].workspace_bytes;
+    result = moe_execute(plan, p->weights[1], &a, NULL);
+    gpu_get(old, place, n * dtype_size(out_dtype));
+    for (size_t i = 0; i < n; i++) out[i] = moe__load(old, out_dtype, (int64_t)i);
+    gpu_release();
+    free(x);
+    free(old);
+    return result;
+}
+
+// |GEMM 2's products| of a row are at most 4 step_of_weights * (largest intermediate): taken from the outputs' size.
+static double tolerance(const pair *p, const layer_call *c, double largest)
+{
+    int n = p->layer.intermediate_size, many = moe__set_of(&p->plan[1]->desc, c->tokens) == MOE__SET_MANY;
+    int half = p->layer.format == MOE_FORMAT_F16 ? 11 : 8;
+    double sums = 2.0 * n * ldexp(1, -24) * 8 * largest; // |products| add up to a few times the largest output
+    return sums + (many ? largest * ldexp(1, -half) : 0) + largest * ldexp(1, -22);
+}
+
+static void compare(const pair *p, const layer_call *c, const layer_data *d, int exact, const char *what)
+{
+    size_t h = (size_t)p->layer.hidden_size, tokens = (size_t)(c->held >= 0 ? c->held : c->tokens);
+    int out_dtype = p->plan[1]->desc.out_dtype;
+    double largest = 0, bound = 0;
+    char text[160];
+    for (size_t i = 0; i < tokens * h; i++)
+        if (fabs((double)d->expected[i]) > largest) largest = fabs((double)d->expected[i]);
+    if (largest == 0 && tokens > 0) test_fail2(__FILE__, __LINE__, what, "expects zeros alone");
+    if (!exact) bound = tolerance(p, c, largest);
+    for (size_t i = 0; i < tokens * h; i++) {
+        float want = d->expected[i];
+        if (c->flags & MOE_EXECUTE_ACCUMULATE) want = want + d->old[i];
+        want = moe__round_to(want, out_dtype);
+        double slack = bound;
+        if (!exact && out_dtype != MOE_DTYPE_F32)
+            slack += fabs((double)want) * ldexp(1, out_dtype == MOE_DTYPE_BF16 ? -8 : -11);
+        if (fabs((double)want - (double)d->got[i]) <= slack) continue; // NaN is not
+        snprintf(text, sizeof text, "token %d, %d: %.9g expected, %.9g (%.3g allowed)", (int)(i / h), (int)(i % h),
+                 (double)want, (double)d->got[i], slack);
+        test_fail2(__FILE__, __LINE__, what, text);
+        return;
+    }
+}
+
+static void check_layer(const pair *p, const layer_call *c, int exact, const char *what)
+{
+    layer_data d;
+    uint64_t state = c->seed * 31 + 7;
+    size_t h = (size_t)p->layer.hidden_size, n = (size_t)c->tokens * h;
+    memset(&d, 0, sizeof d);
+    d.x = grid_values(n, 0.25f, 4, &state);
+    d.old = grid_values(n, 0.5f, 8, &state);
+    d.logits = grid_values((size_t)c->tokens * (size_t)p->plan[1]->width, 0.125f, 40, &state);
+    d.gate = grid_values((size_t)c->tokens, 0.25f, 4, &state);
+    d.got = (float *)malloc(n * 4 + 4);
+    d.again = (float *)malloc(n * 4 + 4);
+    if (expect(p, c, &d) == MOE_OK) {
+        if (run_gpu(p, c, &d, d.got) != MOE_OK) test_fail2(__FILE__, __LINE__, what, "is refused");
+        else compare(p, c, &d, exact, what);
+        if (run_gpu(p, c, &d, d.again) == MOE_OK && memcmp(d.got, d.again, n * 4) != 0)
+            test_fail2(__FILE__, __LINE__, what, "two runs differ");
+    }
+    free(d.x);
+    free(d.old);
+    free(d.logits);
+    free(d.gate);
+    free(d.ids);
+    free(d.weights);
+    free(d.expected);
+    free(d.got);
+    free(d.again);
+}
+
+static int open_layer(pair *p, const moe_layer_desc *layer, int max_tokens)
+{
+    moe_error err;
+    memset(&err, 0, sizeof err);
+    p->layer = *layer;
+    p->seed = 3;
+    p->desc.max_tokens = max_tokens;
+    if (p->desc.out_dtype == 0) p->desc.out_dtype = MOE_DTYPE_F32;
+    if (pair_open(p, &err) == MOE_OK) return 1;
+    test_fail2(__FILE__, __LINE__, err.member, err.text);
+    pair_close(p);
+    return 0;
+}
+
+static void check_one(const moe_layer_desc *layer, const layer_call *c, int exact, const char *what)
+{
+    pair p;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, layer, c->tokens)) return;
+    check_layer(&p, c, exact, what);
+    pair_close(&p);
+}
+
+static layer_call logits_of(int tokens)
+{
+    layer_call c = { 0 };
+    c.mode = MOE_INPUT_LOGITS;
+    c.tokens = tokens;
+    c.held = -1;
+    c.seed = 5;
+    return c;
+}
+
+TEST(a_layer_has_the_bits_of_the_reference_where_sums_are_exact)
+{
+    static const int tokens[] = { 1, 3, 17, 64, 65, 129, 700, 4097 };
+    if (!gpu_open()) return;
+    for (int format = MOE_FORMAT_BF16; format <= MOE_FORMAT_F16; format++) {
+        moe_layer_desc l = layer_of(format, MOE_ACTIVATION_RELU);
+        pair p;
+        int count = gpu_large() ? 8 : format == MOE_FORMAT_BF16 ? 6 : 5;
+        char text[64];
+        memset(&p, 0, sizeof p);
+        if (!open_layer(&p, &l, tokens[count - 1])) continue;
+        for (int i = 0; i < count; i++) {
+            layer_call c = logits_of(tokens[i]);
+            snprintf(text, sizeof text, "%s, T %d", moe_format_string(format), tokens[i]);
+            check_layer(&p, &c, 1, text);
+        }
+        pair_close(&p);
+    }
+}
+
+TEST(gated_activations_are_within_the_bound)
+{
+    layer_call c = logits_of(19);
+    if (!gpu_open()) return;
+    for (int kind = MOE_ACTIVATION_SWIGLU; kind <= MOE_ACTIVATION_SITU; kind++) {
+        moe_layer_desc l = layer_of(MOE_FORMAT_BF16, kind);
+        if (kind == MOE_ACTIVATION_SWIGLU) { l.activation.limit = 3; l.activation.alpha = 1.5f; l.activation.beta = 1; }
+        check_one(&l, &c, 0, moe_activation_string(kind));
+    }
+}
+
+TEST(biases_norms_and_weights_on_the_input)
+{
+    layer_call c = logits_of(9);
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    if (!gpu_open()) return;
+    l.gemm1_bias = l.gemm2_bias = 1;
+    check_one(&l, &c, 1, "biases");
+    l.activation.kind = MOE_ACTIVATION_SWIGLU;
+    check_one(&l, &c, 0, "biases, gated");
+    l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    l.row_norm = 1;
+    l.row_norm_epsilon = 1e-5f;
+    check_one(&l, &c, 1, "row norm");
+    l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    l.routing.weight_on = MOE_WEIGHT_ON_INPUT;
+    c.mode = MOE_INPUT_IDS; // whose weights leave x exact in 16 bits
+    check_one(&l, &c, 1, "weight on the input");
+}
+
+TEST(shared_and_special_experts)
+{
+    layer_call c = logits_of(21);
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    if (!gpu_open()) return;
+    l.shared.count = 2;
+    l.shared.intermediate_size = 24;
+    l.shared.scale = 0.5f;
+    l.output_scale = 2;
+    check_one(&l, &c, 1, "shared");
+    l.shared.gate = 1;
+    check_one(&l, &c, 1, "shared, gate of the layer");
+    c.shared_gate = 1;
+    check_one(&l, &c, 1, "shared, gate of the caller");
+    c = logits_of(70);
+    check_one(&l, &c, 1, "shared, many tokens");
+    c = logits_of(11);
+    l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    l.routing.special_experts = 2;
+    l.routing.special_kind = MOE_SPECIAL_IDENTITY;
+    check_one(&l, &c, 1, "identity experts");
+    l.routing.special_kind = MOE_SPECIAL_ZERO;
+    check_one(&l, &c, 1, "zero experts");
+}
+
+TEST(inputs_of_every_mode_and_ranks)
+{
+    layer_call c = logits_of(23);
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    if (open_layer(&p, &l, 100)) {
+        c.mode = MOE_INPUT_IDS;
+        check_layer(&p, &c, 1, "ids");
+        c.mode = MOE_INPUT_PACKED;
+        check_layer(&p, &c, 1, "packed");
+        c.flags = MOE_EXECUTE_ACCUMULATE;
+        check_layer(&p, &c, 1, "accumulate");
+        c = logits_of(40);
+        c.held = 13;
+        check_layer(&p, &c, 1, "count on the device");
+        c.tokens = 90;
+        check_layer(&p, &c, 1, "count on the device, many");
+        pair_close(&p);
+    }
+    c = logits_of(23);
+    l.parallel.expert_offset = 2;
+    l.parallel.local_experts = 3;
+    check_one(&l, &c, 1, "a range of the experts");
+    l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    l.intermediate_size = 48;
+    l.parallel.tp_size = 2;
+    l.parallel.tp_rank = 1;
+    l.gemm2_bias = 1;
+    check_one(&l, &c, 1, "the second of two tensor-parallel ranks");
+}
+
+TEST(types_of_inputs_and_outputs)
+{
+    static const int types[][2] = { { MOE_DTYPE_F32, MOE_DTYPE_BF16 }, { MOE_DTYPE_F16, MOE_DTYPE_F16 },
+                                    { MOE_DTYPE_BF16, MOE_DTYPE_F32 } };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 3; i++) {
+        moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+        layer_call c = logits_of(7);
+        pair p;
+        char text[64];
+        memset(&p, 0, sizeof p);
+        p.desc.x_dtype = types[i][0];
+        p.desc.out_dtype = types[i][1];
+        snprintf(text, sizeof text, "x %s, out %s", moe_dtype_string(types[i][0]), moe_dtype_string(types[i][1]));
+        if (!open_layer(&p, &l, 7)) continue;
+        check_layer(&p, &c, 1, text);
+        pair_close(&p);
+    }
+}
+
+TEST(a_token_does_not_depend_on_its_batch)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
+    layer_call all = logits_of(70), one = logits_of(1);
+    layer_data d;
+    uint64_t state = 99;
+    pair p;
+    int differ = 0;
+    float *rows = (float *)malloc(70 * H * 4), row[H];
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    memset(&d, 0, sizeof d);
+    p.desc.flags = MOE_PLAN_BATCH_INVARIANT;
+    d.x = grid_values(70 * H, 0.01f, 400, &state);
+    d.old = grid_values(70 * H, 1, 1, &state);
+    d.logits = grid_values(70 * EXPERTS, 0.125f, 40, &state);
+    if (open_layer(&p, &l, 70)) {
+        CHECK_EQ(run_gpu(&p, &all, &d, rows), MOE_OK);
+        for (int t = 0; t < 70; t += 23) {
+            layer_data alone = d;
+            alone.x = d.x + t * H;
+            alone.logits = d.logits + t * EXPERTS;
+            CHECK_EQ(run_gpu(&p, &one, &alone, row), MOE_OK);
+            differ += memcmp(row, rows + t * H, sizeof row) != 0;
+        }
+        CHECK_EQ(differ, 0);
+        pair_close(&p);
+    }
+    free(d.x);
+    free(d.old);
+    free(d.logits);
+    free(rows);
+}
+
+TEST(a_replaced_expert_is_the_new_one)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call c = logits_of(12);
+    pair p;
+    uint64_t state = 12;
+    float *up = grid_values(I * H, 0.125f, 4, &state), *down = grid_values(H * I, 0.125f, 4, &state);
+    moe_tensor t[2];
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    memset(t, 0, sizeof t);
+    for (int i = 0; i < 2; i++) {
+        t[i].role = i == 0 ? MOE_TENSOR_UP : MOE_TENSOR_DOWN;
+        t[i].expert = 4;
+        t[i].index = -1;
+        t[i].dtype = MOE_DTYPE_F32;
+        t[i].rank = 2;
+        t[i].dims[0] = i == 0 ? I : H;
+        t[i].dims[1] = i == 0 ? H : I;
+        t[i].data = i == 0 ? up : down;
+        t[i].data_bytes = (uint64_t)I * H * 4;
+    }
+    if (open_layer(&p, &l, 12)) {
+        for (int side = 0; side < 2; side++)
+            CHECK_OK(moe_weights_replace_expert(p.weights[side], 4, t, 2, NULL, &err));
+        check_layer(&p, &c, 1, "replaced");
+        pair_close(&p);
+    }
+    free(up);
+    free(down);
+}
+
+TEST(what_is_not_built_is_refused_by_name)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    moe_execute_args good, a;
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    memset(&good, 0, sizeof good);
+    if (!open_layer(&p, &l, 4)) return;
+    good.input_mode = MOE_INPUT_LOGITS;
+    good.num_tokens = 4;
+    good.x = gpu_make(4 * H * 2);
+    good.logits = gpu_make(4 * EXPERTS * 4);
+    good.out = gpu_make(4 * H * 4);
+    good.workspace = gpu_make((size_t)p.info[1].workspace_bytes);
+    good.workspace_bytes = p.info[1].workspace_bytes;
+#define REFUSED(change, code, text) \
+    do { \
+        a = good; \
+        change; \
+        CHECK_ERR(moe_execute_check(p.plan[1], p.weights[1], &a, &err), code, text); \
+        CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &a, NULL), code); \
+    } while (0)
+    CHECK_OK(moe_execute_check(p.plan[1], p.weights[1], &good, &err));
+    REFUSED(a.done_signal = (uint32_t *)good.out, MOE_ERROR_UNSUPPORTED, "args.done_signal");
+    REFUSED(a.gemm2_start_event = good.out, MOE_ERROR_UNSUPPORTED, "args.gemm2_start_event");
+    REFUSED(a.flags = MOE_EXECUTE_ROWS_OUT; a.out_row_of_slot = (int32_t *)good.out, MOE_ERROR_UNSUPPORTED,
+            "args.flags");
+    REFUSED(a.out = (char *)good.out + 2, MOE_ERROR_ARGUMENT, "args.out");
+    REFUSED(a.x = (const char *)good.x + 1, MOE_ERROR_ARGUMENT, "args.x");
+#undef REFUSED
+    gpu_release();
+    pair_close(&p);
+}
+
+TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_activations_are_within_the_bound)
+          T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
+          T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch) T(a_replaced_expert_is_the_new_one)
+          T(what_is_not_built_is_refused_by_name))
