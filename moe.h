@@ -13799,7 +13799,7 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
 
 // What the sets of products are made of: GEMM_THREADS, GEMM_CTAS and shared memory of moe_kernels.cu.inc's tiles.
 typedef struct moe__gemm_set {
-    int32_t tile, threads, ctas, smem_bytes; // ctas: of an SM with more than 100 KB
+    int32_t tile, threads, ctas, smem_bytes; // ctas: of an SM at most, where its shared memory is enough
 } moe__gemm_set;
 
 static moe__gemm_set moe__gemm_set_of(int32_t set)
@@ -15359,8 +15359,9 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
 // CTAs of a product: as many as fit, but no more than it has tiles.
 static int32_t moe__gemm_ctas(const moe__run *run, moe__gemm_set shape, int64_t tiles, int32_t rows)
 {
-    int32_t sms = run->plan->ctx->cuda->sms, arch = run->plan->ctx->cuda->arch, slabs = (rows + 127) / 128;
-    int32_t each = arch == 80 || arch / 10 == 9 || arch / 10 == 10 ? shape.ctas : 1; // others have 100 KB an SM
+    const moe__cuda *cuda = run->plan->ctx->cuda;
+    int32_t sms = cuda->sms, smem_sm = moe__max32(cuda->smem_sm, cuda->smem_optin + 1024), slabs = (rows + 127) / 128;
+    int32_t each = moe__max32(1, moe__min32(shape.ctas, smem_sm / (shape.smem_bytes + 1024))); // all at once
     if (run->args.sm_limit > 0) sms = moe__min32(sms, run->args.sm_limit);
     return (int32_t)(tiles * slabs < (int64_t)sms * each ? moe__max32(1, (int32_t)(tiles * slabs)) : sms * each);
 }
