@@ -12868,7 +12868,7 @@ static int32_t moe__tile_eat_block(const char **at, const char *before, int32_t 
 static int32_t moe__tile_parse_words(const char *at, moe__tile_config *c)
 {
     moe__tile *t = &c->tile;
-    int32_t scheduler, gather, found = 0;
+    int32_t scheduler = 0, gather = 0, found = 0;
     t->transposed = (int16_t)moe__tile_eat(&at, "_transOut");
     if (!moe__tile_eat_name(&at, moe__tile_schedulers, MOE__SCHEDULERS, &scheduler)) return 0;
     c->bias = moe__tile_eat(&at, "_biasFp32M");
