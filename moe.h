@@ -12458,8 +12458,9 @@ static void moe__rows_out_task(void *arg, int32_t index, int32_t worker)
 // Pure: numbers of a layer, a plan and a chip in. A tile is m packed weight rows x n token rows x k elements of one
 // CTA. Both products of a plan have tiles of the same n and family, because they share the order of rows.
 //
-// Rows with a list of formats under `built` have kernels; the others are the shapes that are planned, and say "not
-// built". Those of sm100 are TRTLLM-Gen's and Prims-TS's, those of sm90 a prototype's that ran on an H200.
+// Rows with a list of formats under `built` have kernels; the others are shapes that are planned, and say "not built".
+// Most of sm100's are TRTLLM-Gen's and Prims-TS's, sm90's 8-bit ones those of a prototype that ran on an H200; the rest
+// are made after them, to what a chip's shared memory holds.
 #if !defined(MOE_NO_CUDA)
 
 enum { MOE__FAMILY_MMA, MOE__FAMILY_SM90, MOE__FAMILY_SM100, MOE__FAMILY_SM120, MOE__FAMILIES };
@@ -13169,8 +13170,8 @@ static int32_t moe__tile_check(const moe__tile_row *row, const moe__tile_problem
 // rows (once) and the tokens from memory; weights and tokens of all tiles from L2, and then from shared memory; the
 // multiplication of the columns that tiles run (not of the tile's size: it follows the rows that are there). Wave
 // after wave of tiles, the last one with the bytes that its fewer CTAs keep in flight; or, with equal shares of K, one
-// wave. The numbers are rough, the same for all, and only compared: among pairs within a hundredth of the cheapest,
-// the chip's own family and then the fewest token rows decide.
+// wave. The numbers are rough, set by hand after few measurements, and only compared: among pairs within a hundredth of
+// the cheapest, the chip's own family and then the fewest token rows decide.
 
 enum { MOE__COST_CLASSES = 160 };
 
