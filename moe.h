@@ -143,12 +143,15 @@
 //     tiles of 32 rows for up to 64 tokens, else (with MOE_PLAN_BATCH_INVARIANT always) of 128.
 //
 // LAYERS ON CUDA
-//     A CUDA context runs moe_execute() of bf16 and f16 layers whose H and I (of this rank) are multiples of 8, and the
-//     stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version, and refused by name: f32
-//     layers, MASKED and SORTED rows, ROWS_OUT, moe_finalize() alone, pruned experts, done_signal, gemm2_start_event,
-//     products without NVRTC. Weights stay in host memory as on the CPU; when they are sealed, copies of the experts in
-//     the kernels' layout and the tables go to the device. moe_weights_replace_expert() renews a copy on `stream` and
-//     waits for that stream.
+//     A CUDA context runs moe_execute() of bf16 and f16 layers whose H and I (of this rank) are multiples of 8, and
+//     the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version, and refused by name:
+//     f32 layers, MASKED and SORTED rows, ROWS_OUT, moe_finalize() alone, pruned experts, done_signal,
+//     gemm2_start_event, products without NVRTC, special experts beside weights on the input. moe_plan_create()
+//     compiles the products of such a layer also where only its stages are called. Weights stay in host memory as on
+//     the CPU, from host pointers; when they are sealed, copies of the experts in the kernels' layout (about as many
+//     bytes again: rows are padded to 128, columns to 64) and the tables go to the device.
+//     moe_weights_replace_expert() renews a copy on `stream` and waits for that stream; when that fails, the expert on
+//     the device is undefined until it is replaced again.
 //     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements'
 //     size; calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits
 //     with sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once.
@@ -9411,6 +9414,7 @@ typedef struct moe__device_experts {
     moe__cu_ptr memory; // 0: none
     uint64_t bytes, shared_offset, table_offset;
     moe__packed_shape expert, shared;
+    int32_t pruned;     // experts that are a constant: there is no kernel for them
 } moe__device_experts;
 #endif
 
@@ -10612,9 +10616,17 @@ static int32_t moe__device_experts_upload(moe_weights *weights, moe_error *err)
     return result;
 }
 
+static void moe__device_count_pruned(moe_weights *weights)
+{
+    weights->packed.pruned = 0;
+    for (int32_t i = 0; i < weights->layout.blocks; i++)
+        weights->packed.pruned += moe__weights_expert_constant(weights, i) != NULL;
+}
+
 static int32_t moe__device_upload(moe_weights *weights, moe_error *err)
 {
     int32_t result = moe__device_tables_upload(weights, err);
+    moe__device_count_pruned(weights);
     if (result != MOE_OK || (result = moe__device_experts_upload(weights, err)) == MOE_OK) return result;
     if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
     weights->device.memory = 0;
@@ -10622,13 +10634,14 @@ static int32_t moe__device_upload(moe_weights *weights, moe_error *err)
 }
 
 // A replaced expert, in the order of the caller's stream.
-static int32_t moe__device_expert_replace(const moe_weights *weights, int32_t local, void *stream, moe_error *err)
+static int32_t moe__device_expert_replace(moe_weights *weights, int32_t local, void *stream, moe_error *err)
 {
     const moe_allocator *allocator = &weights->ctx->desc.allocator;
     uint64_t bytes = weights->packed.expert.bytes;
     moe__cuda_scope scope;
     unsigned char *staging;
     int32_t result;
+    moe__device_count_pruned(weights);
     if (weights->packed.memory == 0) return MOE_OK;
     if ((staging = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
     if ((result = moe__cuda_begin(weights->ctx, &scope, err)) == MOE_OK) {
@@ -14892,10 +14905,9 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
     if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT && plan->layer.routing.special_experts > 0)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has special experts beside weights on the input, which "
                          "in this version the CPU alone does");
-    for (int32_t i = 0; i < plan->layer.parallel.local_experts; i++)
-        if (moe__weights_expert_constant(run->weights, i) != NULL)
-            return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which "
-                             "in this version the CPU alone runs");
+    if (run->weights->packed.pruned > 0)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which in "
+                         "this version the CPU alone runs");
     return moe__check_aligned(a->out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", err);
 }
 #endif
@@ -16461,6 +16473,8 @@ static const char *const moe__kernel_text[] = {
 "//   MOE_K_ROUTE_ONE, _ROUTE     MOE_P_EXPERTS_PER_LANE 2, 4, 8, 12, 16, 32, 64   MOE_P_ROUTE 0..3 (>>routing)\n"
 "//   MOE_K_SORT\n"
 "//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights)\n"
+"//   MOE_K_GEMM1, _GEMM2         MOE_P_TILE 8, 16, 32, 64, 128; MOE_P_DTYPE; and MOE_P_X, MOE_P_GATED or MOE_P_ROWS\n"
+"//   MOE_K_FINALIZE              MOE_P_ROWS, MOE_P_X, MOE_P_OUT\n"
 "//   MOE_K_ALL                   every entry, for editors and other compilers; none of them: types and wrappers alone\n"
 "\n"
 "// >>types  fixed-width integers, small vectors\n"
@@ -16540,9 +16554,9 @@ static const char *const moe__kernel_text[] = {
 "DI f32 shfl_xor(f32 v, u32 m) { return from_bits(shfl_xor(bits(v), m)); }\n"
 "DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n"
 "DI f32 shfl_down(f32 v, u32 d) { return from_bits(shfl_down(bits(v), d)); }\n"
-"DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n"
+"DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n",
 "DI u32 match_any(u32 v) { return __match_any_sync(~0u, v); }\n"
-"DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n",
+"DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n"
 "DI u32 redux_min(u32 v) { return __reduce_min_sync(~0u, v); }\n"
 "DI u32 redux_add(u32 v) { return __reduce_add_sync(~0u, v); }\n"
 "DI u32 redux_or(u32 v) { return __reduce_or_sync(~0u, v); }\n"
@@ -16646,13 +16660,13 @@ static const char *const moe__kernel_text[] = {
 "    asm volatile(\"cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
 "}\n"
 "\n"
-"// What Hopper has: traps on older chips, and the matrix instructions of sm_90a on every other chip.\n"
+"// What Hopper has: traps on older chips, and the matrix instructions of sm_90a on every other chip.\n",
 "#if MOE_ARCH >= 90\n"
 "#define ASM_90(...) asm volatile(__VA_ARGS__)\n"
 "#else\n"
 "#define ASM_90(...) trap()\n"
 "#endif\n"
-"#if MOE_ARCH_A\n",
+"#if MOE_ARCH_A\n"
 "#define ASM_90A(...) asm volatile(__VA_ARGS__)\n"
 "#else\n"
 "#define ASM_90A(...) trap()\n"
@@ -16774,9 +16788,9 @@ static const char *const moe__kernel_text[] = {
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;\" ::\"r\"(addr), \"r\"(v) : \"memory\");\n"
 "}\n"
 "DI void red_add_cluster_f32(u32 addr, f32 v)\n"
-"{\n"
+"{\n",
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.f32 [%0], %1;\" ::\"r\"(addr), \"f\"(v) : \"memory\");\n"
-"}\n",
+"}\n"
 "DI void st_async(u32 addr, u32 v, u32 bar) // counts 4 bytes at the barrier beside it\n"
 "{\n"
 "    ASM_90(\"st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\" ::\"r\"(addr), \"r\"(v), \"r\"(bar)\n"
@@ -16857,8 +16871,8 @@ static const char *const moe__kernel_text[] = {
 "           : \"memory\");\n"
 "}\n"
 "DI void tma_store_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
-"{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n",
+"{\n",
+"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n"
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
 "}\n"
 "DI void tma_red_add_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
@@ -16932,9 +16946,9 @@ static const char *const moe__kernel_text[] = {
 "#define LIST_8 LIST_4 \", %4, %5, %6, %7\"\n"
 "#define LIST_12 TEN() \", %10, %11\"\n"
 "#define LIST_16 LIST_12 \", %12, %13, %14, %15\"\n"
-"#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n"
+"#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n",
 "#define LIST_30 TEN() \", \" TEN(1) \", \" TEN(2)\n"
-"#define LIST_32 LIST_30 \", %30, %31\"\n",
+"#define LIST_32 LIST_30 \", %30, %31\"\n"
 "#define LIST_40 LIST_30 \", \" TEN(3)\n"
 "#define LIST_48 LIST_40 \", %40, %41, %42, %43, %44, %45, %46, %47\"\n"
 "#define LIST_50 LIST_40 \", \" TEN(4)\n"
@@ -17008,12 +17022,12 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI f32 cvt_f16(u16 v)\n"
 "{\n"
-"    f32 wide;\n"
+"    f32 wide;\n",
 "    asm(\"cvt.f32.f16 %0, %1;\" : \"=f\"(wide) : \"h\"(v));\n"
 "    return wide;\n"
 "}\n"
 "DI u16 cvt_e4m3x2(f32 lo, f32 hi)\n"
-"{\n",
+"{\n"
 "    u16 v = 0;\n"
 "    ASM_89(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
@@ -17113,9 +17127,9 @@ static const char *const moe__kernel_text[] = {
 "    i32 end_is_none;             // MOE_EXECUTE_ID_E_IS_NONE\n"
 "    routing_args routing;\n"
 "}; // 256 bytes\n"
-"\n"
+"\n",
 "// The tables of moe_permutation, each of them NULL where nobody wants it, and which experts are local.\n"
-"struct permute_args {\n",
+"struct permute_args {\n"
 "    i32 *row_of_slot;      // [T, slots]\n"
 "    i32 *slot_of_row;      // [rows_max]\n"
 "    i32 *expert_offsets;   // [local_experts + 1]\n"
@@ -17195,8 +17209,8 @@ static const char *const moe__kernel_text[] = {
 "}; // 96 bytes\n"
 "\n"
 "// Values of moe.h's enumerations that only the layer's second half needs.\n"
-"enum {\n"
-"    ACTIVATION_SWIGLU = 1, ACTIVATION_SWIGLU_STEP = 2, ACTIVATION_GEGLU_ERF = 3, ACTIVATION_GEGLU_TANH = 4,\n",
+"enum {\n",
+"    ACTIVATION_SWIGLU = 1, ACTIVATION_SWIGLU_STEP = 2, ACTIVATION_GEGLU_ERF = 3, ACTIVATION_GEGLU_TANH = 4,\n"
 "    ACTIVATION_SITU = 5, ACTIVATION_SILU = 32, ACTIVATION_GELU_ERF = 33, ACTIVATION_GELU_TANH = 34,\n"
 "    ACTIVATION_RELU = 35, ACTIVATION_RELU2 = 36, ACTIVATION_RELU2_CLAMP = 37, ACTIVATION_IDENTITY = 38,\n"
 "    SPECIAL_IDENTITY = 2, SPECIAL_CONSTANT = 4\n"
@@ -17277,8 +17291,8 @@ static const char *const moe__kernel_text[] = {
 "    i32 accumulate, gate_is_logit;\n"
 "    f32 scale, shared_scale, output_scale, row_norm_epsilon;\n"
 "}; // 168 bytes\n"
-"\n"
-"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n",
+"\n",
+"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
 "// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
@@ -17390,10 +17404,10 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 softplus_f32(f32 x)\n"
 "{\n"
-"    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n"
+"    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n",
 "    return x > 0 \? x + tail : tail;\n"
 "}\n"
-"\n",
+"\n"
 "DI f32 sqrt_softplus_f32(f32 x) { return x < -20.0f \? exp_f32(0.5f * x) : sqrt_rn(softplus_f32(x)); }\n"
 "\n"
 "DI f32 bf16_f32(u16 value) { return from_bits((u32)value << 16); }\n"
@@ -17434,7 +17448,8 @@ static const char *const moe__kernel_text[] = {
 "// its range becomes -1 with weight 0.\n"
 "//\n"
 "//   registers     key[P], P = MOE_P_EXPERTS_PER_LANE: expert e lies in lane e % 32, register e / 32\n"
-"//   shared memory two rows of 32 P words a warp: the logits behind multiplier and soft cap; keys of groups, flags\n"
+"//   shared memory two rows of 32 P words a warp: logits behind multiplier and soft cap, or what ROUTE_SIGMOID has made\n"
+"//                 of them; keys of groups, what is found\n"
 "//   slots         slot s lies in lane s % 32, register s / 32 (40 at most)\n"
 "\n"
 "#ifndef MOE_P_EXPERTS_PER_LANE\n"
@@ -17454,7 +17469,8 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "#define ROW_IS_FULL (MOE_P_ROUTE != ROUTE_ANY)\n"
 "#define SLOT_REGS (MOE_P_ROUTE == ROUTE_ANY \? 2 : 1)\n"
-"#define KEYS_ARE_SCORES (MOE_P_ROUTE == ROUTE_SOFTMAX || MOE_P_ROUTE == ROUTE_TOP_K) // or what is scored behind\n"
+"// What is weighted comes out of the chosen keys, else of the row of logits; and is a score already.\n"
+"#define KEYS_ARE_SCORES (MOE_P_ROUTE == ROUTE_SOFTMAX || MOE_P_ROUTE == ROUTE_TOP_K)\n"
 "#define ROWS_ARE_SCORES (MOE_P_ROUTE == ROUTE_SOFTMAX || MOE_P_ROUTE == ROUTE_SIGMOID)\n"
 "#define KEY_NEG_INF 0x007fffffu // order_of(-inf)\n"
 "#define KEY_ZERO 0x80000000u    // order_of(0)\n"
@@ -17487,13 +17503,13 @@ static const char *const moe__kernel_text[] = {
 "        r.groups = 1;\n"
 "    }\n"
 "    if (r.group_rule != GROUP_TOP2_SUM) r.group_rule = GROUP_MAX;\n"
-"    r.logit_softcap = r.sparse_mixer = 0;\n"
+"    r.logit_softcap = r.sparse_mixer = 0;\n",
 "    r.per_expert_scale = r.forced_rows = r.special_experts = r.extra_slots = r.extra_scored = 0;\n"
 "    r.simulate = SIMULATE_OFF;\n"
 "#endif\n"
 "    return r;\n"
 "}\n"
-"\n",
+"\n"
 "// The largest of key[0 .. N) and its place, of equal ones the lowest: a tree, in which the left one wins ties.\n"
 "template <u32 N> DI void best_key(const u32 *key, u32 base, u32 &top, u32 &place)\n"
 "{\n"
@@ -17590,13 +17606,13 @@ static const char *const moe__kernel_text[] = {
 "        rank += other.z > mine - (self > c + 2);\n"
 "        rank += other.w > mine - (self > c + 3);\n"
 "    }\n"
-"    warp_sync();\n"
+"    warp_sync();\n",
 "    if ((u32)self < n) {\n"
 "        found[rank] = place;\n"
 "        found[rank + 32] = mine;\n"
 "    }\n"
 "    warp_sync();\n"
-"    if (self < count) {\n",
+"    if (self < count) {\n"
 "        chosen = (i32)found[self];\n"
 "        chosen_key = found[self + 32];\n"
 "    }\n"
@@ -17700,10 +17716,10 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = f(x[i]);\n"
 "    }\n"
 "}\n"
-"\n"
+"\n",
 "// From here to 0 no exponential is so small that it needs two powers of two, or that its quotient may be denormal.\n"
 "#define NEAR -57.0f\n"
-"\n",
+"\n"
 "// Exponentials of x - the largest; the sum gets that. Numbers that are not all NEAR, NaN among them, take the long way.\n"
 "// Says whether one was NaN or +inf.\n"
 "DI bool exp_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], softmax_sum &s, bool &far)\n"
@@ -17801,10 +17817,10 @@ static const char *const moe__kernel_text[] = {
 "    for (i32 j = 0; j < kept; j++) {\n"
 "        u32 best = 0, place = lane();\n"
 "        for (u32 g = lane(); g < groups; g += 32) {\n"
-"            u32 key = rank[g]; // only this lane reads and writes it\n"
+"            u32 key = rank[g]; // only this lane reads and writes it\n",
 "            if (key > best) { best = key; place = g; }\n"
 "        }\n"
-"        u32 most = redux_max(best);\n",
+"        u32 most = redux_max(best);\n"
 "        if (place == redux_min(best == most \? place : 0xffffffffu)) rank[place] = 0;\n"
 "    }\n"
 "}\n"
@@ -17893,9 +17909,9 @@ static const char *const moe__kernel_text[] = {
 "    f32 *rest = (f32 *)rows.key;\n"
 "    for (u32 e = lane(); e < ranked; e += 32) rest[e] = rows.logit[e];\n"
 "    for (i32 j = 0; j < a.routing.top_k; j++) {\n"
-"        u32 best = 0, place = lane();\n"
+"        u32 best = 0, place = lane();\n",
 "        for (u32 e = lane(); e < ranked; e += 32) {\n"
-"            u32 key = order_of(rest[e]);\n",
+"            u32 key = order_of(rest[e]);\n"
 "            if (key > best) { best = key; place = e; }\n"
 "        }\n"
 "        u32 most = redux_max(best), id = redux_min(best == most \? place : 0xffffffffu);\n"
@@ -17978,8 +17994,8 @@ static const char *const moe__kernel_text[] = {
 "        drawn[e] = 0;\n"
 "        total += draw_weight(a, drawn, e);\n"
 "    }\n"
-"    total = redux_add(total); // below 2^28\n"
-"    for (i32 j = 0; j < r.top_k; j++) {\n",
+"    total = redux_add(total); // below 2^28\n",
+"    for (i32 j = 0; j < r.top_k; j++) {\n"
 "        u32 at = (u32)((u64)route_random(r.simulate_seed, token, j) * total >> 32), id = 0, mine = 0;\n"
 "        for (u32 base = 0; base < experts; base += 32) {\n"
 "            u32 running = mine = draw_weight(a, drawn, base + lane());\n"
@@ -19551,10 +19567,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "852410ae11a9c13722d730eae5bccd3b335d911e231a4cff5d9129bf7961ebe5";
+    return "671e1a1e792f340367e72ae1b7687a3625d258175b365f7a5573b4d404b70e68";
 }
 
-// >>kernels-ptx 852410ae11a9c13722d730eae5bccd3b335d911e231a4cff5d9129bf7961ebe5  of the text with this digest
+// >>kernels-ptx 671e1a1e792f340367e72ae1b7687a3625d258175b365f7a5573b4d404b70e68  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
@@ -30145,7 +30161,7 @@ static const moe__ptx *moe__kernel_ptx(int32_t *count)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>history
-//     0.1.0   routing, configuration, checkpoints, weights, CPU back end, reference; CUDA: routing, permutation, router
+//     0.1.0   routing, configuration, checkpoints, weights, CPU back end, reference; CUDA: stages, layers in 16 bits
 //
 // MIT License
 //

@@ -770,24 +770,31 @@ static void check_chain(problem p)
 
 static const int tiles[] = { 8, 16, 32, 64, 128 };
 
+// Experts with no row, one, a whole tile, more than that, and some.
+static problem problem_of(int tile, int dtype, int bias)
+{
+    problem p = { 0 };
+    p.tile = tile;
+    p.dtype = dtype;
+    p.slots = 3;
+    p.experts = 6;
+    p.counts[1] = 1;
+    p.counts[2] = tile;
+    p.counts[3] = tile + 3;
+    p.counts[5] = 9;
+    p.tokens = tile + 8;
+    p.bias = bias;
+    return p;
+}
+
 TEST(first_product_in_every_tile)
 {
     if (!gpu_open()) return;
     for (int i = 0; i < 5; i++) {
-        problem p = { 0 };
-        p.tile = tiles[i];
-        p.dtype = i % 2 == 0 ? BF16 : F16;
+        problem p = problem_of(tiles[i], i % 2 == 0 ? BF16 : F16, i % 3 == 1);
         p.gated = i % 2;
         p.hidden = 72 + 64 * i;
         p.features = 136 - 32 * i;
-        p.slots = 3;
-        p.experts = 6;
-        p.counts[0] = 1;
-        p.counts[2] = p.tile;
-        p.counts[3] = p.tile + 3;
-        p.counts[5] = 9;
-        p.tokens = p.tile + 8;
-        p.bias = i % 3 == 1;
         run_gemm1(p);
     }
 }
@@ -797,20 +804,10 @@ TEST(second_product_in_every_tile)
     static const int types[] = { F32, F16, F32, BF16, F32 };
     if (!gpu_open()) return;
     for (int i = 0; i < 5; i++) {
-        problem p = { 0 };
-        p.tile = tiles[i];
-        p.dtype = i % 2 == 0 ? BF16 : F16;
+        problem p = problem_of(tiles[i], i % 2 == 0 ? BF16 : F16, i % 3 == 1);
         p.rows_dtype = types[i];
         p.hidden = 136 + 64 * i;
         p.features = i == 4 ? 8 : 72 + 64 * i;
-        p.slots = 3;
-        p.experts = 6;
-        p.counts[1] = 1;
-        p.counts[2] = p.tile;
-        p.counts[3] = p.tile + 3;
-        p.counts[5] = 9;
-        p.tokens = p.tile + 8;
-        p.bias = i % 3 == 1;
         run_gemm2(p);
     }
 }

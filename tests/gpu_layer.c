@@ -101,44 +101,60 @@ static int expect(const pair *p, const layer_call *c, layer_data *d)
     return result;
 }
 
-static int run_gpu(const pair *p, const layer_call *c, const layer_data *d, float *out)
+// Inputs on the device, and args for them; everything lives until gpu_release().
+static void begin_gpu(const pair *p, const layer_call *c, const layer_data *d, moe_execute_args *args)
 {
     const moe_plan *plan = p->plan[1];
     size_t h = (size_t)plan->layer.hidden_size, n = (size_t)c->tokens * h, width = (size_t)plan->width;
     size_t slots = (size_t)c->tokens * (size_t)plan->slots;
-    int x_dtype = plan->desc.x_dtype, out_dtype = plan->desc.out_dtype, result;
-    void *x = narrowed(d->x, n, x_dtype), *old = narrowed(d->old, n, out_dtype), *place = gpu_make(n * 4 + 16);
+    int x_dtype = plan->desc.x_dtype, out_dtype = plan->desc.out_dtype;
+    void *x = narrowed(d->x, n, x_dtype), *old = narrowed(d->old, n, out_dtype);
     int32_t held = c->held;
-    moe_execute_args a;
-    memset(&a, 0, sizeof a);
-    a.input_mode = c->mode;
-    a.flags = c->flags;
-    a.num_tokens = c->tokens;
-    a.num_tokens_dev = held >= 0 ? (const int32_t *)gpu_copy(&held, 4) : NULL;
-    a.x = gpu_copy(x, n * dtype_size(x_dtype));
-    if (c->mode == MOE_INPUT_LOGITS) a.logits = gpu_copy(d->logits, (size_t)c->tokens * width * 4);
+    memset(args, 0, sizeof *args);
+    args->input_mode = c->mode;
+    args->flags = c->flags;
+    args->num_tokens = c->tokens;
+    args->num_tokens_dev = held >= 0 ? (const int32_t *)gpu_copy(&held, 4) : NULL;
+    args->x = gpu_copy(x, n * dtype_size(x_dtype));
+    if (c->mode == MOE_INPUT_LOGITS) args->logits = gpu_copy(d->logits, (size_t)c->tokens * width * 4);
     if (c->mode == MOE_INPUT_IDS) {
-        a.ids = gpu_copy(d->ids, slots * 4);
-        a.weights = gpu_copy(d->weights, slots * 4);
+        args->ids = gpu_copy(d->ids, slots * 4);
+        args->weights = gpu_copy(d->weights, slots * 4);
     }
     if (c->mode == MOE_INPUT_PACKED) {
         uint32_t *packed = (uint32_t *)malloc(slots * 4 + 4);
         for (size_t i = 0; i < slots; i++)
             packed[i] = (uint32_t)d->ids[i] << 16 | moe__f32_to_bf16(d->weights[i]);
-        a.ids = gpu_copy(packed, slots * 4);
+        args->ids = gpu_copy(packed, slots * 4);
         free(packed);
     }
-    a.shared_gate = c->shared_gate ? (const float *)gpu_copy(d->gate, (size_t)c->tokens * 4) : NULL;
-    a.out = place;
-    if (c->flags & MOE_EXECUTE_ACCUMULATE) gpu_put(place, old, n * dtype_size(out_dtype));
-    a.workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
-    a.workspace_bytes = p->info[1].workspace_bytes;
-    result = moe_execute(plan, p->weights[1], &a, NULL);
-    gpu_get(old, place, n * dtype_size(out_dtype));
-    for (size_t i = 0; i < n; i++) out[i] = moe__load(old, out_dtype, (int64_t)i);
-    gpu_release();
+    args->shared_gate = c->shared_gate ? (const float *)gpu_copy(d->gate, (size_t)c->tokens * 4) : NULL;
+    args->out = gpu_make(n * 4 + 16);
+    if (c->flags & MOE_EXECUTE_ACCUMULATE) gpu_put(args->out, old, n * dtype_size(out_dtype));
+    args->workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
+    args->workspace_bytes = p->info[1].workspace_bytes;
     free(x);
     free(old);
+}
+
+static void read_gpu(const pair *p, const moe_execute_args *args, float *out)
+{
+    size_t n = (size_t)args->num_tokens * (size_t)p->layer.hidden_size;
+    int dtype = p->plan[1]->desc.out_dtype;
+    void *values = malloc(n * 4 + 4);
+    gpu_get(values, args->out, n * dtype_size(dtype));
+    for (size_t i = 0; i < n; i++) out[i] = moe__load(values, dtype, (int64_t)i);
+    free(values);
+}
+
+static int run_gpu(const pair *p, const layer_call *c, const layer_data *d, float *out)
+{
+    moe_execute_args args;
+    int result;
+    begin_gpu(p, c, d, &args);
+    result = moe_execute(p->plan[1], p->weights[1], &args, NULL);
+    read_gpu(p, &args, out);
+    gpu_release();
     return result;
 }
 
@@ -176,33 +192,45 @@ static void compare(const pair *p, const layer_call *c, const layer_data *d, int
     }
 }
 
+// Inputs of the call's seed, and what they give. 0: there is nothing to compare with.
+static int data_make(const pair *p, const layer_call *c, layer_data *d)
+{
+    uint64_t state = c->seed * 31 + 7;
+    size_t n = (size_t)c->tokens * (size_t)p->layer.hidden_size;
+    memset(d, 0, sizeof *d);
+    d->x = grid_values(n, 0.25f, 4, &state);
+    d->old = grid_values(n, 0.5f, 8, &state);
+    d->logits = grid_values((size_t)c->tokens * (size_t)p->plan[1]->width, 0.125f, 40, &state);
+    d->gate = grid_values((size_t)c->tokens, 0.25f, 4, &state);
+    d->got = (float *)malloc(n * 4 + 4);
+    d->again = (float *)malloc(n * 4 + 4);
+    return expect(p, c, d) == MOE_OK;
+}
+
+static void data_free(layer_data *d)
+{
+    free(d->x);
+    free(d->old);
+    free(d->logits);
+    free(d->gate);
+    free(d->ids);
+    free(d->weights);
+    free(d->expected);
+    free(d->got);
+    free(d->again);
+}
+
 static void check_layer(const pair *p, const layer_call *c, int exact, const char *what)
 {
     layer_data d;
-    uint64_t state = c->seed * 31 + 7;
-    size_t h = (size_t)p->layer.hidden_size, n = (size_t)c->tokens * h;
-    memset(&d, 0, sizeof d);
-    d.x = grid_values(n, 0.25f, 4, &state);
-    d.old = grid_values(n, 0.5f, 8, &state);
-    d.logits = grid_values((size_t)c->tokens * (size_t)p->plan[1]->width, 0.125f, 40, &state);
-    d.gate = grid_values((size_t)c->tokens, 0.25f, 4, &state);
-    d.got = (float *)malloc(n * 4 + 4);
-    d.again = (float *)malloc(n * 4 + 4);
-    if (expect(p, c, &d) == MOE_OK) {
+    size_t n = (size_t)c->tokens * (size_t)p->layer.hidden_size;
+    if (data_make(p, c, &d)) {
         if (run_gpu(p, c, &d, d.got) != MOE_OK) test_fail2(__FILE__, __LINE__, what, "is refused");
         else compare(p, c, &d, exact, what);
         if (run_gpu(p, c, &d, d.again) == MOE_OK && memcmp(d.got, d.again, n * 4) != 0)
             test_fail2(__FILE__, __LINE__, what, "two runs differ");
     }
-    free(d.x);
-    free(d.old);
-    free(d.logits);
-    free(d.gate);
-    free(d.ids);
-    free(d.weights);
-    free(d.expected);
-    free(d.got);
-    free(d.again);
+    data_free(&d);
 }
 
 static int open_layer(pair *p, const moe_layer_desc *layer, int max_tokens)
@@ -400,6 +428,79 @@ TEST(a_token_does_not_depend_on_its_batch)
     free(rows);
 }
 
+// The calls of the driver that a line of its log names; anything but launches and the context's stack is a failure.
+static int count_launches(const char *log)
+{
+    int launches = 0;
+    for (const char *line = log; *line != 0; line += strcspn(line, "\n") + (line[strcspn(line, "\n")] == '\n')) {
+        char name[64] = "";
+        sscanf(line, "%63s", name);
+        if (strcmp(name, "cuLaunchKernelEx") == 0) launches++;
+        else if (strncmp(name, "cuCtx", 5) != 0) test_fail2(__FILE__, __LINE__, "moe_execute() calls", name);
+    }
+    return launches;
+}
+
+// A graph of one call, replayed with other inputs at the same addresses.
+static void check_replay(const pair *p, int tokens)
+{
+    layer_call first = logits_of(tokens), other = logits_of(tokens);
+    layer_data a, b;
+    moe_execute_args args;
+    void *stream = gpu_stream(), *graph = NULL, *exec = NULL, *x;
+    size_t n = (size_t)tokens * H;
+    int k0 = tokens <= p->plan[1]->stages.one_tokens ? 1 : 2;
+    other.seed = 17;
+    if (data_make(p, &first, &a) && data_make(p, &other, &b)) {
+        begin_gpu(p, &first, &a, &args);
+        gpu_enter();
+        GPU_CALL(gpu_calls.begin_capture(stream, 0));
+        gpu_leave();
+        if (gpu_calls.log_begin != NULL) gpu_calls.log_begin();
+        CHECK_EQ(moe_execute(p->plan[1], p->weights[1], &args, stream), MOE_OK);
+        if (gpu_calls.log_begin != NULL) CHECK_EQ(count_launches(gpu_calls.log_end()), k0 + 3);
+        gpu_enter();
+        GPU_CALL(gpu_calls.end_capture(stream, &graph));
+        GPU_CALL(gpu_calls.instantiate(&exec, graph, 0));
+        gpu_leave();
+        for (int turn = 0; turn < 2; turn++) {
+            const layer_data *d = turn == 0 ? &b : &a;
+            x = narrowed(d->x, n, p->plan[1]->desc.x_dtype);
+            gpu_put((void *)(uintptr_t)args.x, x, n * 2);
+            gpu_put((void *)(uintptr_t)args.logits, d->logits, (size_t)tokens * EXPERTS * 4);
+            free(x);
+            gpu_enter();
+            GPU_CALL(gpu.cuda->cuMemsetD8((moe__cu_ptr)(uintptr_t)args.out, GPU_POISON, n * 4));
+            GPU_CALL(gpu.cuda->cuCtxSynchronize());
+            GPU_CALL(gpu_calls.graph_launch(exec, stream));
+            GPU_CALL(gpu_calls.stream_synchronize(stream));
+            gpu_leave();
+            read_gpu(p, &args, d->got);
+            compare(p, &first, d, 1, turn == 0 ? "replayed with other inputs" : "replayed with the first inputs");
+        }
+        gpu_enter();
+        GPU_CALL(gpu_calls.exec_destroy(exec));
+        GPU_CALL(gpu_calls.graph_destroy(graph));
+        gpu_leave();
+        gpu_release();
+        data_free(&b);
+    }
+    data_free(&a);
+    gpu_stream_end(stream);
+}
+
+TEST(a_layer_only_enqueues_and_is_replayed_from_a_graph)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    pair p;
+    if (!gpu_open_driver()) return;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 70)) return;
+    check_replay(&p, 20);
+    check_replay(&p, 70);
+    pair_close(&p);
+}
+
 TEST(a_replaced_expert_is_the_new_one)
 {
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
@@ -469,5 +570,6 @@ TEST(what_is_not_built_is_refused_by_name)
 
 TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_activations_are_within_the_bound)
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
-          T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch) T(a_replaced_expert_is_the_new_one)
+          T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
+          T(a_layer_only_enqueues_and_is_replayed_from_a_graph) T(a_replaced_expert_is_the_new_one)
           T(what_is_not_built_is_refused_by_name))
