@@ -138,10 +138,12 @@
 //     A CUDA context runs moe_execute() of bf16 and f16 layers whose H and I (of this rank) are multiples of 8, and the
 //     stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version, and refused by name: f32
 //     layers, MASKED and SORTED rows, ROWS_OUT, moe_finalize() alone, pruned experts, done_signal, gemm2_start_event,
-//     products without NVRTC. Weights stay in host memory as on the CPU; when they are sealed, copies of the experts in
-//     the kernels' layout and the tables go to the device. moe_weights_replace_expert() renews a copy on `stream` and
-//     waits for that stream.
-//     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements'
+//     products without NVRTC. Their experts are packed into device memory while tensors are set, in the layout that
+//     these kernels read, and are not kept in host memory: a tensor's part of a block is packed there and copied.
+//     Sources may lie in device memory too, where everything that writes them has ended. moe_weights_replace_expert()
+//     copies on `stream` and waits for that stream. moe_weights_read_row() and _save() copy blocks back. Saved weights
+//     are for the CPU or for CUDA, as the context that saved them.
+//     Every pointer in moe_execute_args and moe_permutation is a device address, a multiple of its elements'
 //     size; calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits
 //     with sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once.
 //     Rows between GEMM 2 and the weighted sum are fp32 up to 64 tokens, else of the layer's 16 bits; with
@@ -644,7 +646,7 @@ typedef struct moe_tensor {
     int32_t layout;    // moe_weight_layout; 0 means MAJOR_K
     int32_t halves;    // moe_half_order; required for fused roles, else 0
     int32_t row_order; // moe_row_order
-    int32_t memory;    // moe_memory
+    int32_t memory;    // moe_memory of `data`; DEVICE: CUDA contexts alone
     int32_t reserved0;
     int64_t dims[4];   // as stored: MAJOR_MN has [in, out]
     const void *data;  // contiguous, any alignment
@@ -934,7 +936,8 @@ MOE_API int32_t moe_checkpoint_facts(const moe_checkpoint *ckpt, int32_t layer_i
 typedef struct moe_weights_desc {
     uint32_t struct_size;
     int32_t memory_kind;   // moe_memory of `memory`
-    void *memory;          // NULL: the library allocates; else the caller's, 256-aligned, kept until destroy
+    void *memory;          // NULL: the library allocates; else the caller's, 256-aligned, kept until destroy: on the
+                           // device where CUDA runs the layer, else on the host
     uint64_t memory_bytes; // at least moe_plan_info.weight_bytes
     uint32_t reserved[8];
 } moe_weights_desc;
@@ -972,7 +975,7 @@ MOE_API int32_t moe_weights_read_row(const moe_weights *weights, int32_t role, i
 MOE_API int32_t moe_weights_get_info(const moe_weights *weights, moe_weights_info *info, moe_error *err);
 MOE_API void moe_weights_destroy(moe_weights *weights); // after the last work that uses them has finished
 #ifndef MOE_NO_FILES
-// Sealed weights to a file (temporary name, then rename), and back: mapped where the back end can read mapped memory.
+// Sealed weights to a file (temporary name, then rename), and back: mapped where the CPU reads them.
 // The file carries layout id, layer and checksums of header and data; load reads it through once to check them. A
 // foreign or damaged file is MOE_ERROR_FORMAT, one of another layer MOE_ERROR_ARGUMENT with the member that differs.
 MOE_API int32_t moe_weights_save(const moe_weights *weights, const char *path, moe_error *err);
@@ -2115,10 +2118,20 @@ MOE__UNUSED static int32_t moe__file_read(const moe_allocator *allocator, const 
     return MOE_OK;
 }
 
-static int32_t moe__write_all(moe__fd fd, const moe__span *spans, int32_t count)
+// Where a span's data is not in memory: get() brings it, until the next call; NULL: it failed and said why.
+typedef struct moe__source {
+    const void *(*get)(void *user, int32_t span, moe_error *err);
+    void *user;
+} moe__source;
+
+// 1; 0: the file was not written; -1: get() failed.
+static int32_t moe__write_all(moe__fd fd, const moe__span *spans, int32_t count, const moe__source *source,
+                              moe_error *err)
 {
     for (int32_t i = 0; i < count; i++) {
         const unsigned char *data = (const unsigned char *)spans[i].data;
+        if (data == NULL && spans[i].size > 0 && source != NULL)
+            if ((data = (const unsigned char *)source->get(source->user, i, err)) == NULL) return -1;
         for (uint64_t done = 0; done < spans[i].size;) {
             int64_t put = moe__fd_write(fd, data + done, spans[i].size - done);
             if (put <= 0) return 0;
@@ -2129,13 +2142,13 @@ static int32_t moe__write_all(moe__fd fd, const moe__span *spans, int32_t count)
 }
 
 // Writes the spans one after the other under a temporary name beside `path` and renames: readers see the old file or
-// the whole new one.
+// the whole new one. source: NULL where every span has data.
 MOE__UNUSED static int32_t moe__file_write_atomic(const char *path, const moe__span *spans, int32_t count,
-                                                  moe_error *err)
+                                                  const moe__source *source, moe_error *err)
 {
     char temp[MOE__PATH_MAX];
     moe__fd fd;
-    int32_t number = 0, exists = 1;
+    int32_t number = 0, exists = 1, written;
     if (strlen(path) + 32 > MOE__PATH_MAX)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "path", "is longer than %d bytes: %q", MOE__PATH_MAX - 32, path);
     for (uint32_t attempt = 0; exists && attempt < 1000; attempt++) {
@@ -2145,9 +2158,10 @@ MOE__UNUSED static int32_t moe__file_write_atomic(const char *path, const moe__s
         number = moe__fd_create(temp, &fd, &exists);
     }
     if (number != 0) return moe__fail_file(err, MOE_ERROR_FILE, temp, "could not be created", number);
-    if (!moe__write_all(fd, spans, count)) {
+    if ((written = moe__write_all(fd, spans, count, source, err)) <= 0) {
         moe__fd_close(fd);
         moe__path_remove(temp);
+        if (written < 0) return MOE_ERROR_DRIVER;
         return moe__fail_file(err, MOE_ERROR_FILE, temp, "could not be written", 0);
     }
     number = moe__fd_flush(fd);
@@ -7372,7 +7386,9 @@ enum { // numbers of cuda.h
     X(cuMemcpyDtoH, "_v2", 12000, 1, (void *to, moe__cu_ptr from, size_t bytes)) \
     X(cuMemcpyHtoDAsync, "_v2", 12000, 1, \
       (moe__cu_ptr to, const void *from, size_t bytes, moe__cu_stream stream)) \
+    X(cuMemcpyDtoHAsync, "_v2", 12000, 1, (void *to, moe__cu_ptr from, size_t bytes, moe__cu_stream stream)) \
     X(cuMemsetD8, "_v2", 12000, 1, (moe__cu_ptr to, unsigned char value, size_t bytes)) \
+    X(cuMemsetD8Async, "", 12000, 1, (moe__cu_ptr to, unsigned char value, size_t bytes, moe__cu_stream stream)) \
     X(cuStreamCreate, "", 12000, 1, (moe__cu_stream *stream, unsigned flags)) \
     X(cuStreamDestroy, "_v2", 12000, 1, (moe__cu_stream stream)) \
     X(cuStreamSynchronize, "", 12000, 1, (moe__cu_stream stream)) \
@@ -7771,36 +7787,78 @@ static void moe__device_release(const moe_context *ctx, moe__cu_ptr memory, uint
     else ctx->cuda->cuMemFree(memory);
 }
 
-// Device memory with a copy of `from` in it; there when the call returns. Runs on a stream of the context's, so that it
-// waits for nothing of the caller's and disturbs no capture.
-MOE__UNUSED static int32_t moe__device_make(const moe_context *ctx, const void *from, uint64_t bytes, moe__cu_ptr *out,
-                                            moe_error *err)
+// Copies that have ended when the calls return. They run on a stream of the context's, so that they wait for nothing of
+// the caller's and disturb no capture, or on one of the caller's.
+static int32_t moe__device_copied(const moe_context *ctx, moe__cu_result result, moe__cu_stream stream, moe_error *err)
 {
-    const moe__cuda *cuda = ctx->cuda;
+    if (result == 0) result = ctx->cuda->cuStreamSynchronize(stream);
+    if (result == 0) return MOE_OK;
+    return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "copying to or from the device", result);
+}
+
+static int32_t moe__device_put(const moe_context *ctx, moe__cu_ptr to, const void *from, uint64_t bytes,
+                               moe__cu_stream stream, moe_error *err)
+{
     moe__cuda_scope scope;
-    moe__cu_result copied;
-    int32_t result;
-    *out = 0;
-    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
-    if ((result = moe__device_alloc(ctx, bytes, out, err)) == MOE_OK) {
-        copied = cuda->cuMemcpyHtoDAsync(*out, from, (size_t)bytes, cuda->stream);
-        if (copied == 0) copied = cuda->cuStreamSynchronize(cuda->stream);
-        if (copied != 0) {
-            moe__device_release(ctx, *out, bytes);
-            *out = 0;
-            result = moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "copying to the device", copied);
-        }
-    }
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    result = moe__device_copied(ctx, ctx->cuda->cuMemcpyHtoDAsync(to, from, (size_t)bytes, stream), stream, err);
     moe__cuda_end(ctx, &scope);
     return result;
 }
 
-MOE__UNUSED static void moe__device_free(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
+static int32_t moe__device_get(const moe_context *ctx, void *to, moe__cu_ptr from, uint64_t bytes, moe_error *err)
+{
+    moe__cuda_scope scope;
+    moe__cu_stream stream = ctx->cuda->stream;
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    result = moe__device_copied(ctx, ctx->cuda->cuMemcpyDtoHAsync(to, from, (size_t)bytes, stream), stream, err);
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+static int32_t moe__device_clear(const moe_context *ctx, moe__cu_ptr to, uint64_t bytes, moe_error *err)
+{
+    moe__cuda_scope scope;
+    moe__cu_stream stream = ctx->cuda->stream;
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    result = moe__device_copied(ctx, ctx->cuda->cuMemsetD8Async(to, 0, (size_t)bytes, stream), stream, err);
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+static int32_t moe__device_new(const moe_context *ctx, uint64_t bytes, moe__cu_ptr *out, moe_error *err)
+{
+    moe__cuda_scope scope;
+    int32_t result;
+    *out = 0;
+    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
+    result = moe__device_alloc(ctx, bytes, out, err);
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+static void moe__device_free(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
 {
     moe__cuda_scope scope;
     if (moe__cuda_begin(ctx, &scope, NULL) != MOE_OK) return; // the memory went with the CUDA context
     moe__device_release(ctx, memory, bytes);
     moe__cuda_end(ctx, &scope);
+}
+
+// Device memory with a copy of `from` in it.
+static int32_t moe__device_make(const moe_context *ctx, const void *from, uint64_t bytes, moe__cu_ptr *out,
+                                moe_error *err)
+{
+    int32_t result = moe__device_new(ctx, bytes, out, err);
+    if (result == MOE_OK && (result = moe__device_put(ctx, *out, from, bytes, ctx->cuda->stream, err)) == MOE_OK)
+        return result;
+    if (*out == 0) return result;
+    moe__device_free(ctx, *out, bytes);
+    *out = 0;
+    return result;
 }
 
 static int32_t moe__device_attribute(const moe__cuda *cuda, int attribute)
@@ -8651,7 +8709,7 @@ static int32_t moe__folder_write(moe__folder *folder, const char *name, const mo
     char path[MOE__PATH_MAX];
     moe_error err;
     if (moe__path_join(path, folder->path, name, &err) != MOE_OK) return 1;
-    return moe__file_write_atomic(path, spans, count, &err) == MOE_OK ? 0 : 1;
+    return moe__file_write_atomic(path, spans, count, NULL, &err) == MOE_OK ? 0 : 1;
 }
 #else
 typedef struct moe__folder {
@@ -8776,7 +8834,7 @@ static int32_t moe__folder_write(moe__folder *folder, const char *name, const mo
     }
     if (fd < 0) return EEXIST;
     errno = 0;
-    if (!moe__write_all(fd, spans, count)) number = errno != 0 ? errno : EIO;
+    if (!moe__write_all(fd, spans, count, NULL, NULL)) number = errno != 0 ? errno : EIO;
     if (number == 0) number = moe__fd_flush(fd);
     close(fd);
     if (number == 0 && renameat(folder->fd, temp, folder->fd, name) != 0) number = errno;
@@ -9177,20 +9235,32 @@ static void moe__cuda_report(const moe_context *ctx)
 #endif // MOE_NO_CUDA
 
 // >>layout  how weights lie in memory  One block per expert with matrices here, then the shared experts as one more
-// block, then fp32 tables. The CPU's matrices keep the checkpoint's type and are output-major rows, padded with zeros
-// to 32 elements, so that a dot product has no tail; gate and up of a feature are neighbours, so that one tile holds
-// both.
+// block, then fp32 tables. A block is the same parts in both layouts, each 256-aligned:
 //
-//     block   W1 [rows1][ld1]   bias1 f32 [rows1]   W2 [H][ld2]   bias2 f32 [H]     each part 256-aligned
-//     rows1   gated: 2 I, row 2i gate i, row 2i + 1 up i; else I, row i
+//     W1   bias1 f32   W2   bias2 f32
 //
-// Written by >>weights, read by >>cpu; the sizes are what moe_plan_query() reports.
+// Rows, what the CPU reads: matrices of the checkpoint's type in output-major rows, padded with zeros to 32 elements,
+// so that a dot product has no tail. Gate and up of a feature are neighbours (row 2i gate i, row 2i + 1 up i), so that
+// one task has both; their biases lie as the rows do.
+//
+// Tiles, what the kernels on CUDA read: 128 rows x 64 elements of 16 bits, 16 KB each, [slab of rows][block of k]; what
+// is beyond the matrix is 0. Inside a tile the 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that ldmatrix
+// meets no bank twice. Rows are reordered, 32 at a time, so that what an epilogue needs together comes out of one
+// thread; biases of gates come before those of ups.
+//
+//     gated W1    16 features: row i gate f + 2i, 8 + i gate f + 2i + 1, 16 + i up f + 2i, 24 + i up f + 2i + 1
+//     others      32 rows: row 8q + i is row 4i + q of them
+//
+// Written by >>weights, read by >>cpu and by the kernels; the sizes are what moe_plan_query() reports.
 
-enum { MOE__LAYOUT_CPU_ROWS = 0x43505501, MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32 };
+enum {
+    MOE__LAYOUT_CPU_ROWS = 0x43505501, MOE__LAYOUT_TILES_16 = 0x54313601, MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32,
+    MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64, MOE__PACKED_TILE = 16384
+};
 
 typedef struct moe__block_shape {
     int32_t features, first_feature; // of this rank's slice of I
-    int32_t rows1, ld1, ld2;         // ld in elements
+    int32_t rows1, ld1, ld2;         // ld in elements; of tiles: whole ones
     uint64_t w1, bias1, w2, bias2;   // offsets in the block; biases UINT64_MAX when there are none
     uint64_t bytes;
 } moe__block_shape;
@@ -9198,14 +9268,15 @@ typedef struct moe__block_shape {
 typedef struct moe__layout {
     uint32_t id;
     int32_t dtype;                   // of the matrices
+    int32_t tiled;                   // tiles, on the device; the tables are in host memory always
     int32_t blocks;                  // local routed experts, then always-on ones
     moe__block_shape expert, shared; // shared.bytes 0: none here
-    uint64_t shared_offset;
-    uint64_t table_offset[MOE_TENSOR_ROLES]; // fp32 tables (FORCED_IDS: int32); UINT64_MAX: the layer has none
+    uint64_t shared_offset, tables;  // from the first block on; tables: the first of them, and the bytes of all blocks
+    uint64_t table_offset[MOE_TENSOR_ROLES]; // from `tables` on; fp32 (FORCED_IDS: int32); UINT64_MAX: there is none
     uint64_t table_count[MOE_TENSOR_ROLES];  // values; ROUTER: width * router_ld
     int32_t router_ld;
     int32_t reserved;
-    uint64_t bytes;
+    uint64_t bytes;                  // of blocks and tables
 } moe__layout;
 
 static int32_t moe__format_dtype(int32_t format) // of the matrices; UNSET for what this version does not execute
@@ -9216,20 +9287,56 @@ static int32_t moe__format_dtype(int32_t format) // of the matrices; UNSET for w
     return MOE_DTYPE_UNSET;
 }
 
-static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t bias1,
-                            int32_t bias2, int32_t dtype)
+// Why the CUDA back end does not run this layer's products; NULL: it does.
+MOE__UNUSED static const char *moe__products_refusal(const moe_layer_desc *layer)
 {
-    uint64_t element = (uint64_t)moe_dtype_bits(dtype) / 8, hidden = (uint64_t)layer->hidden_size, offset = 0;
+    int32_t first, features, shared = layer->shared.count * layer->shared.intermediate_size;
+    if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
+    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &features);
+    if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
+    if (features == 0) return "this rank's slice of layer.intermediate_size is empty";
+    if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
+    if (shared > 0) {
+        moe__parallel_slice(&layer->parallel, shared, moe__format_group(layer), &first, &features);
+        if (features % 8 != 0) return "the shared experts' width is not a multiple of 8";
+    }
+    return NULL;
+}
+
+// Bytes from a matrix of tiles to element k of its packed row.
+static uint64_t moe__packed_at(int64_t ld, int64_t row, int64_t k)
+{
+    int64_t tile = row / MOE__PACKED_ROWS * (ld / MOE__PACKED_COLUMNS) + k / MOE__PACKED_COLUMNS;
+    int64_t chunk = (k % MOE__PACKED_COLUMNS / 8) ^ (row % 8);
+    return (uint64_t)(tile * MOE__PACKED_TILE + row % MOE__PACKED_ROWS * 128 + chunk * 16 + k % 8 * 2);
+}
+
+// The packed row that holds a row of the CPU's.
+static int64_t moe__packed_row(int32_t gated, int64_t row)
+{
+    int64_t f = row / 2;
+    if (!gated) return row / 32 * 32 + row % 4 * 8 + row % 32 / 4;
+    return f / 16 * 32 + row % 2 * 16 + f % 2 * 8 + f % 16 / 2;
+}
+
+static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t bias1,
+                            int32_t bias2, const moe__layout *layout)
+{
+    uint64_t element = (uint64_t)moe_dtype_bits(layout->dtype) / 8, hidden = (uint64_t)layer->hidden_size, offset = 0;
+    uint64_t align = layout->tiled ? (uint64_t)MOE__PACKED_COLUMNS : (uint64_t)MOE__ROW_ALIGN, rows1, rows2 = hidden;
     moe__parallel_slice(&layer->parallel, size, moe__format_group(layer), &shape->first_feature, &shape->features);
     shape->rows1 = shape->features * (moe__layer_is_gated(layer) ? 2 : 1);
-    shape->ld1 = (int32_t)moe__align_up(hidden, MOE__ROW_ALIGN);
-    shape->ld2 = (int32_t)moe__align_up((uint64_t)shape->features, MOE__ROW_ALIGN);
+    shape->ld1 = (int32_t)moe__align_up(hidden, align);
+    shape->ld2 = (int32_t)moe__align_up((uint64_t)shape->features, align);
     shape->w1 = offset;
-    offset = moe__align_up(offset + (uint64_t)shape->rows1 * (uint64_t)shape->ld1 * element, MOE__LAYOUT_ALIGN);
+    rows1 = (uint64_t)shape->rows1;
+    if (layout->tiled) rows1 = moe__align_up(rows1, MOE__PACKED_ROWS);
+    if (layout->tiled) rows2 = moe__align_up(rows2, MOE__PACKED_ROWS);
+    offset = moe__align_up(offset + rows1 * (uint64_t)shape->ld1 * element, MOE__LAYOUT_ALIGN);
     shape->bias1 = bias1 ? offset : UINT64_MAX;
     if (bias1) offset = moe__align_up(offset + (uint64_t)shape->rows1 * 4, MOE__LAYOUT_ALIGN);
     shape->w2 = offset;
-    offset = moe__align_up(offset + hidden * (uint64_t)shape->ld2 * element, MOE__LAYOUT_ALIGN);
+    offset = moe__align_up(offset + rows2 * (uint64_t)shape->ld2 * element, MOE__LAYOUT_ALIGN);
     shape->bias2 = bias2 ? offset : UINT64_MAX;
     if (bias2) offset = moe__align_up(offset + hidden * 4, MOE__LAYOUT_ALIGN);
     shape->bytes = offset;
@@ -9239,15 +9346,15 @@ static int32_t moe__layout_table(moe__layout *layout, int32_t role, uint64_t row
 {
     uint64_t count, bytes;
     if (!moe__mul(rows, columns, &count) || !moe__mul(count, 4, &bytes)) return 0;
-    layout->table_offset[role] = layout->bytes;
+    layout->table_offset[role] = layout->bytes - layout->tables;
     layout->table_count[role] = count;
     if (!moe__add(layout->bytes, bytes, &layout->bytes) || layout->bytes > UINT64_MAX / 2) return 0;
     layout->bytes = moe__align_up(layout->bytes, MOE__LAYOUT_ALIGN);
     return 1;
 }
 
-// Sizes and offsets of a resolved layer.
-static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer, moe_error *err)
+// Sizes and offsets of a resolved layer, in tiles or in the CPU's rows.
+static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer, int32_t tiled, moe_error *err)
 {
     const moe_routing_desc *routing = &layer->routing;
     uint64_t experts = (uint64_t)layer->num_experts, hidden = (uint64_t)layer->hidden_size;
@@ -9256,22 +9363,22 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     int32_t ok = 1;
     memset(layout, 0, sizeof *layout);
     memset(layout->table_offset, 0xff, sizeof layout->table_offset);
-    layout->id = MOE__LAYOUT_CPU_ROWS;
+    layout->id = tiled ? MOE__LAYOUT_TILES_16 : MOE__LAYOUT_CPU_ROWS;
+    layout->tiled = tiled;
     layout->dtype = moe__format_dtype(layer->format);
     if (layout->dtype == MOE_DTYPE_UNSET)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.format",
                          "is %s: this version of moe.h executes f32, bf16 and f16; "
                          "quantised formats are described and inferred, not run", moe_format_string(layer->format));
     layout->blocks = layer->parallel.local_experts + (layer->parallel.omit_common ? 0 : routing->extra_slots);
-    moe__block_make(&layout->expert, layer, layer->intermediate_size, layer->gemm1_bias, layer->gemm2_bias,
-                    layout->dtype);
+    moe__block_make(&layout->expert, layer, layer->intermediate_size, layer->gemm1_bias, layer->gemm2_bias, layout);
     if (!moe__mul(layout->expert.bytes, (uint64_t)layout->blocks, &layout->bytes)) ok = 0;
     layout->shared_offset = layout->bytes;
     if (ok && layer->shared.count > 0 && !layer->parallel.omit_common) {
-        moe__block_make(&layout->shared, layer, layer->shared.count * layer->shared.intermediate_size, 0, 0,
-                        layout->dtype);
+        moe__block_make(&layout->shared, layer, layer->shared.count * layer->shared.intermediate_size, 0, 0, layout);
         ok = moe__add(layout->bytes, layout->shared.bytes, &layout->bytes);
     }
+    layout->tables = layout->bytes;
     layout->router_ld = (int32_t)moe__align_up((uint64_t)layer->router.input_size, MOE__ROW_ALIGN);
     ok = ok && moe__layout_table(layout, MOE_TENSOR_ROUTER, width, (uint64_t)layout->router_ld);
     if (layer->router.bias) ok = ok && moe__layout_table(layout, MOE_TENSOR_ROUTER_BIAS, width, 1);
@@ -9299,74 +9406,31 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     return MOE_OK;
 }
 
+// Addresses of the blocks, that of the shared experts behind them, follow the blocks on the device.
+static uint64_t moe__layout_addresses(const moe__layout *layout)
+{
+    return moe__align_up(((uint64_t)layout->blocks + 1) * 8, MOE__LAYOUT_ALIGN);
+}
+
+// What the caller's memory must hold.
+static uint64_t moe__layout_weight_bytes(const moe__layout *layout)
+{
+    return layout->tiled ? layout->tables + moe__layout_addresses(layout) : layout->bytes;
+}
+
+// Whether a context keeps a layer's experts in tiles on its device.
+static int32_t moe__layout_is_tiled(const moe_context *ctx, const moe_layer_desc *layer)
+{
+#if defined(MOE_NO_CUDA)
+    (void)ctx;
+    (void)layer;
+    return 0;
+#else
+    return ctx->desc.backend == MOE_BACKEND_CUDA && moe__products_refusal(layer) == NULL;
+#endif
+}
+
 #if !defined(MOE_NO_CUDA)
-// ---- on the device ---- Matrices of 16 bits lie there in blocks of 128 rows x 64 elements, 16 KB each, [slab of rows]
-// [block of k]; what is beyond the matrix is 0. Inside a block the 16-byte chunk c of row r lies at chunk c ^ (r & 7),
-// so that ldmatrix meets no bank twice. Rows are reordered, 32 at a time, so that what an epilogue needs together comes
-// out of one thread:
-//
-//     gated W1    16 features: row i gate f + 2i, 8 + i gate f + 2i + 1, 16 + i up f + 2i, 24 + i up f + 2i + 1
-//     others      32 rows: row 8q + i is row 4i + q of them
-//     expert      W1   bias1 f32, gates first   W2   bias2 f32     each part 256-aligned
-
-enum { MOE__PACKED_BLOCK = 16384, MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64 };
-
-typedef struct moe__packed_shape {
-    int32_t gated, features, hidden;
-    uint64_t w1, bias1, w2, bias2; // offsets; biases UINT64_MAX when there are none
-    uint64_t bytes;                // 0: not packed
-} moe__packed_shape;
-
-static uint64_t moe__packed_matrix_bytes(int32_t rows, int32_t columns)
-{
-    uint64_t slabs = ((uint64_t)rows + MOE__PACKED_ROWS - 1) / MOE__PACKED_ROWS;
-    return slabs * (((uint64_t)columns + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS) * MOE__PACKED_BLOCK;
-}
-
-static moe__packed_shape moe__packed_shape_make(const moe__block_shape *block, int32_t gated, int32_t hidden)
-{
-    moe__packed_shape p;
-    int32_t rows1 = (gated ? 2 : 1) * block->features;
-    memset(&p, 0, sizeof p);
-    p.gated = gated;
-    p.features = block->features;
-    p.hidden = hidden;
-    p.bytes = moe__packed_matrix_bytes(rows1, hidden);
-    p.bias1 = block->bias1 == UINT64_MAX ? UINT64_MAX : p.bytes;
-    if (p.bias1 != UINT64_MAX) p.bytes = moe__align_up(p.bytes + (uint64_t)rows1 * 4, MOE__LAYOUT_ALIGN);
-    p.w2 = p.bytes;
-    p.bytes += moe__packed_matrix_bytes(hidden, block->features);
-    p.bias2 = block->bias2 == UINT64_MAX ? UINT64_MAX : p.bytes;
-    if (p.bias2 != UINT64_MAX) p.bytes = moe__align_up(p.bytes + (uint64_t)hidden * 4, MOE__LAYOUT_ALIGN);
-    return p;
-}
-
-// Which row of the CPU's block is packed row `row`.
-static int32_t moe__packed_row(int32_t gated, int32_t row)
-{
-    int32_t group = row / 32, q = row % 32 / 8, i = row % 8;
-    if (!gated) return 32 * group + 4 * i + q;
-    return 2 * (16 * group + 2 * i + q % 2) + q / 2;
-}
-
-// from: [rows][ld] elements of 16 bits, zeros from `columns` on, ld a multiple of 8.
-static void moe__packed_matrix(const unsigned char *from, int32_t rows, int32_t columns, int32_t ld, int32_t gated,
-                               unsigned char *to)
-{
-    int32_t blocks = (columns + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS;
-    for (int32_t row = 0; row < (rows + MOE__PACKED_ROWS - 1) / MOE__PACKED_ROWS * MOE__PACKED_ROWS; row++) {
-        int32_t source = moe__packed_row(gated, row), r = row % MOE__PACKED_ROWS;
-        unsigned char *line = to + ((uint64_t)(row / MOE__PACKED_ROWS) * (uint64_t)blocks * MOE__PACKED_ROWS +
-                                    (uint64_t)r) * 128;
-        for (int32_t k = 0; k < blocks * MOE__PACKED_COLUMNS; k += 8) {
-            unsigned char *chunk = line + (uint64_t)(k / MOE__PACKED_COLUMNS) * MOE__PACKED_BLOCK +
-                                   (uint64_t)((k % MOE__PACKED_COLUMNS / 8) ^ (r & 7)) * 16;
-            if (source < rows && k < columns) memcpy(chunk, from + ((int64_t)source * ld + k) * 2, 16);
-            else memset(chunk, 0, 16);
-        }
-    }
-}
-
 // Copies of the tables that the stages read, in one piece of device memory.
 typedef struct moe__device_tables {
     moe__cu_ptr memory; // 0: none
@@ -9375,14 +9439,6 @@ typedef struct moe__device_tables {
     int32_t router_bf16;               // every value of the router's matrix is one
     int32_t reserved;
 } moe__device_tables;
-
-// Packed copies of the experts in one piece of device memory: blocks, shared experts, addresses [blocks], address of
-// the shared ones.
-typedef struct moe__device_experts {
-    moe__cu_ptr memory; // 0: none
-    uint64_t bytes, shared_offset, table_offset;
-    moe__packed_shape expert, shared;
-} moe__device_experts;
 #endif
 
 struct moe_weights {
@@ -9391,10 +9447,11 @@ struct moe_weights {
     moe_layer_desc layer;     // resolved; parallel.expert_map points at the copy below
     int32_t *expert_map;      // [num_experts], or NULL
     moe__layout layout;
-    unsigned char *memory;    // layout.bytes: owned, the caller's, or inside the mapping
-    int32_t owns_memory;
+    unsigned char *memory;    // layout.bytes: owned, the caller's, or inside the mapping; NULL: tiles, on the device
+    unsigned char *tables;    // inside `memory`, or owned
+    int32_t owns_memory;      // also of that on the device
     int32_t sealed;
-    unsigned char **expert;   // [blocks] where each block lies: kernels reach experts through this table alone
+    unsigned char **expert;   // [blocks] where each lies in host memory: the CPU reaches them through this table alone
     uint32_t *expert_set;     // [blocks] bit per role: set; MOE_TENSOR_CONSTANT among them
     uint32_t common_set;      // bit per role of the tables
     uint64_t shared_set[3];   // gate, up, down: bit per shared expert
@@ -9404,7 +9461,7 @@ struct moe_weights {
     uint64_t mapping_bytes;
 #if !defined(MOE_NO_CUDA)
     moe__device_tables device; // made when sealed in a CUDA context
-    moe__device_experts packed; // also, where products run there
+    moe__cu_ptr device_blocks; // layout.tables bytes of blocks, then their addresses; 0: they are in host memory
 #endif
 };
 
@@ -9426,36 +9483,6 @@ static moe__block moe__block_at(const moe__block_shape *shape, const unsigned ch
     return block;
 }
 
-#if !defined(MOE_NO_CUDA)
-static void moe__packed_make(const moe__packed_shape *p, moe__block block, unsigned char *to)
-{
-    int32_t rows1 = (p->gated ? 2 : 1) * p->features;
-    memset(to, 0, (size_t)p->bytes);
-    moe__packed_matrix(block.w1, rows1, p->hidden, block.shape->ld1, p->gated, to + p->w1);
-    moe__packed_matrix(block.w2, p->hidden, p->features, block.shape->ld2, 0, to + p->w2);
-    if (p->bias1 != UINT64_MAX)
-        for (int32_t i = 0; i < rows1; i++) // a gated block's biases alternate
-            memcpy(to + p->bias1 + 4 * (uint64_t)(p->gated ? i / 2 + i % 2 * p->features : i), block.bias1 + i, 4);
-    if (p->bias2 != UINT64_MAX) memcpy(to + p->bias2, block.bias2, (size_t)p->hidden * 4);
-}
-
-// Why the CUDA back end does not run this layer's products; NULL: it does.
-static const char *moe__products_refusal(const moe_layer_desc *layer)
-{
-    int32_t first, features, shared = layer->shared.count * layer->shared.intermediate_size;
-    if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
-    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &features);
-    if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
-    if (features == 0) return "this rank's slice of layer.intermediate_size is empty";
-    if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
-    if (shared > 0) {
-        moe__parallel_slice(&layer->parallel, shared, moe__format_group(layer), &first, &features);
-        if (features % 8 != 0) return "the shared experts' width is not a multiple of 8";
-    }
-    return NULL;
-}
-#endif
-
 static moe__block moe__weights_expert(const moe_weights *weights, int32_t local)
 {
     return moe__block_at(&weights->layout.expert, weights->expert[local]);
@@ -9466,10 +9493,15 @@ static moe__block moe__weights_shared(const moe_weights *weights)
     return moe__block_at(&weights->layout.shared, weights->memory + weights->layout.shared_offset);
 }
 
+static int32_t moe__weights_is_pruned(const moe_weights *weights, int32_t local)
+{
+    return (int32_t)(weights->expert_set[local] >> MOE_TENSOR_CONSTANT & 1u);
+}
+
 // A pruned expert's constant vector [H], stored at the start of its block; NULL when it has matrices.
 static const float *moe__weights_expert_constant(const moe_weights *weights, int32_t local)
 {
-    if ((weights->expert_set[local] >> MOE_TENSOR_CONSTANT & 1u) == 0) return NULL;
+    if (!moe__weights_is_pruned(weights, local)) return NULL;
     return (const float *)(const void *)weights->expert[local];
 }
 
@@ -9477,7 +9509,7 @@ static const float *moe__weights_expert_constant(const moe_weights *weights, int
 static const float *moe__weights_table(const moe_weights *weights, int32_t role)
 {
     uint64_t offset = weights->layout.table_offset[role];
-    return offset == UINT64_MAX ? NULL : (const float *)(const void *)(weights->memory + offset);
+    return offset == UINT64_MAX ? NULL : (const float *)(const void *)(weights->tables + offset);
 }
 
 static const int32_t *moe__weights_forced_ids(const moe_weights *weights)
@@ -9485,9 +9517,26 @@ static const int32_t *moe__weights_forced_ids(const moe_weights *weights)
     return (const int32_t *)(const void *)moe__weights_table(weights, MOE_TENSOR_FORCED_IDS);
 }
 
+#if !defined(MOE_NO_CUDA)
+// Where a block lies on the device; number `blocks`: the shared experts.
+static moe__cu_ptr moe__device_block(const moe_weights *weights, int32_t local)
+{
+    const moe__layout *layout = &weights->layout;
+    return weights->device_blocks +
+           (local < layout->blocks ? (uint64_t)local * layout->expert.bytes : layout->shared_offset);
+}
+
+// The table of all these.
+static const uint64_t *moe__device_addresses(const moe_weights *weights)
+{
+    return (const uint64_t *)(uintptr_t)(weights->device_blocks + weights->layout.tables);
+}
+#endif
+
 // >>weights  tensors into packed memory  A tensor is checked against the layer, then copied element by element into its
-// final place: no second copy of a matrix exists at any time. A tensor that is refused changes nothing. Flags of one
-// expert share a word with no other, so that several threads may fill different experts.
+// final place: no second copy of a matrix exists at any time. For a block on the device that place is a copy of the
+// block's part in host memory, which then goes there. A tensor that is refused changes nothing. Flags of one expert
+// share a word with no other, so that several threads may fill different experts.
 
 enum { MOE__TILE_ROWS = 128, MOE__TILE_COLUMNS = 32, MOE__RUN = 128 }; // elements copied at a time
 
@@ -9681,7 +9730,7 @@ static int32_t moe__check_dtype(const moe_tensor *t, int32_t kind, moe_error *er
 }
 
 // How the source lies: layout, halves, row order, where its bytes come from.
-static int32_t moe__check_storage(const moe_tensor *t, int32_t kind, moe_error *err)
+static int32_t moe__check_storage(const moe_context *ctx, const moe_tensor *t, int32_t kind, moe_error *err)
 {
     if (t->layout < MOE_LAYOUT_UNSET || t->layout > MOE_LAYOUT_BLOCK_MAJOR_K)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t, "is %d: it must be a moe_weight_layout",
@@ -9700,10 +9749,10 @@ static int32_t moe__check_storage(const moe_tensor *t, int32_t kind, moe_error *
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.halves", t,
                                 "is %d: the tensor is not fused, leave it 0", t->halves);
     }
-    if (t->memory == MOE_MEMORY_DEVICE)
+    if (t->memory == MOE_MEMORY_DEVICE && ctx->desc.backend != MOE_BACKEND_CUDA)
         return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.memory", t,
                                 "is MOE_MEMORY_DEVICE: the CPU back end reads host memory only");
-    if (t->memory != MOE_MEMORY_HOST)
+    if (t->memory != MOE_MEMORY_HOST && t->memory != MOE_MEMORY_DEVICE)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.memory", t, "is %d: it must be a moe_memory",
                                 t->memory);
     if (t->rows == NULL) {
@@ -9901,8 +9950,9 @@ static int32_t moe__check_dims(moe__checked *c, const moe_layer_desc *layer, moe
 }
 
 // The gate that every tensor passes: behind it nothing is checked again.
-static int32_t moe__tensor_check(moe__checked *c, const moe_layer_desc *layer, const moe_tensor *tensor, moe_error *err)
+static int32_t moe__tensor_check(moe__checked *c, const moe_weights *weights, const moe_tensor *tensor, moe_error *err)
 {
+    const moe_layer_desc *layer = &weights->layer;
     int32_t result;
     if ((result = moe__copy_desc(&c->tensor, sizeof c->tensor, tensor, "tensor", err)) != MOE_OK) return result;
     if ((result = moe__check_role(&c->tensor, layer, err)) != MOE_OK) return result;
@@ -9910,7 +9960,7 @@ static int32_t moe__tensor_check(moe__checked *c, const moe_layer_desc *layer, c
     c->index = -1;
     if (c->tensor.expert == 0 && c->shape.kind != MOE__KIND_EXPERT && c->shape.kind != MOE__KIND_CONSTANT)
         c->tensor.expert = -1; // zero-initialised
-    if ((result = moe__check_storage(&c->tensor, c->shape.kind, err)) != MOE_OK ||
+    if ((result = moe__check_storage(weights->ctx, &c->tensor, c->shape.kind, err)) != MOE_OK ||
         (result = moe__check_expert(&c->tensor, layer, c->shape.kind, err)) != MOE_OK)
         return result;
     c->stacked = c->shape.kind == MOE__KIND_EXPERT && c->tensor.expert < 0;
@@ -9920,7 +9970,7 @@ static int32_t moe__tensor_check(moe__checked *c, const moe_layer_desc *layer, c
 // ---- copying ----
 
 // One matrix or vector on its way into packed memory. A row of the source belongs to a half and a feature; the features
-// first_row .. first_row + count_rows - 1 of a half go to rows out_row + feature * out_step + half of `out`.
+// first_row .. first_row + count_rows - 1 of a half go to rows out_row + feature * out_step + half * out_half of `out`.
 typedef struct moe__pack {
     const moe_tensor *tensor;
     int32_t expert;                       // told to tensor->rows
@@ -9931,7 +9981,8 @@ typedef struct moe__pack {
     int64_t first_row, count_rows, first_column, count_columns;
     unsigned char *out;
     int32_t out_dtype;
-    int64_t out_ld, out_row, out_step, out_column, out_end; // zeros behind the columns, up to out_end
+    int32_t tiled;                        // where those rows lie: 0 one after the other, 1 in tiles, 2 in gated ones
+    int64_t out_ld, out_row, out_step, out_half, out_column, out_end; // zeros behind the columns, up to out_end
 } moe__pack;
 
 // Where natural row `row` of the source goes: a row of `out`, or -1.
@@ -9947,7 +9998,7 @@ static int64_t moe__pack_target(const moe__pack *p, int64_t row)
     }
     feature -= p->first_row;
     if (feature < 0 || feature >= p->count_rows) return -1;
-    return p->out_row + feature * p->out_step + half;
+    return p->out_row + feature * p->out_step + half * p->out_half;
 }
 
 // Where natural row `row` lies in the source. TRTLLM-Gen's shuffle of a block of 8 s rows takes row j to
@@ -10015,16 +10066,29 @@ static void moe__convert_run(const unsigned char *in, int32_t dtype, int64_t str
     }
 }
 
-// Where the first of the columns of row `target` goes.
-static unsigned char *moe__pack_out(const moe__pack *p, int64_t target)
+// n elements `stride` apart to row `target`, `done` columns behind its first.
+static void moe__pack_store(const moe__pack *p, int64_t target, int64_t done, const unsigned char *in, int32_t dtype,
+                            int64_t stride, int64_t n)
 {
-    return p->out + (target * p->out_ld + p->out_column) * (moe_dtype_bits(p->out_dtype) / 8);
+    int64_t column = p->out_column + done, element = moe_dtype_bits(dtype) / 8;
+    if (!p->tiled) {
+        moe__convert_run(in, dtype, stride,
+                         p->out + (target * p->out_ld + column) * (moe_dtype_bits(p->out_dtype) / 8), p->out_dtype, n);
+        return;
+    }
+    target = moe__packed_row(p->tiled == 2, target);
+    for (int64_t end = column + n, run; column < end; column += run) { // 16 bytes at a time
+        run = 8 - column % 8 < end - column ? 8 - column % 8 : end - column;
+        moe__convert_run(in, dtype, stride, p->out + moe__packed_at(p->out_ld, target, column), p->out_dtype, run);
+        in += run * stride * element;
+    }
 }
 
+// Tiles are all zeros before anything is packed.
 static void moe__pack_pad(const moe__pack *p, int64_t target)
 {
     int64_t element = moe_dtype_bits(p->out_dtype) / 8, end = p->out_column + p->count_columns;
-    if (end < p->out_end)
+    if (end < p->out_end && !p->tiled)
         memset(p->out + (target * p->out_ld + end) * element, 0, (size_t)((p->out_end - end) * element));
 }
 
@@ -10034,12 +10098,11 @@ static void moe__pack_row(const moe__pack *p, int64_t row, int64_t target)
     int64_t element = moe_dtype_bits(p->dtype) / 8, stored = moe__pack_stored_row(p, row);
     int64_t block = p->layout == MOE_LAYOUT_BLOCK_MAJOR_K ? 128 / element : p->columns;
     int64_t column = p->first_column, end = column + p->count_columns;
-    unsigned char *out = moe__pack_out(p, target);
     while (column < end) {
         int64_t run = block - column % block < end - column ? block - column % block : end - column;
-        moe__convert_run(p->data + ((column / block * p->rows + stored) * block + column % block) * element, p->dtype,
-                         1, out, p->out_dtype, run);
-        out += run * (moe_dtype_bits(p->out_dtype) / 8);
+        moe__pack_store(p, target, column - p->first_column,
+                        p->data + ((column / block * p->rows + stored) * block + column % block) * element, p->dtype, 1,
+                        run);
         column += run;
     }
 }
@@ -10048,14 +10111,14 @@ static void moe__pack_row(const moe__pack *p, int64_t row, int64_t target)
 // share the source's cache lines and pages.
 static void moe__pack_across(const moe__pack *p, int64_t first, int64_t count)
 {
-    int64_t element = moe_dtype_bits(p->dtype) / 8, out_element = moe_dtype_bits(p->out_dtype) / 8;
+    int64_t element = moe_dtype_bits(p->dtype) / 8;
     for (int64_t done = 0, n = MOE__TILE_COLUMNS; done < p->count_columns; done += n) {
         if (p->count_columns - done < n) n = p->count_columns - done;
         for (int64_t row = first; row < first + count; row++) {
             int64_t target = moe__pack_target(p, row), stored = moe__pack_stored_row(p, row);
             if (target < 0) continue;
-            moe__convert_run(p->data + ((p->first_column + done) * p->rows + stored) * element, p->dtype, p->rows,
-                             moe__pack_out(p, target) + done * out_element, p->out_dtype, n);
+            moe__pack_store(p, target, done, p->data + ((p->first_column + done) * p->rows + stored) * element,
+                            p->dtype, p->rows, n);
         }
     }
 }
@@ -10097,8 +10160,8 @@ static int32_t moe__pack_rows(const moe_allocator *allocator, moe__pack *p, int3
         if (target < 0) continue;
         result = moe__pack_call(p, row, buffer, err);
         if (result != MOE_OK) break;
-        moe__convert_run((const unsigned char *)(buffer + p->first_column), MOE_DTYPE_F32, 1, moe__pack_out(p, target),
-                         p->out_dtype, p->count_columns);
+        moe__pack_store(p, target, 0, (const unsigned char *)(buffer + p->first_column), MOE_DTYPE_F32, 1,
+                        p->count_columns);
         moe__pack_pad(p, target);
     }
     p->data = NULL;
@@ -10106,14 +10169,50 @@ static int32_t moe__pack_rows(const moe_allocator *allocator, moe__pack *p, int3
     return result;
 }
 
-static int32_t moe__pack_run(const moe_allocator *allocator, moe__pack *p, int32_t matrix, moe_error *err)
+static void moe__pack_data(const moe__pack *p)
 {
-    if (p->data == NULL) return moe__pack_rows(allocator, p, matrix, err);
     for (int64_t row = 0, n = MOE__TILE_ROWS; row < p->rows; row += n) {
         if (p->rows - row < n) n = p->rows - row;
         moe__pack_tile(p, row, n);
     }
+}
+
+// A source as the host reads it: itself, or a copy of what lies on the device.
+static int32_t moe__source_begin(const moe_context *ctx, const moe_tensor *t, uint64_t bytes,
+                                 const unsigned char **data, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (t->memory == MOE_MEMORY_DEVICE) {
+        moe__cu_ptr from = (moe__cu_ptr)(uintptr_t)*data;
+        unsigned char *copy = (unsigned char *)moe__alloc(&ctx->desc.allocator, bytes);
+        if ((*data = copy) == NULL) return moe__fail_memory(err, bytes);
+        return moe__device_get(ctx, copy, from, bytes, err);
+    }
+#endif
+    (void)ctx;
+    (void)t;
+    (void)bytes;
+    (void)data;
+    (void)err;
     return MOE_OK;
+}
+
+static void moe__source_end(const moe_context *ctx, const moe_tensor *t, uint64_t bytes, const unsigned char *data)
+{
+    void *copy;
+    memcpy(&copy, &data, sizeof copy);
+    if (t->memory == MOE_MEMORY_DEVICE) moe__free(&ctx->desc.allocator, copy, bytes);
+}
+
+static int32_t moe__pack_run(const moe_context *ctx, moe__pack *p, int32_t matrix, moe_error *err)
+{
+    uint64_t bytes = (uint64_t)(p->rows * p->columns) * (uint64_t)(moe_dtype_bits(p->dtype) / 8);
+    int32_t result;
+    if (p->data == NULL) return moe__pack_rows(&ctx->desc.allocator, p, matrix, err);
+    result = moe__source_begin(ctx, p->tensor, bytes, &p->data, err);
+    if (result == MOE_OK) moe__pack_data(p);
+    moe__source_end(ctx, p->tensor, bytes, p->data);
+    return result;
 }
 
 // The source side; `position` is the place in a stack. The whole matrix goes to `out`, one row after the other.
@@ -10139,7 +10238,7 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     p.out = out;
     p.out_dtype = out_dtype;
     p.out_ld = p.out_end = out_ld;
-    p.out_step = 1;
+    p.out_step = p.out_half = 1;
     return p;
 }
 
@@ -10148,11 +10247,12 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
                                int32_t base, int32_t expert, int32_t position, unsigned char *block, moe_error *err)
 {
     int32_t role = c->tensor.role, gated = moe__layer_is_gated(&weights->layer), dtype = weights->layout.dtype;
-    int32_t first = shape->first_feature - base;
+    int32_t first = shape->first_feature - base, tiled = weights->layout.tiled;
     moe__pack p;
     switch (role) {
     case MOE_TENSOR_DOWN: case MOE_TENSOR_SHARED_DOWN:
         p = moe__pack_make(c, expert, position, block + shape->w2, dtype, shape->ld2);
+        p.tiled = tiled;
         p.first_column = moe__max32(first, 0);
         p.out_column = first > 0 ? 0 : -first;
         p.count_columns = moe__min32(first + shape->features, (int32_t)p.columns) - p.first_column;
@@ -10163,17 +10263,23 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
         p = moe__pack_make(c, expert, position, block + shape->bias2, MOE_DTYPE_F32, 1);
         break;
     default:
-        if (moe__role_is_bias(role)) p = moe__pack_make(c, expert, position, block + shape->bias1, MOE_DTYPE_F32, 1);
-        else p = moe__pack_make(c, expert, position, block + shape->w1, dtype, shape->ld1);
+        if (moe__role_is_bias(role)) {
+            p = moe__pack_make(c, expert, position, block + shape->bias1, MOE_DTYPE_F32, 1);
+            p.out_half = tiled ? shape->features : 1;
+            p.out_step = gated && !tiled ? 2 : 1;
+        } else {
+            p = moe__pack_make(c, expert, position, block + shape->w1, dtype, shape->ld1);
+            p.tiled = tiled ? 1 + gated : 0;
+            p.out_step = gated ? 2 : 1;
+        }
         p.half = gated && !moe__role_is_gate(role);
-        p.out_step = gated ? 2 : 1;
         p.first_row = moe__max32(first, 0);
         p.out_row = first > 0 ? 0 : -(int64_t)first * p.out_step;
         p.count_rows = moe__min32(first + shape->features, (int32_t)(p.rows / (p.fused ? 2 : 1))) - p.first_row;
         if (p.count_rows <= 0) return MOE_OK;
         break;
     }
-    return moe__pack_run(&weights->ctx->desc.allocator, &p, c->shape.matrix, err);
+    return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
 }
 
 // ---- setting ----
@@ -10214,7 +10320,7 @@ static int32_t moe__set_in_block(const moe_weights *weights, const moe__checked 
     if (c->tensor.role == MOE_TENSOR_CONSTANT) {
         moe__pack p = moe__pack_make(c, expert, 0, block, MOE_DTYPE_F32, c->shape.columns);
         memset(block, 0, (size_t)weights->layout.expert.bytes);
-        result = moe__pack_run(&weights->ctx->desc.allocator, &p, 0, err);
+        result = moe__pack_run(weights->ctx, &p, 0, err);
     } else {
         result = moe__pack_block(weights, c, &weights->layout.expert, 0, expert, position, block, err);
     }
@@ -10222,11 +10328,82 @@ static int32_t moe__set_in_block(const moe_weights *weights, const moe__checked 
     return result;
 }
 
+static int32_t moe__set_in_shared(const moe_weights *weights, const moe__checked *c, unsigned char *block,
+                                  moe_error *err)
+{
+    int32_t base = c->index < 0 ? 0 : c->index * weights->layer.shared.intermediate_size;
+    return moe__pack_block(weights, c, &weights->layout.shared, base, -1, 0, block, err);
+}
+
+#if !defined(MOE_NO_CUDA)
+// The bytes of a block that a tensor belongs to.
+typedef struct moe__part {
+    uint64_t begin, end;
+    int32_t alone; // nothing else has been set of them
+} moe__part;
+
+static moe__part moe__part_of(const moe_weights *weights, const moe__checked *c, const moe__block_shape *shape,
+                              int32_t local)
+{
+    const uint32_t biases = 1u << MOE_TENSOR_GATE_BIAS | 1u << MOE_TENSOR_UP_BIAS;
+    const uint32_t matrices = 1u << MOE_TENSOR_GATE | 1u << MOE_TENSOR_UP;
+    const uint64_t begins[] = { shape->w1, shape->bias1, shape->w2, shape->bias2, shape->bytes };
+    int32_t role = c->tensor.role, i = 0;
+    moe__part part;
+    if (role == MOE_TENSOR_DOWN_BIAS) i = 3;
+    else if (role == MOE_TENSOR_DOWN || role == MOE_TENSOR_SHARED_DOWN) i = 2;
+    else if (moe__role_is_bias(role)) i = 1;
+    if (c->shape.kind == MOE__KIND_SHARED)
+        part.alone = (i == 2 ? weights->shared_set[2] : weights->shared_set[0] | weights->shared_set[1]) == 0;
+    else
+        part.alone = i >= 2 || (weights->expert_set[local] & (i == 1 ? biases : matrices)) == 0;
+    part.begin = begins[i++];
+    while (begins[i] == UINT64_MAX) i++; // no such bias
+    part.end = role == MOE_TENSOR_CONSTANT ? shape->bytes : begins[i];
+    return part;
+}
+
+// A tensor into a block on the device; number `blocks`: the shared experts. What others have set of its part is read
+// back.
+static int32_t moe__device_set(const moe_weights *weights, const moe__checked *c, int32_t expert, int32_t position,
+                               int32_t local, uint32_t *set, moe_error *err)
+{
+    const moe_context *ctx = weights->ctx;
+    int32_t shared = local == weights->layout.blocks, result = MOE_OK;
+    const moe__block_shape *shape = shared ? &weights->layout.shared : &weights->layout.expert;
+    moe__part part = moe__part_of(weights, c, shape, local);
+    moe__cu_ptr to = moe__device_block(weights, local) + part.begin;
+    uint64_t bytes = part.end - part.begin;
+    uint32_t flags = set == NULL ? 0 : *set;
+    unsigned char *staging = (unsigned char *)moe__alloc(&ctx->desc.allocator, shape->bytes);
+    if (staging == NULL) return moe__fail_memory(err, shape->bytes);
+    if (part.alone) memset(staging + part.begin, 0, (size_t)bytes);
+    else result = moe__device_get(ctx, staging + part.begin, to, bytes, err);
+    if (result == MOE_OK)
+        result = shared ? moe__set_in_shared(weights, c, staging, err)
+                        : moe__set_in_block(weights, c, expert, position, staging, &flags, err);
+    if (result == MOE_OK)
+        result = moe__device_put(ctx, to, staging + part.begin, bytes, ctx->cuda->stream, err);
+    moe__free(&ctx->desc.allocator, staging, shape->bytes);
+    if (result == MOE_OK && set != NULL) *set = flags;
+    return result;
+}
+#endif
+
+static int32_t moe__set_local(const moe_weights *weights, const moe__checked *c, int32_t expert, int32_t position,
+                              int32_t local, uint32_t *set, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) return moe__device_set(weights, c, expert, position, local, set, err);
+#endif
+    return moe__set_in_block(weights, c, expert, position, weights->expert[local], set, err);
+}
+
 static int32_t moe__set_expert(moe_weights *weights, const moe__checked *c, moe_error *err)
 {
     int32_t local = moe__layer_local(&weights->layer, c->tensor.expert);
     if (local < 0) return MOE_OK; // another rank's
-    return moe__set_in_block(weights, c, c->tensor.expert, 0, weights->expert[local], &weights->expert_set[local], err);
+    return moe__set_local(weights, c, c->tensor.expert, 0, local, &weights->expert_set[local], err);
 }
 
 static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe_error *err)
@@ -10240,7 +10417,7 @@ static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe
     for (int32_t e = 0; e < experts && result == MOE_OK; e++) {
         int32_t local = moe__layer_local(&weights->layer, e);
         uint32_t set = 0; // the flags are written last: a stack that fails is not set at all
-        if (local >= 0) result = moe__set_in_block(weights, c, e, e, weights->expert[local], &set, err);
+        if (local >= 0) result = moe__set_local(weights, c, e, e, local, &set, err);
     }
     for (int32_t e = 0; e < experts && result == MOE_OK; e++) {
         int32_t local = moe__layer_local(&weights->layer, e);
@@ -10262,9 +10439,11 @@ static int32_t moe__set_shared(moe_weights *weights, const moe__checked *c, moe_
     if ((gate && (weights->shared_set[0] & bits) != 0) || (up && (weights->shared_set[1] & bits) != 0) ||
         (down && (weights->shared_set[2] & bits) != 0))
         return moe__fail_doubled(&c->tensor, err);
-    result =
-        moe__pack_block(weights, c, &weights->layout.shared, c->index < 0 ? 0 : c->index * shared->intermediate_size,
-                        -1, 0, weights->memory + weights->layout.shared_offset, err);
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) result = moe__device_set(weights, c, -1, 0, weights->layout.blocks, NULL, err);
+    else
+#endif
+        result = moe__set_in_shared(weights, c, weights->memory + weights->layout.shared_offset, err);
     if (result != MOE_OK) return result;
     if (gate) weights->shared_set[0] |= bits;
     if (up) weights->shared_set[1] |= bits;
@@ -10272,7 +10451,9 @@ static int32_t moe__set_shared(moe_weights *weights, const moe__checked *c, moe_
     return MOE_OK;
 }
 
-static int32_t moe__set_ids(moe_weights *weights, const moe__checked *c, unsigned char *out, moe_error *err)
+// The caller's ids into `out`; those that are no ids are refused.
+static int32_t moe__pack_ids(const moe_weights *weights, const moe__checked *c, const unsigned char *data,
+                             unsigned char *out, moe_error *err)
 {
     int64_t n = c->shape.rows * c->shape.columns;
     int32_t legal = weights->layer.num_experts + weights->layer.routing.special_experts;
@@ -10281,9 +10462,9 @@ static int32_t moe__set_ids(moe_weights *weights, const moe__checked *c, unsigne
         int64_t column = c->tensor.layout == MOE_LAYOUT_MAJOR_MN ? i / c->shape.rows : i % c->shape.columns, id = 0;
         int32_t narrow = 0;
         if (c->tensor.dtype == MOE_DTYPE_I64) {
-            memcpy(&id, (const unsigned char *)c->tensor.data + i * 8, 8);
+            memcpy(&id, data + i * 8, 8);
         } else {
-            memcpy(&narrow, (const unsigned char *)c->tensor.data + i * 4, 4);
+            memcpy(&narrow, data + i * 4, 4);
             id = narrow;
         }
         if (id < 0 || id >= legal)
@@ -10293,6 +10474,15 @@ static int32_t moe__set_ids(moe_weights *weights, const moe__checked *c, unsigne
         memcpy(out + (row * c->shape.columns + column) * 4, &narrow, 4);
     }
     return MOE_OK;
+}
+
+static int32_t moe__set_ids(const moe_weights *weights, const moe__checked *c, unsigned char *out, moe_error *err)
+{
+    const unsigned char *data = (const unsigned char *)c->tensor.data;
+    int32_t result = moe__source_begin(weights->ctx, &c->tensor, c->tensor.data_bytes, &data, err);
+    if (result == MOE_OK) result = moe__pack_ids(weights, c, data, out, err);
+    moe__source_end(weights->ctx, &c->tensor, c->tensor.data_bytes, data);
+    return result;
 }
 
 // Flags of a table: one, or one for each row of the selection bias.
@@ -10309,7 +10499,7 @@ static int32_t moe__set_table(moe_weights *weights, const moe__checked *c, moe_e
     int32_t role = c->tensor.role, result;
     unsigned char *out;
     if (weights->layout.table_offset[role] == UINT64_MAX) return MOE_OK; // another rank's
-    out = weights->memory + weights->layout.table_offset[role];
+    out = weights->tables + weights->layout.table_offset[role];
     if (moe__table_is_set(weights, role, c->index)) return moe__fail_doubled(&c->tensor, err);
     if (role == MOE_TENSOR_FORCED_IDS) {
         result = moe__set_ids(weights, c, out, err);
@@ -10319,7 +10509,7 @@ static int32_t moe__set_table(moe_weights *weights, const moe__checked *c, moe_e
                                                             : c->shape.columns;
         moe__pack p = moe__pack_make(c, -1, 0, out, MOE_DTYPE_F32, ld);
         if (c->index > 0) p.out_row = c->index;
-        result = moe__pack_run(&weights->ctx->desc.allocator, &p, c->shape.matrix, err);
+        result = moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
     }
     if (result != MOE_OK) return result;
     weights->common_set |= 1u << role;
@@ -10335,10 +10525,10 @@ static int32_t moe__set_constant(moe_weights *weights, const moe__checked *c, mo
     moe__pack p;
     if (special < 0 || special >= weights->layer.routing.special_experts) return moe__set_expert(weights, c, err);
     if (weights->constant_set[special]) return moe__fail_doubled(&c->tensor, err);
-    p = moe__pack_make(c, c->tensor.expert, 0, weights->memory + weights->layout.table_offset[MOE_TENSOR_CONSTANT],
+    p = moe__pack_make(c, c->tensor.expert, 0, weights->tables + weights->layout.table_offset[MOE_TENSOR_CONSTANT],
                        MOE_DTYPE_F32, c->shape.columns);
     p.out_row = special;
-    result = moe__pack_run(&weights->ctx->desc.allocator, &p, 0, err);
+    result = moe__pack_run(weights->ctx, &p, 0, err);
     if (result == MOE_OK) weights->constant_set[special] = 1;
     return result;
 }
@@ -10349,7 +10539,7 @@ MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *t
     int32_t result;
     if (weights == NULL) return moe__fail_null(err, "weights");
     if (tensor == NULL) return moe__fail_null(err, "tensor");
-    if ((result = moe__tensor_check(&c, &weights->layer, tensor, err)) != MOE_OK) return result;
+    if ((result = moe__tensor_check(&c, weights, tensor, err)) != MOE_OK) return result;
     if (weights->sealed)
         return moe__fail_tensor(err, MOE_ERROR_STATE, "weights", &c.tensor, "are sealed: set every tensor before "
                                 "moe_weights_seal(), or use moe_weights_replace_expert()");
@@ -10460,7 +10650,7 @@ static void moe__device_tables_make(const moe_weights *weights, moe__device_tabl
     memset(device->offset, 0xff, sizeof device->offset);
     for (int32_t i = 0; i < MOE__ARRAY_COUNT(roles); i++) {
         uint64_t count = weights->layout.table_count[roles[i]];
-        const float *table = (const float *)(const void *)(weights->memory + weights->layout.table_offset[roles[i]]);
+        const float *table = (const float *)(const void *)(weights->tables + weights->layout.table_offset[roles[i]]);
         if (weights->layout.table_offset[roles[i]] == UINT64_MAX ||
             (roles[i] != MOE_TENSOR_CONSTANT && (weights->common_set >> roles[i] & 1u) == 0))
             continue;
@@ -10488,7 +10678,7 @@ static int32_t moe__device_tables_upload(moe_weights *weights, moe_error *err)
     if (staging == NULL) return moe__fail_memory(err, device->bytes);
     memset(staging, 0, (size_t)device->bytes);
     for (int32_t role = 0; role < MOE_TENSOR_ROLES; role++) {
-        const unsigned char *table = weights->memory + weights->layout.table_offset[role];
+        const unsigned char *table = weights->tables + weights->layout.table_offset[role];
         uint64_t count = weights->layout.table_count[role];
         if (device->offset[role] == UINT64_MAX) continue;
         if (role != MOE_TENSOR_ROUTER || !device->router_bf16) {
@@ -10502,111 +10692,6 @@ static int32_t moe__device_tables_upload(moe_weights *weights, moe_error *err)
     }
     result = moe__device_make(weights->ctx, staging, device->bytes, &device->memory, err);
     moe__free(allocator, staging, device->bytes);
-    return result;
-}
-
-// Address of a local expert's packed copy; `blocks` of them: that of the shared experts.
-static uint64_t moe__device_expert(const moe_weights *weights, int32_t local)
-{
-    const moe__device_experts *p = &weights->packed;
-    return (uint64_t)p->memory +
-           (local < weights->layout.blocks ? (uint64_t)local * p->expert.bytes : p->shared_offset);
-}
-
-// Packs one into host memory of its size, copies it and waits, on a stream of the context's or the caller's.
-static int32_t moe__device_expert_copy(const moe_weights *weights, int32_t local, unsigned char *staging,
-                                       moe__cu_stream stream, moe_error *err)
-{
-    const moe__cuda *cuda = weights->ctx->cuda;
-    int32_t shared = local == weights->layout.blocks;
-    const moe__packed_shape *shape = shared ? &weights->packed.shared : &weights->packed.expert;
-    moe__cu_result result;
-    if (!shared && moe__weights_expert_constant(weights, local) != NULL) memset(staging, 0, (size_t)shape->bytes);
-    else moe__packed_make(shape, shared ? moe__weights_shared(weights) : moe__weights_expert(weights, local), staging);
-    result = cuda->cuMemcpyHtoDAsync((moe__cu_ptr)moe__device_expert(weights, local), staging, (size_t)shape->bytes,
-                                     stream);
-    if (result == 0) result = cuda->cuStreamSynchronize(stream);
-    if (result == 0) return MOE_OK;
-    return moe__cuda_fail(weights->ctx, err, MOE_ERROR_DRIVER, "copying an expert to the device", result);
-}
-
-// Host memory beside the weights: one expert, or the addresses.
-static int32_t moe__device_experts_fill(moe_weights *weights, moe_error *err)
-{
-    const moe_allocator *allocator = &weights->ctx->desc.allocator;
-    moe__device_experts *p = &weights->packed;
-    const moe__cuda *cuda = weights->ctx->cuda;
-    uint64_t addresses = ((uint64_t)weights->layout.blocks + 1) * 8, bytes = addresses;
-    unsigned char *staging;
-    int32_t result = MOE_OK, blocks = weights->layout.blocks;
-    if (p->expert.bytes > bytes) bytes = p->expert.bytes;
-    if (p->shared.bytes > bytes) bytes = p->shared.bytes;
-    if ((staging = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
-    for (int32_t i = 0; i < blocks + (p->shared.bytes > 0) && result == MOE_OK; i++)
-        result = moe__device_expert_copy(weights, i, staging, cuda->stream, err);
-    if (result == MOE_OK) {
-        moe__cu_result copied;
-        for (int32_t i = 0; i <= blocks; i++) {
-            uint64_t address = moe__device_expert(weights, i);
-            memcpy(staging + 8 * (uint64_t)i, &address, 8);
-        }
-        copied = cuda->cuMemcpyHtoDAsync(p->memory + p->table_offset, staging, (size_t)addresses, cuda->stream);
-        if (copied == 0) copied = cuda->cuStreamSynchronize(cuda->stream);
-        if (copied != 0)
-            result = moe__cuda_fail(weights->ctx, err, MOE_ERROR_DRIVER, "copying addresses to the device", copied);
-    }
-    moe__free(allocator, staging, bytes);
-    return result;
-}
-
-// Nothing where products do not run on the device.
-static int32_t moe__device_experts_upload(moe_weights *weights, moe_error *err)
-{
-    moe__device_experts *p = &weights->packed;
-    const moe_layer_desc *layer = &weights->layer;
-    int32_t gated = moe__layer_is_gated(layer), result;
-    moe__cuda_scope scope;
-    if (weights->ctx->desc.backend != MOE_BACKEND_CUDA || moe__products_refusal(layer) != NULL) return MOE_OK;
-    p->expert = moe__packed_shape_make(&weights->layout.expert, gated, layer->hidden_size);
-    if (weights->layout.shared.bytes != 0)
-        p->shared = moe__packed_shape_make(&weights->layout.shared, gated, layer->hidden_size);
-    p->shared_offset = (uint64_t)weights->layout.blocks * p->expert.bytes;
-    p->table_offset = p->shared_offset + p->shared.bytes;
-    p->bytes = p->table_offset + ((uint64_t)weights->layout.blocks + 1) * 8;
-    if ((result = moe__cuda_begin(weights->ctx, &scope, err)) != MOE_OK) return result;
-    if ((result = moe__device_alloc(weights->ctx, p->bytes, &p->memory, err)) == MOE_OK &&
-        (result = moe__device_experts_fill(weights, err)) != MOE_OK) {
-        moe__device_release(weights->ctx, p->memory, p->bytes);
-        p->memory = 0;
-    }
-    moe__cuda_end(weights->ctx, &scope);
-    return result;
-}
-
-static int32_t moe__device_upload(moe_weights *weights, moe_error *err)
-{
-    int32_t result = moe__device_tables_upload(weights, err);
-    if (result != MOE_OK || (result = moe__device_experts_upload(weights, err)) == MOE_OK) return result;
-    if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
-    weights->device.memory = 0;
-    return result;
-}
-
-// A replaced expert, in the order of the caller's stream.
-static int32_t moe__device_expert_replace(const moe_weights *weights, int32_t local, void *stream, moe_error *err)
-{
-    const moe_allocator *allocator = &weights->ctx->desc.allocator;
-    uint64_t bytes = weights->packed.expert.bytes;
-    moe__cuda_scope scope;
-    unsigned char *staging;
-    int32_t result;
-    if (weights->packed.memory == 0) return MOE_OK;
-    if ((staging = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
-    if ((result = moe__cuda_begin(weights->ctx, &scope, err)) == MOE_OK) {
-        result = moe__device_expert_copy(weights, local, staging, (moe__cu_stream)stream, err);
-        moe__cuda_end(weights->ctx, &scope);
-    }
-    moe__free(allocator, staging, bytes);
     return result;
 }
 
@@ -10632,13 +10717,13 @@ MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
     }
 #if !defined(MOE_NO_CUDA)
     {
-        int32_t result = moe__device_upload(weights, err);
+        int32_t result = moe__device_tables_upload(weights, err);
         if (result != MOE_OK) return result;
     }
 #endif
     weights->sealed = 1;
     moe__log(weights->ctx, MOE_LOG_INFO, "weights of layer %d: %d experts, %U bytes", weights->layer.layer_index,
-             weights->layout.blocks, weights->layout.bytes);
+             weights->layout.blocks, moe__layout_weight_bytes(&weights->layout));
     return moe__ok(err);
 }
 
@@ -10651,7 +10736,7 @@ static int32_t moe__weights_new(moe_context *ctx, const moe_layer_desc *layer, m
     moe_weights *weights = NULL;
     uint64_t blocks, experts = (uint64_t)layer->num_experts, bytes;
     unsigned char *at;
-    int32_t result = moe__layout_make(&layout, layer, err);
+    int32_t result = moe__layout_make(&layout, layer, moe__layout_is_tiled(ctx, layer), err);
     if (result != MOE_OK) return result;
     blocks = (uint64_t)layout.blocks;
     bytes = moe__align_up(sizeof *weights, 16) + blocks * (sizeof *weights->expert + sizeof *weights->expert_set);
@@ -10685,6 +10770,7 @@ static int32_t moe__weights_new(moe_context *ctx, const moe_layer_desc *layer, m
 static void moe__weights_place(moe_weights *weights, unsigned char *memory)
 {
     weights->memory = memory;
+    weights->tables = memory + weights->layout.tables;
     for (int32_t i = 0; i < weights->layout.blocks; i++)
         weights->expert[i] = memory + (uint64_t)i * weights->layout.expert.bytes;
 }
@@ -10710,33 +10796,36 @@ static void moe__weights_clear(moe_weights *weights)
     const moe__layout *layout = &weights->layout;
     const moe_activation_desc *act = &weights->layer.activation;
     float values[3];
-    uint64_t tables = layout->shared_offset + layout->shared.bytes;
-    for (int32_t i = 0; i < layout->blocks; i++)
+    for (int32_t i = 0; i < layout->blocks && !layout->tiled; i++)
         moe__block_clear(&layout->expert, &weights->layer, layout->dtype, weights->expert[i]);
-    if (layout->shared.bytes != 0)
+    if (layout->shared.bytes != 0 && !layout->tiled)
         moe__block_clear(&layout->shared, &weights->layer, layout->dtype, weights->memory + layout->shared_offset);
-    memset(weights->memory + tables, 0, (size_t)(layout->bytes - tables));
+    memset(weights->tables, 0, (size_t)(layout->bytes - layout->tables));
     values[0] = act->alpha;
     values[1] = act->beta;
     values[2] = act->limit;
     for (int32_t i = 0; i < 3 && act->per_expert; i++) // tables that are not set keep the layer's value
         for (uint64_t e = 0; e < layout->table_count[roles[i]]; e++)
-            memcpy(weights->memory + layout->table_offset[roles[i]] + e * 4, &values[i], 4);
+            memcpy(weights->tables + layout->table_offset[roles[i]] + e * 4, &values[i], 4);
 }
 
-static int32_t moe__weights_check_memory(const moe_weights_desc *desc, uint64_t bytes, moe_error *err)
+static int32_t moe__weights_check_memory(const moe_weights_desc *desc, const moe__layout *layout, moe_error *err)
 {
-    if (desc->memory_kind == MOE_MEMORY_DEVICE)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
-                         "is MOE_MEMORY_DEVICE: this version packs weights in host memory only");
-    if (desc->memory_kind != MOE_MEMORY_HOST)
+    uint64_t bytes = moe__layout_weight_bytes(layout);
+    if (desc->memory_kind != MOE_MEMORY_HOST && desc->memory_kind != MOE_MEMORY_DEVICE)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory_kind", "is %d: it must be a moe_memory",
                          desc->memory_kind);
+    if (desc->memory_kind == MOE_MEMORY_DEVICE && !layout->tiled)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
+                         "is MOE_MEMORY_DEVICE: these weights are packed in host memory");
     if (desc->memory == NULL) {
         if (desc->memory_bytes == 0) return MOE_OK;
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory", "is NULL, but desc.memory_bytes is %U",
                          desc->memory_bytes);
     }
+    if (desc->memory_kind == MOE_MEMORY_HOST && layout->tiled)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
+                         "is MOE_MEMORY_HOST: these weights are packed in device memory");
     if ((uintptr_t)desc->memory % MOE__LAYOUT_ALIGN != 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory", "is not aligned to %d bytes",
                          (int32_t)MOE__LAYOUT_ALIGN);
@@ -10756,6 +10845,18 @@ static int32_t moe__weights_layer(moe_context *ctx, const moe_layer_desc *layer,
     return moe__layer_resolve(out, err);
 }
 
+#ifndef MOE_NO_FILES
+static void moe__weights_unmap(moe_weights *weights)
+{
+    moe__file file;
+    file.data = (const unsigned char *)weights->mapping;
+    file.size = weights->mapping_bytes;
+    file.mapped = 1;
+    moe__file_close(&weights->ctx->desc.allocator, &file);
+    weights->mapping = NULL;
+}
+#endif
+
 MOE_API void moe_weights_destroy(moe_weights *weights)
 {
     const moe_allocator *allocator;
@@ -10763,22 +10864,60 @@ MOE_API void moe_weights_destroy(moe_weights *weights)
     allocator = &weights->ctx->desc.allocator;
 #ifndef MOE_NO_FILES
     if (weights->mapping != NULL) {
-        moe__file file;
-        file.data = (const unsigned char *)weights->mapping;
-        file.size = weights->mapping_bytes;
-        file.mapped = 1;
         for (int32_t i = 0; weights->memory != NULL && i < weights->layout.blocks; i++)
             if (weights->expert[i] != weights->memory + (uint64_t)i * weights->layout.expert.bytes)
                 moe__free(allocator, weights->expert[i], weights->layout.expert.bytes); // replaced
-        moe__file_close(allocator, &file);
+        moe__weights_unmap(weights);
     }
 #endif
 #if !defined(MOE_NO_CUDA)
     if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
-    if (weights->packed.memory != 0) moe__device_free(weights->ctx, weights->packed.memory, weights->packed.bytes);
+    if (weights->device_blocks != 0 && weights->owns_memory)
+        moe__device_free(weights->ctx, weights->device_blocks, moe__layout_weight_bytes(&weights->layout));
 #endif
-    if (weights->owns_memory) moe__free(allocator, weights->memory, weights->layout.bytes);
+    if (weights->layout.tiled)
+        moe__free(allocator, weights->tables, weights->layout.bytes - weights->layout.tables);
+    else if (weights->owns_memory) moe__free(allocator, weights->memory, weights->layout.bytes);
     moe__free(allocator, weights, weights->self_bytes);
+}
+
+#if !defined(MOE_NO_CUDA)
+// Blocks of zeros and the table of their addresses in memory of the device, the caller's or new; tables in host memory.
+static int32_t moe__device_place(moe_weights *weights, void *memory, moe_error *err)
+{
+    const moe__layout *layout = &weights->layout;
+    const moe_context *ctx = weights->ctx;
+    const moe_allocator *allocator = &ctx->desc.allocator;
+    uint64_t bytes = moe__layout_weight_bytes(layout), table_bytes = ((uint64_t)layout->blocks + 1) * 8, *table;
+    int32_t result = MOE_OK;
+    weights->tables = (unsigned char *)moe__alloc(allocator, layout->bytes - layout->tables);
+    if (weights->tables == NULL) return moe__fail_memory(err, layout->bytes - layout->tables);
+    weights->device_blocks = (moe__cu_ptr)(uintptr_t)memory;
+    weights->owns_memory = memory == NULL;
+    if (memory == NULL) result = moe__device_new(ctx, bytes, &weights->device_blocks, err);
+    if (result != MOE_OK || (result = moe__device_clear(ctx, weights->device_blocks, bytes, err)) != MOE_OK)
+        return result;
+    if ((table = (uint64_t *)moe__alloc(allocator, table_bytes)) == NULL) return moe__fail_memory(err, table_bytes);
+    for (int32_t i = 0; i <= layout->blocks; i++) table[i] = (uint64_t)moe__device_block(weights, i);
+    result = moe__device_put(ctx, weights->device_blocks + layout->tables, table, table_bytes, ctx->cuda->stream, err);
+    moe__free(allocator, table, table_bytes);
+    return result;
+}
+#endif
+
+// Memory of the weights' size; that of desc, where there is one.
+static int32_t moe__weights_allocate(moe_weights *weights, void *memory, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) return moe__device_place(weights, memory, err);
+#endif
+    if (memory == NULL) {
+        memory = moe__alloc(&weights->ctx->desc.allocator, weights->layout.bytes);
+        if (memory == NULL) return moe__fail_memory(err, weights->layout.bytes);
+        weights->owns_memory = 1;
+    }
+    moe__weights_place(weights, (unsigned char *)memory);
+    return MOE_OK;
 }
 
 MOE_API int32_t moe_weights_create(moe_context *ctx, const moe_layer_desc *layer, const moe_weights_desc *desc,
@@ -10794,17 +10933,11 @@ MOE_API int32_t moe_weights_create(moe_context *ctx, const moe_layer_desc *layer
         (result = moe__copy_desc(&checked, sizeof checked, desc, "desc", err)) != MOE_OK ||
         (result = moe__weights_new(ctx, &resolved, &weights, err)) != MOE_OK)
         return result;
-    result = moe__weights_check_memory(&checked, weights->layout.bytes, err);
-    if (result == MOE_OK && checked.memory == NULL) {
-        checked.memory = moe__alloc(&ctx->desc.allocator, weights->layout.bytes);
-        weights->owns_memory = 1;
-        if (checked.memory == NULL) result = moe__fail_memory(err, weights->layout.bytes);
-    }
-    if (result != MOE_OK) {
-        moe_weights_destroy(weights); // memory is still NULL
+    if ((result = moe__weights_check_memory(&checked, &weights->layout, err)) != MOE_OK ||
+        (result = moe__weights_allocate(weights, checked.memory, err)) != MOE_OK) {
+        moe_weights_destroy(weights);
         return result;
     }
-    moe__weights_place(weights, (unsigned char *)checked.memory);
     moe__weights_clear(weights);
     *out = weights;
     return moe__ok(err);
@@ -10829,7 +10962,7 @@ MOE_API int32_t moe_weights_get_info(const moe_weights *weights, moe_weights_inf
     info->sealed = weights->sealed;
     info->layout_id = weights->layout.id;
     info->local_experts = weights->layout.blocks;
-    info->weight_bytes = weights->layout.bytes;
+    info->weight_bytes = moe__layout_weight_bytes(&weights->layout);
     info->expert_bytes = weights->layout.expert.bytes;
     info->tensors_set = set;
     info->tensors_missing = moe__weights_missing(weights).count;
@@ -10849,21 +10982,79 @@ static int32_t moe__fail_row(moe_error *err, int32_t row, int64_t rows, int32_t 
                      rows - 1);
 }
 
+// Bytes of a block, number `blocks` the shared experts', for reading: in place, or a copy of what lies on the device.
+static int32_t moe__block_open(const moe_weights *weights, int32_t local, uint64_t at, uint64_t bytes,
+                               const unsigned char **data, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) {
+        unsigned char *copy = (unsigned char *)moe__alloc(&weights->ctx->desc.allocator, bytes);
+        if ((*data = copy) == NULL) return moe__fail_memory(err, bytes);
+        return moe__device_get(weights->ctx, copy, moe__device_block(weights, local) + at, bytes, err);
+    }
+#endif
+    (void)bytes;
+    (void)err;
+    *data = at + (local < weights->layout.blocks ? weights->expert[local]
+                                                 : weights->memory + weights->layout.shared_offset);
+    return MOE_OK;
+}
+
+static void moe__block_shut(const moe_weights *weights, uint64_t bytes, const unsigned char *data)
+{
+    void *copy;
+    memcpy(&copy, &data, sizeof copy);
+    if (weights->layout.tiled) moe__free(&weights->ctx->desc.allocator, copy, bytes);
+}
+
+static int32_t moe__read_vector(const moe_weights *weights, int32_t local, uint64_t part, int64_t first, int64_t stride,
+                                int64_t n, float *out, moe_error *err)
+{
+    const unsigned char *data;
+    uint64_t at = part + 4 * (uint64_t)first, bytes = 4 * (uint64_t)((n - 1) * stride + 1);
+    int32_t result;
+    if (n == 0) return MOE_OK;
+    result = moe__block_open(weights, local, at, bytes, &data, err);
+    if (result == MOE_OK) moe__read_run(data, MOE_DTYPE_F32, 0, stride, n, out);
+    moe__block_shut(weights, bytes, data);
+    return result;
+}
+
+// Row `row`, in the CPU's order, of the matrix that begins at `part`. Of tiles: the slab that it is in.
+static int32_t moe__read_matrix(const moe_weights *weights, int32_t local, uint64_t part, int32_t gated, int64_t row,
+                                int64_t ld, int64_t n, float *out, moe_error *err)
+{
+    const unsigned char *data;
+    int32_t dtype = weights->layout.dtype, tiled = weights->layout.tiled, result;
+    int64_t packed = tiled ? moe__packed_row(gated, row) : row, in_slab = tiled ? packed % MOE__PACKED_ROWS : 0;
+    uint64_t row_bytes = (uint64_t)ld * (uint64_t)(moe_dtype_bits(dtype) / 8);
+    uint64_t bytes = row_bytes * (tiled ? (uint64_t)MOE__PACKED_ROWS : 1u);
+    result = moe__block_open(weights, local, part + (uint64_t)(packed - in_slab) * row_bytes, bytes, &data, err);
+    if (result == MOE_OK && !tiled) moe__read_run(data, dtype, 0, 1, n, out);
+    for (int64_t k = 0; result == MOE_OK && tiled && k < n; k++)
+        out[k] = moe__load(data + moe__packed_at(ld, in_slab, k), dtype, 0);
+    moe__block_shut(weights, bytes, data);
+    return result;
+}
+
 // Matrices and biases of a routed, always-on or shared expert.
-static int32_t moe__read_block(const moe_weights *weights, moe__block block, int32_t role, int32_t row, float *out,
+static int32_t moe__read_block(const moe_weights *weights, int32_t local, int32_t role, int32_t row, float *out,
                                moe_error *err)
 {
-    const moe__block_shape *shape = block.shape;
-    int32_t gated = moe__layer_is_gated(&weights->layer), dtype = weights->layout.dtype,
-            hidden = weights->layer.hidden_size;
+    const moe__layout *layout = &weights->layout;
+    const moe__block_shape *shape = local < layout->blocks ? &layout->expert : &layout->shared;
+    int32_t gated = moe__layer_is_gated(&weights->layer), hidden = weights->layer.hidden_size;
     int32_t down = role == MOE_TENSOR_DOWN || role == MOE_TENSOR_SHARED_DOWN, up = gated && !moe__role_is_gate(role);
     int64_t rows = moe__role_is_bias(role) ? 1 : down ? hidden : shape->features;
     if (row < 0 || row >= rows) return moe__fail_row(err, row, rows, role);
-    if (role == MOE_TENSOR_DOWN_BIAS) moe__read_run(block.bias2, MOE_DTYPE_F32, 0, 1, hidden, out);
-    else if (moe__role_is_bias(role)) moe__read_run(block.bias1, MOE_DTYPE_F32, up, 1 + gated, shape->features, out);
-    else if (down) moe__read_run(block.w2, dtype, (int64_t)row * shape->ld2, 1, shape->features, out);
-    else moe__read_run(block.w1, dtype, ((int64_t)row * (1 + gated) + up) * shape->ld1, 1, hidden, out);
-    return MOE_OK;
+    if (role == MOE_TENSOR_DOWN_BIAS)
+        return moe__read_vector(weights, local, shape->bias2, 0, 1, hidden, out, err);
+    if (moe__role_is_bias(role))
+        return moe__read_vector(weights, local, shape->bias1, layout->tiled ? up * shape->features : up,
+                                layout->tiled ? 1 : 1 + gated, shape->features, out, err);
+    if (down) return moe__read_matrix(weights, local, shape->w2, 0, row, shape->ld2, shape->features, out, err);
+    return moe__read_matrix(weights, local, shape->w1, gated, (int64_t)row * (1 + gated) + up, shape->ld1, hidden, out,
+                            err);
 }
 
 static int32_t moe__read_table(const moe_weights *weights, int32_t role, int32_t row, float *out, moe_error *err)
@@ -10905,10 +11096,9 @@ static int32_t moe__read_expert(const moe_weights *weights, int32_t role, int32_
                          expert);
     if ((weights->expert_set[local] >> role & 1u) == 0) return moe__fail_not_set(err, role, expert);
     if (role != MOE_TENSOR_CONSTANT)
-        return moe__read_block(weights, moe__weights_expert(weights, local), role, row, out, err);
+        return moe__read_block(weights, local, role, row, out, err);
     if (row != 0) return moe__fail_row(err, row, 1, role);
-    moe__read_run(moe__weights_expert_constant(weights, local), MOE_DTYPE_F32, 0, 1, hidden, out);
-    return MOE_OK;
+    return moe__read_vector(weights, local, 0, 0, 1, hidden, out, err);
 }
 
 MOE_API int32_t moe_weights_read_row(const moe_weights *weights, int32_t role, int32_t expert, int32_t row, float *out,
@@ -10930,7 +11120,7 @@ MOE_API int32_t moe_weights_read_row(const moe_weights *weights, int32_t role, i
     } else if (kind == MOE__KIND_SHARED) {
         int32_t part = role == MOE_TENSOR_SHARED_DOWN ? 2 : role == MOE_TENSOR_SHARED_UP;
         if (weights->shared_set[part] == 0) return moe__fail_not_set(err, role, -1);
-        result = moe__read_block(weights, moe__weights_shared(weights), role, row, out, err);
+        result = moe__read_block(weights, weights->layout.blocks, role, row, out, err);
     } else {
         int32_t defaulted = role >= MOE_TENSOR_ALPHA && role <= MOE_TENSOR_LIMIT;
         if (!defaulted && (weights->common_set >> role & 1u) == 0) return moe__fail_not_set(err, role, -1);
@@ -10951,10 +11141,11 @@ static int32_t moe__replace_pack(const moe_weights *weights, int32_t expert, con
                                  unsigned char *block, uint32_t *set, moe_error *err)
 {
     moe__missing missing;
-    moe__block_clear(&weights->layout.expert, &weights->layer, weights->layout.dtype, block);
+    if (weights->layout.tiled) memset(block, 0, (size_t)weights->layout.expert.bytes);
+    else moe__block_clear(&weights->layout.expert, &weights->layer, weights->layout.dtype, block);
     for (int32_t i = 0; i < count; i++) {
         moe__checked c;
-        int32_t result = moe__tensor_check(&c, &weights->layer, &tensors[i], err);
+        int32_t result = moe__tensor_check(&c, weights, &tensors[i], err);
         if (result != MOE_OK) return result;
         if (c.tensor.expert != expert || (c.shape.kind != MOE__KIND_EXPERT && c.shape.kind != MOE__KIND_CONSTANT))
             return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.expert", &c.tensor,
@@ -10972,15 +11163,41 @@ static int32_t moe__replace_pack(const moe_weights *weights, int32_t expert, con
     return MOE_OK;
 }
 
+// A packed block into the place of a local expert; `block` is given away.
+static int32_t moe__replace_place(moe_weights *weights, int32_t local, unsigned char *block, void *stream,
+                                  moe_error *err)
+{
+    const moe_allocator *allocator = &weights->ctx->desc.allocator;
+    uint64_t bytes = weights->layout.expert.bytes;
+    unsigned char *old = weights->expert[local];
+    int32_t result = MOE_OK;
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) {
+        result = moe__device_put(weights->ctx, moe__device_block(weights, local), block, bytes, (moe__cu_stream)stream,
+                                 err);
+        moe__free(allocator, block, bytes);
+        return result;
+    }
+#endif
+    (void)stream;
+    (void)err;
+    if (weights->mapping == NULL) {
+        memcpy(old, block, (size_t)bytes);
+        moe__free(allocator, block, bytes);
+    } else { // a mapped file is never written: the block takes its place
+        weights->expert[local] = block;
+        if (old != weights->memory + (uint64_t)local * bytes) moe__free(allocator, old, bytes);
+    }
+    return result;
+}
+
 MOE_API int32_t moe_weights_replace_expert(moe_weights *weights, int32_t expert, const moe_tensor *tensors,
                                            int32_t count, void *stream, moe_error *err)
 {
-    const moe_allocator *allocator;
-    unsigned char *block, *old;
+    unsigned char *block;
     uint64_t bytes;
     uint32_t set = 0;
     int32_t local, result;
-    (void)stream;
     if (weights == NULL) return moe__fail_null(err, "weights");
     if (tensors == NULL) return moe__fail_null(err, "tensors");
     if (count < 1) return moe__fail(err, MOE_ERROR_ARGUMENT, "count", "is %d: it must be positive", count);
@@ -10989,26 +11206,16 @@ MOE_API int32_t moe_weights_replace_expert(moe_weights *weights, int32_t expert,
     if ((local = moe__layer_local(&weights->layer, expert)) < 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "expert", "is %d: this rank has no such expert with matrices",
                          expert);
-    allocator = &weights->ctx->desc.allocator;
     bytes = weights->layout.expert.bytes;
-    if ((block = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
+    if ((block = (unsigned char *)moe__alloc(&weights->ctx->desc.allocator, bytes)) == NULL)
+        return moe__fail_memory(err, bytes);
     result = moe__replace_pack(weights, expert, tensors, count, block, &set, err);
     if (result != MOE_OK) {
-        moe__free(allocator, block, bytes);
+        moe__free(&weights->ctx->desc.allocator, block, bytes);
         return result;
     }
-    old = weights->expert[local];
-    if (weights->mapping == NULL) {
-        memcpy(old, block, (size_t)bytes);
-        moe__free(allocator, block, bytes);
-    } else { // a mapped file is never written: the block takes its place
-        weights->expert[local] = block;
-        if (old != weights->memory + (uint64_t)local * bytes) moe__free(allocator, old, bytes);
-    }
+    if ((result = moe__replace_place(weights, local, block, stream, err)) != MOE_OK) return result;
     weights->expert_set[local] = set;
-#if !defined(MOE_NO_CUDA)
-    if ((result = moe__device_expert_replace(weights, local, stream, err)) != MOE_OK) return result;
-#endif
     return moe__ok(err);
 }
 
@@ -11207,37 +11414,88 @@ static uint64_t moe__put_header(moe__file_writer *w, const moe_weights *weights,
     return w->at;
 }
 
+// A file's parts: header, blocks, shared experts, tables.
+typedef struct moe__saving {
+    const moe_weights *weights;
+    moe__span *spans;
+    unsigned char *copy; // of a block on the device
+} moe__saving;
+
+#if !defined(MOE_NO_CUDA)
+static const void *moe__save_block(void *user, int32_t span, moe_error *err)
+{
+    const moe__saving *saving = (const moe__saving *)user;
+    if (moe__device_get(saving->weights->ctx, saving->copy, moe__device_block(saving->weights, span - 1),
+                        saving->spans[span].size, err) != MOE_OK)
+        return NULL;
+    return saving->copy;
+}
+#endif
+
+static void moe__save_spans(const moe_weights *weights, moe__span *spans)
+{
+    const moe__layout *layout = &weights->layout;
+    for (int32_t i = 0; i <= layout->blocks; i++) {
+        spans[1 + i].data = layout->tiled ? NULL
+                            : i < layout->blocks ? weights->expert[i]
+                                                 : weights->memory + layout->shared_offset;
+        spans[1 + i].size = i < layout->blocks ? layout->expert.bytes : layout->shared.bytes;
+    }
+    spans[layout->blocks + 2].data = weights->tables;
+    spans[layout->blocks + 2].size = layout->bytes - layout->tables;
+}
+
+static int32_t moe__save_hash(const moe__span *spans, int32_t count, const moe__source *source, uint64_t *out,
+                              moe_error *err)
+{
+    moe__hash hash = moe__hash_begin();
+    for (int32_t i = 1; i < count; i++) {
+        const void *data = spans[i].data;
+        if (data == NULL && spans[i].size > 0 && source != NULL && (data = source->get(source->user, i, err)) == NULL)
+            return MOE_ERROR_DRIVER;
+        moe__hash_add(&hash, data, spans[i].size);
+    }
+    *out = moe__hash_end(&hash);
+    return MOE_OK;
+}
+
+// Blocks on the device come here twice, to be added up and to be written, one after the other.
 MOE_API int32_t moe_weights_save(const moe_weights *weights, const char *path, moe_error *err)
 {
     moe__file_writer writer = { NULL, 0 };
-    moe__hash hash = moe__hash_begin();
-    moe__span *spans;
-    uint64_t header, padded, bytes, blocks, tail;
+    moe__saving saving;
+    moe__source source = { NULL, NULL };
+    uint64_t header, padded, bytes, spans, hash = 0;
     int32_t result;
     if (weights == NULL) return moe__fail_null(err, "weights");
     if (path == NULL) return moe__fail_null(err, "path");
     if (!weights->sealed)
         return moe__fail(err, MOE_ERROR_STATE, "weights", "are not sealed: only complete weights are saved");
-    blocks = (uint64_t)weights->layout.blocks;
     header = moe__put_header(&writer, weights, 0, 0);
     padded = moe__align_up(header, MOE__LAYOUT_ALIGN);
-    bytes = padded + (blocks + 2) * sizeof *spans;
+    spans = (uint64_t)weights->layout.blocks + 3;
+    bytes = padded + spans * sizeof(moe__span);
+    if (weights->layout.tiled)
+        bytes += weights->layout.expert.bytes > weights->layout.shared.bytes ? weights->layout.expert.bytes
+                                                                             : weights->layout.shared.bytes;
     writer.data = (unsigned char *)moe__alloc(&weights->ctx->desc.allocator, bytes);
     if (writer.data == NULL) return moe__fail_memory(err, bytes);
     writer.at = 0;
-    spans = (moe__span *)(void *)(writer.data + padded);
-    spans[0].data = writer.data;
-    spans[0].size = padded;
-    for (uint64_t i = 0; i < blocks; i++) {
-        spans[i + 1].data = weights->expert[i];
-        spans[i + 1].size = weights->layout.expert.bytes;
+    saving.weights = weights;
+    saving.spans = (moe__span *)(void *)(writer.data + padded);
+    saving.copy = writer.data + padded + spans * sizeof(moe__span);
+    saving.spans[0].data = writer.data;
+    saving.spans[0].size = padded;
+    moe__save_spans(weights, saving.spans);
+#if !defined(MOE_NO_CUDA)
+    source.get = moe__save_block;
+#endif
+    source.user = &saving;
+    result = moe__save_hash(saving.spans, (int32_t)spans, &source, &hash, err);
+    if (result == MOE_OK) {
+        moe__put_header(&writer, weights, header, hash);
+        result = moe__file_write_atomic(path, saving.spans, (int32_t)spans, &source, err);
     }
-    tail = weights->layout.shared_offset; // shared experts and tables
-    spans[blocks + 1].data = weights->memory + tail;
-    spans[blocks + 1].size = weights->layout.bytes - tail;
-    for (uint64_t i = 1; i < blocks + 2; i++) moe__hash_add(&hash, spans[i].data, spans[i].size);
-    moe__put_header(&writer, weights, header, moe__hash_end(&hash));
-    result = moe__file_write_atomic(path, spans, (int32_t)blocks + 2, err);
     moe__free(&weights->ctx->desc.allocator, writer.data, bytes);
     return result == MOE_OK ? moe__ok(err) : result;
 }
@@ -11271,6 +11529,11 @@ static int32_t moe__fail_format(moe_error *err, const char *path, const char *wh
     return moe__fail(err, MOE_ERROR_FORMAT, "", "%q %s", path, what);
 }
 
+static const char *moe__layout_reader(uint32_t id)
+{
+    return id == MOE__LAYOUT_CPU_ROWS ? "the CPU" : id == MOE__LAYOUT_TILES_16 ? "CUDA" : "another version";
+}
+
 // The fixed part and both sums. Leaves the reader behind the fixed part, with the header's own end.
 static int32_t moe__load_fixed(moe__file_reader *r, const moe__layout *layout, uint64_t *data_offset, moe_error *err)
 {
@@ -11300,7 +11563,8 @@ static int32_t moe__load_fixed(moe__file_reader *r, const moe__layout *layout, u
     if (moe__hash_end(&hash) != sum)
         return moe__fail_format(err, r->path, "is damaged: the header's checksum is wrong");
     if (id != layout->id)
-        return moe__fail(err, MOE_ERROR_FORMAT, "", "%q has packed layout %u: this back end reads %u", r->path, id,
+        return moe__fail(err, MOE_ERROR_FORMAT, "", "%q has weights packed for %s (layout %u): this context reads "
+                         "those for %s (%u)", r->path, moe__layout_reader(id), id, moe__layout_reader(layout->id),
                          layout->id);
     if (*data_offset != moe__align_up(header, MOE__LAYOUT_ALIGN) || *data_offset > size || bytes != size - *data_offset)
         return moe__fail_format(err, r->path, "is damaged or cut off: its parts do not make up its size");
@@ -11360,6 +11624,27 @@ static int32_t moe__load_flags(moe__file_reader *r, moe_weights *weights, moe_er
     return MOE_OK;
 }
 
+// Blocks and tables of a mapped file that has been checked.
+static int32_t moe__load_data(moe_weights *weights, const unsigned char *data, moe_error *err)
+{
+    void *memory;
+#if !defined(MOE_NO_CUDA)
+    const moe__layout *layout = &weights->layout;
+    if (layout->tiled) { // one copy is enough: the file is closed
+        int32_t result = moe__weights_allocate(weights, NULL, err);
+        if (result == MOE_OK)
+            result = moe__device_put(weights->ctx, weights->device_blocks, data, layout->tables,
+                                     weights->ctx->cuda->stream, err);
+        if (result == MOE_OK) memcpy(weights->tables, data + layout->tables, (size_t)(layout->bytes - layout->tables));
+        return result;
+    }
+#endif
+    (void)err;
+    memcpy(&memory, &data, sizeof memory); // never written: see moe_weights_replace_expert()
+    moe__weights_place(weights, (unsigned char *)memory);
+    return MOE_OK;
+}
+
 MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, const char *path, moe_weights **out,
                                  moe_error *err)
 {
@@ -11368,7 +11653,6 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
     moe__file_reader reader;
     moe__file file;
     uint64_t data_offset = 0;
-    void *memory;
     int32_t result;
     if (out == NULL) return moe__fail_null(err, "out");
     *out = NULL;
@@ -11386,14 +11670,12 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
         if (result == MOE_OK) result = moe__load_layer(&reader, &weights->layer, err);
         if (result == MOE_OK && file.size - data_offset != weights->layout.bytes)
             result = moe__fail_format(err, path, "is damaged: its data has another size than its layer");
-        if (result == MOE_OK) {
-            memcpy(&memory, &file.data, sizeof memory); // never written: see moe_weights_replace_expert()
-            moe__weights_place(weights, (unsigned char *)memory + data_offset);
-            result = moe__load_flags(&reader, weights, err);
-        }
+        if (result == MOE_OK) result = moe__load_data(weights, file.data + data_offset, err);
+        if (result == MOE_OK) result = moe__load_flags(&reader, weights, err);
+        if (result == MOE_OK && weights->layout.tiled) moe__weights_unmap(weights);
     }
 #if !defined(MOE_NO_CUDA)
-    if (result == MOE_OK) result = moe__device_upload(weights, err);
+    if (result == MOE_OK) result = moe__device_tables_upload(weights, err);
 #endif
     if (result != MOE_OK) {
         moe_weights_destroy(weights);
@@ -13030,7 +13312,8 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
     if ((result = moe__copy_desc(&plan->layer, sizeof plan->layer, layer, "layer", err)) != MOE_OK ||
         (result = moe__copy_desc(&plan->desc, sizeof plan->desc, desc, "desc", err)) != MOE_OK ||
         (result = moe__layer_resolve(&plan->layer, err)) != MOE_OK ||
-        (result = moe__layout_make(&plan->layout, &plan->layer, err)) != MOE_OK)
+        (result = moe__layout_make(&plan->layout, &plan->layer, moe__layout_is_tiled(ctx, &plan->layer), err)) !=
+            MOE_OK)
         return result;
     plan->slots = plan->layer.routing.top_k + plan->layer.routing.extra_slots;
     plan->width = moe__routing_width(&plan->layer.routing, plan->layer.num_experts);
@@ -13103,7 +13386,7 @@ static void moe__plan_fill_info(const moe_plan *plan, moe_plan_info *info)
     memset(info, 0, sizeof *info);
     info->struct_size = sizeof *info;
     info->layout_id = plan->layout.id;
-    info->weight_bytes = plan->layout.bytes;
+    info->weight_bytes = moe__layout_weight_bytes(&plan->layout);
     info->workspace_bytes = plan->workspace.bytes;
     info->slots = plan->slots;
     info->router_width = plan->width;
@@ -13706,7 +13989,7 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has always-on experts beside activations of each "
                          "expert's own, which in this version the CPU alone does");
     for (int32_t i = 0; i < plan->layer.parallel.local_experts; i++)
-        if (moe__weights_expert_constant(run->weights, i) != NULL)
+        if (moe__weights_is_pruned(run->weights, i))
             return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which "
                              "in this version the CPU alone runs");
     return moe__check_aligned(a->out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", err);
@@ -14181,7 +14464,7 @@ static int32_t moe__gemm_ctas(const moe__run *run, moe__gemm_set shape, int64_t 
 
 typedef struct moe__product {
     moe__rows_args rows;
-    const moe__packed_shape *shape;
+    const moe__block_shape *shape;
     const moe_activation_desc *activation;
     void *mid, *out;
     const float *weight_on_input;
@@ -14203,9 +14486,9 @@ static moe__activation_args moe__activation_args_of(const moe_activation_desc *a
 static moe__cu_result moe__launch_product(const moe__run *run, const moe__product *p, int32_t set, void *stream)
 {
     const moe_plan *plan = run->plan;
-    const moe__packed_shape *shape = p->shape;
+    const moe__block_shape *shape = p->shape;
     moe__gemm_set tile = moe__gemm_set_of(set);
-    int32_t rows1 = (shape->gated ? 2 : 1) * shape->features;
+    int32_t hidden = plan->layer.hidden_size;
     moe__gemm1_args one;
     moe__gemm2_args two;
     moe__cu_result result;
@@ -14228,13 +14511,13 @@ static moe__cu_result moe__launch_product(const moe__run *run, const moe__produc
     one.bias1 = shape->bias1;
     two.w2 = shape->w2;
     two.bias2 = plan->layer.parallel.tp_rank == 0 ? shape->bias2 : UINT64_MAX; // once in the sum of the ranks
-    one.hidden = two.hidden = shape->hidden;
+    one.hidden = two.hidden = hidden;
     one.features = two.features = shape->features;
     one.activation = moe__activation_args_of(p->activation);
-    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile, p->tiles, rows1), 1,
+    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile, p->tiles, shape->rows1), 1,
                                plan->stages.pdl, tile.smem_bytes, &one, stream);
     if (result != 0) return result;
-    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile, p->tiles, shape->hidden), 1,
+    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile, p->tiles, hidden), 1,
                              plan->stages.pdl, tile.smem_bytes, &two, stream);
 }
 
@@ -14242,19 +14525,18 @@ static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutat
 {
     const moe_plan *plan = run->plan;
     const moe__workspace *ws = &plan->workspace;
-    const moe__device_experts *packed = &run->weights->packed;
     moe__product p;
     memset(&p, 0, sizeof p);
     p.rows.slot_of_row = t->slot_of_row;
     p.rows.tile_expert = t->tile_expert;
     p.rows.tile_limit = t->tile_limit;
     p.rows.num_tiles = t->num_tiles;
-    p.rows.experts = (const uint64_t *)(uintptr_t)(packed->memory + packed->table_offset);
+    p.rows.experts = moe__device_addresses(run->weights);
     p.rows.num_tokens = run->args.num_tokens;
     p.rows.slots = plan->slots;
     p.rows.tile = t->tile;
     p.rows.rows_max = (int32_t)moe__rows_max(plan, run->args.num_tokens, set);
-    p.shape = &packed->expert;
+    p.shape = &plan->layout.expert;
     p.activation = &plan->layer.activation;
     p.mid = run->memory + ws->mid;
     p.out = run->memory + ws->rows;
@@ -14268,17 +14550,16 @@ static moe__cu_result moe__launch_shared(const moe__run *run, int32_t set, void 
 {
     const moe_plan *plan = run->plan;
     const moe__workspace *ws = &plan->workspace;
-    const moe__device_experts *packed = &run->weights->packed;
     int32_t tile = moe__gemm_set_of(set).tile;
     moe__product p;
     memset(&p, 0, sizeof p);
-    p.rows.experts = (const uint64_t *)(uintptr_t)(packed->memory + packed->table_offset) + plan->blocks;
+    p.rows.experts = moe__device_addresses(run->weights) + plan->blocks;
     p.rows.num_tokens_dev = run->args.num_tokens_dev;
     p.rows.num_tokens = run->args.num_tokens;
     p.rows.slots = 1;
     p.rows.tile = tile;
     p.rows.rows_max = (int32_t)moe__align_up((uint64_t)run->args.num_tokens, 8);
-    p.shape = &packed->shared;
+    p.shape = &plan->layout.shared;
     p.activation = &plan->layer.shared.activation;
     p.mid = run->memory + ws->mid_shared;
     p.out = run->memory + ws->rows_shared;
@@ -14888,7 +15169,7 @@ static int32_t moe__export_write(const moe__ahead *ahead, const char *path, cons
     moe__export_table(&text, name, ahead);
     span.data = data;
     span.size = text.length;
-    result = moe__file_write_atomic(path, &span, 1, err);
+    result = moe__file_write_atomic(path, &span, 1, NULL, err);
     moe__free(allocator, data, capacity);
     return result;
 }

@@ -1553,7 +1553,7 @@ TEST(a_forged_file_with_right_checksums_does_no_harm)
                     (void)moe_weights_read_row(loaded, role, e, 0, row, NULL);
             moe_weights_destroy(loaded);
         }
-    forge(path, data, size, header, header + (size_t)w->layout.table_offset[MOE_TENSOR_FORCED_IDS], 5);
+    forge(path, data, size, header, header + (size_t)(w->layout.tables + w->layout.table_offset[MOE_TENSOR_FORCED_IDS]), 5);
     CHECK_ERR(moe_weights_load(ctx, &layer, path, &loaded, &err), MOE_ERROR_FORMAT, "");
     CHECK_CONTAINS(err.text, "forced id");
     free(data);
