@@ -42,9 +42,10 @@
 //     >>json     reader                        >>routing  top-k, presets    >>layer      validation
 //     >>infer    config.json -> layer          >>checkpoint  safetensors    >>context    threads, instruction sets
 //     >>cuda     driver, NVRTC                 >>jit      compile, cache    >>layout     packed weights
-//     >>weights  set, seal, save               >>cpu      kernels           >>instances  kernels of a plan
-//     >>plan     execute and its stages        >>stages   on CUDA           >>ahead      compile without a GPU
-//     >>reference  the oracle                  >>kernels  their text        >>history    changes, licence
+//     >>weights  set, seal, save               >>cpu      kernels           >>tiles      which there are, choice
+//     >>instances  kernels of a plan           >>plan     execute           >>stages     on CUDA
+//     >>ahead    compile without a GPU         >>reference  the oracle      >>kernels    their text
+//     >>history  changes, licence
 //
 // ---------------------------------------------------------------------------------------------------------------------
 // >>manual
@@ -133,6 +134,13 @@
 //
 // ENVIRONMENT    desc wins; not read at all by a process with more rights than its user
 //     MOE_CACHE_DIR  folder    MOE_CACHE  rw, ro, off    MOE_CUDA_LIB, MOE_NVRTC_LIB  absolute paths: no other is tried
+//
+// TILES
+//     Configurations of the products are data (tag >>tiles), with TRTLLM-Gen's names; rules say which a layer on a chip
+//     can take, a rough model of cost from the layer, the number of tokens and the chip's SMs, shared memory and
+//     bandwidth what each would take. moe_plan_query() and moe_plan_get_info() tell the plan's, and of all others the
+//     reason or the cost. What no kernel of this version has is listed as "not built". A plan of this version has two:
+//     tiles of 32 rows for up to 64 tokens, else (with MOE_PLAN_BATCH_INVARIANT always) of 128.
 //
 // LAYERS ON CUDA
 //     A CUDA context runs moe_execute() of bf16 and f16 layers whose H and I (of this rank) are multiples of 8, and the
@@ -1027,7 +1035,17 @@ typedef struct moe_plan_info {
     int32_t local_experts;    // with matrices here: local routed ones, then the always-on ones
     int32_t num_candidates;
     moe_plan_candidate candidates[8];
-    uint32_t reserved[8];
+    // CUDA: tiles of the two products for calls of tiles_tokens tokens. The first three are set before the call, or 0.
+    char *tiles_text;         // nullable: gets the rows of tiles that would be cheapest for each number of tokens, then
+                              // a line for each candidate with its cost, and why it is not taken; terminated, cut
+                              // where it does not fit
+    int32_t tiles_text_bytes; // of tiles_text; 32,768 hold any
+    int32_t tiles_tokens;     // 0: max_tokens
+    int32_t num_tiles;        // candidates: configurations for the layer's format, on any chip
+    int32_t tile_rows;        // token rows of the chosen tiles; 0: no kernel multiplies this layer here
+    uint32_t reserved[2];
+    char gemm1[192];          // the chosen configurations; "": none
+    char gemm2[192];
 } moe_plan_info;
 
 // What moe_plan_create would decide; makes and compiles nothing. plan_desc NULL: defaults.
@@ -7342,9 +7360,13 @@ typedef struct moe__cu_launch_config { // CUlaunchConfig
 enum { // numbers of cuda.h
     MOE__CU_ATTRIBUTE_CLUSTER = 4,     // of a launch
     MOE__CU_ATTRIBUTE_PDL = 6,
-    MOE__CU_DEVICE_SMS = 16,           // of a device
+    MOE__CU_DEVICE_CLOCK = 13,         // of a device; kHz
+    MOE__CU_DEVICE_SMS = 16,
+    MOE__CU_DEVICE_MEMORY_CLOCK = 36,  // kHz
+    MOE__CU_DEVICE_MEMORY_BITS = 37,
     MOE__CU_DEVICE_MAJOR = 75,
     MOE__CU_DEVICE_MINOR = 76,
+    MOE__CU_DEVICE_SMEM_SM = 81,
     MOE__CU_DEVICE_SMEM_OPTIN = 97,
     MOE__CU_FUNCTION_MAX_THREADS = 0,  // of a function
     MOE__CU_FUNCTION_DYNAMIC_SMEM = 8,
@@ -7409,6 +7431,9 @@ typedef struct moe__cuda {
     int32_t arch;           // compute capability: 90 for 9.0
     int32_t sms;
     int32_t smem_optin;     // bytes that one CTA can have
+    int32_t smem_sm;        // bytes of an SM
+    int32_t clock_khz;
+    int32_t memory_gbps;    // GB/s; 0: the driver does not say
     char chip[16];          // what its kernels are compiled for: "sm_90a"
     char name[64];
 } moe__cuda;
@@ -7905,6 +7930,10 @@ static int32_t moe__device_facts(moe_context *ctx, moe_error *err)
                  moe__device_attribute(cuda, MOE__CU_DEVICE_MINOR);
     cuda->sms = moe__device_attribute(cuda, MOE__CU_DEVICE_SMS);
     cuda->smem_optin = moe__device_attribute(cuda, MOE__CU_DEVICE_SMEM_OPTIN);
+    cuda->smem_sm = moe__device_attribute(cuda, MOE__CU_DEVICE_SMEM_SM);
+    cuda->clock_khz = moe__device_attribute(cuda, MOE__CU_DEVICE_CLOCK);
+    cuda->memory_gbps = (int32_t)((int64_t)moe__device_attribute(cuda, MOE__CU_DEVICE_MEMORY_CLOCK) *
+                                  moe__device_attribute(cuda, MOE__CU_DEVICE_MEMORY_BITS) / 4000000); // two a clock
     moe__chip_name(cuda->arch, cuda->chip);
     if (cuda->arch < MOE__ARCH_MIN)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.device", "is %d, %q of compute capability %d.%d: 8.0 or "
@@ -12706,6 +12735,1102 @@ static void moe__rows_out_task(void *arg, int32_t index, int32_t worker)
         }
 }
 
+// >>tiles  configurations of the two products  Which tiles there are for each family of chips, in the terms of
+// TRTLLM-Gen's options; which of them a layer on a chip can take, and why not; what each would cost; which to take.
+// Pure: numbers of a layer, a plan and a chip in. A tile is m packed weight rows x n token rows x k elements of one
+// CTA. Both products of a plan have tiles of the same n and family, because they share the order of rows.
+//
+// Rows with a list of formats under `built` have kernels; the others are shapes that are planned, and say "not built".
+// Most of sm100's are TRTLLM-Gen's and Prims-TS's, sm90's 8-bit ones those of a prototype that ran on an H200; the rest
+// are made after them, to what a chip's shared memory holds.
+#if !defined(MOE_NO_CUDA)
+
+enum { MOE__FAMILY_MMA, MOE__FAMILY_SM90, MOE__FAMILY_SM100, MOE__FAMILY_SM120, MOE__FAMILIES };
+enum {
+    MOE__SCHEDULER_STATIC, // a CTA for each tile
+    MOE__SCHEDULER_STRIDE, // a wave of CTAs, each takes every so many-th tile
+    MOE__SCHEDULER_ORDER,  // a wave of CTAs, a counter hands tiles out in order
+    MOE__SCHEDULER_STREAM, // a wave of CTAs, equal shares of all K blocks; the last to arrive at a tile sums its parts
+    MOE__SCHEDULERS
+};
+enum { MOE__GATHER_NONE, MOE__GATHER_LDGSTS, MOE__GATHER_TMA, MOE__GATHERS }; // rows in place; cp.async; tensor copies
+
+typedef struct moe__tile {
+    int16_t family;
+    int16_t m, n, k, unroll;          // unroll: of the loop over K
+    int16_t stages;
+    int16_t epilogue_m, epilogue_n;   // of the part that goes through shared memory at a time
+    int16_t mma_m, mma_n, mma_k;      // one instruction; twice m: of a pair of CTAs
+    int16_t cluster, split_k;         // CTAs that share tokens; CTAs that share K and sum over shared memory
+    int16_t scheduler, gather;        // gather: of the first product; rows of the second lie in order
+    int16_t transposed;               // 1: weights are the instruction's M, tokens its N; 0: the other way round
+    int16_t fused;                    // 1: the first product's epilogue has the activation; 0: its own kernel has
+} moe__tile;
+
+typedef struct moe__tile_row {
+    moe__tile tile;
+    uint32_t formats, built; // sets of moe_format
+} moe__tile_row;
+
+// A tile with what the layer and the plan add: all that its name says.
+typedef struct moe__tile_config {
+    moe__tile tile;
+    int32_t weights, tokens, out;                    // moe_dtype: A, B, C
+    int32_t weights_block, tokens_block, out_block;  // elements of a scale; 0: none within a row
+    int32_t bias, clamp, activation;                 // moe_activation; 0: none here
+} moe__tile_config;
+
+// What is multiplied: a resolved layer on this rank, for calls of `tokens` tokens.
+typedef struct moe__tile_problem {
+    int32_t format, block, dtype;              // dtype: of what is not quantised, BF16 or F16
+    int32_t hidden, features;                  // H, I of this rank
+    int32_t activation, clamp, bias1, bias2;
+    int32_t experts, local, always, top_k;     // all, here, of them used by every token; of a token without those
+    int32_t tokens, x_dtype, weight_on_input;
+    int32_t invariant;                         // MOE_PLAN_BATCH_INVARIANT
+    int32_t only_rows;                         // of tiles that the plan can take; 0: any with kernels; -1: none
+} moe__tile_problem;
+
+typedef struct moe__tile_chip {
+    int32_t arch, sms;
+    int32_t smem_cta, smem_sm; // bytes that a CTA can have, and that an SM has
+    int32_t mhz;
+    int32_t gbps;              // of its memory: GB/s
+} moe__tile_chip;
+
+// Why a configuration is refused.
+enum {
+    MOE__RULE_NONE, MOE__RULE_FORMAT, MOE__RULE_CHIP, MOE__RULE_CHIP_TYPE, MOE__RULE_CLUSTER, MOE__RULE_GATHER,
+    MOE__RULE_TILE_M, MOE__RULE_TILE_K, MOE__RULE_STAGES, MOE__RULE_MMA_M, MOE__RULE_MMA_N, MOE__RULE_MMA_K,
+    MOE__RULE_MMA_TILE, MOE__RULE_PAIR, MOE__RULE_EPILOGUE, MOE__RULE_PROMOTION,
+    MOE__RULE_SMEM, MOE__RULE_REGISTERS, MOE__RULE_TMEM, MOE__RULE_SPLIT, MOE__RULE_STREAM, MOE__RULE_INVARIANT,
+    MOE__RULE_ROW_BYTES, MOE__RULE_GROUP, MOE__RULE_SCALE_GATHER, MOE__RULE_REQUANTISE, MOE__RULE_X_DTYPE,
+    MOE__RULE_INPUT_WEIGHT, MOE__RULES
+};
+
+// ---- the tables ----
+
+#define MOE__B16 (1u << MOE_FORMAT_BF16 | 1u << MOE_FORMAT_F16)
+#define MOE__FP8 (1u << MOE_FORMAT_FP8_PER_TENSOR | 1u << MOE_FORMAT_FP8_PER_CHANNEL)
+#define MOE__BLK (1u << MOE_FORMAT_FP8_BLOCK)
+#define MOE__MX8 (1u << MOE_FORMAT_MXFP8)
+#define MOE__NV4 (1u << MOE_FORMAT_NVFP4)
+#define MOE__W16 (1u << MOE_FORMAT_NVFP4_W4A16 | 1u << MOE_FORMAT_MXFP4_W4A16 | 1u << MOE_FORMAT_INT4_W4A16)
+#define MOE__W8 (1u << MOE_FORMAT_MXFP4_W4A8)
+#define MOE__I4 (1u << MOE_FORMAT_INT4_W4A16)
+
+// family, m n k unroll, stages, epilogue m n, instruction m n k, cluster, split, scheduler, gather, transposed, fused
+static const moe__tile_row moe__tile_rows[] = {
+#define MOE__ROW(m, n, k, s, en, mk) \
+    { MOE__FAMILY_MMA, m, n, k, 1, s, m, en, 16, 8, mk, 1, 1, MOE__SCHEDULER_STRIDE, MOE__GATHER_LDGSTS, 1, 1 }
+    { MOE__ROW(128, 8, 64, 4, 8, 16), MOE__B16, MOE__B16 },
+    { MOE__ROW(128, 16, 64, 4, 16, 16), MOE__B16, MOE__B16 },
+    { MOE__ROW(128, 32, 64, 4, 32, 16), MOE__B16, MOE__B16 },
+    { MOE__ROW(128, 64, 64, 4, 64, 16), MOE__B16, MOE__B16 },
+    { MOE__ROW(128, 128, 64, 3, 128, 16), MOE__B16, MOE__B16 },
+    { MOE__ROW(128, 8, 128, 4, 8, 32), MOE__FP8 | MOE__MX8 | MOE__W8, 0 },
+    { MOE__ROW(128, 16, 128, 4, 16, 32), MOE__FP8 | MOE__MX8 | MOE__W8, 0 },
+    { MOE__ROW(128, 32, 128, 4, 32, 32), MOE__FP8 | MOE__MX8 | MOE__W8, 0 },
+    { MOE__ROW(128, 64, 128, 3, 64, 32), MOE__FP8 | MOE__MX8 | MOE__W8, 0 },
+    { MOE__ROW(128, 128, 128, 2, 128, 32), MOE__FP8 | MOE__MX8 | MOE__W8, 0 },
+    { MOE__ROW(256, 8, 128, 2, 8, 32), MOE__BLK, 0 },
+    { MOE__ROW(256, 8, 128, 4, 8, 32), MOE__BLK, 0 },
+    { MOE__ROW(256, 16, 128, 2, 16, 32), MOE__BLK, 0 },
+    { MOE__ROW(256, 16, 128, 4, 16, 32), MOE__BLK, 0 },
+    { MOE__ROW(256, 32, 128, 2, 32, 32), MOE__BLK, 0 },
+    { MOE__ROW(256, 32, 128, 4, 32, 32), MOE__BLK, 0 },
+    { MOE__ROW(256, 64, 128, 2, 64, 32), MOE__BLK, 0 },
+    { MOE__ROW(256, 64, 128, 4, 64, 32), MOE__BLK, 0 },
+    { MOE__ROW(128, 8, 128, 8, 8, 16), MOE__W16, 0 },
+    { MOE__ROW(128, 16, 128, 6, 16, 16), MOE__W16, 0 },
+    { MOE__ROW(128, 32, 128, 5, 32, 16), MOE__W16, 0 },
+    { MOE__ROW(128, 64, 128, 3, 64, 16), MOE__W16, 0 },
+    { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__W16, 0 },
+#undef MOE__ROW
+#define MOE__ROW(m, n, k, s, en, mm, mn, mk, scheduler, transposed) \
+    { MOE__FAMILY_SM90, m, n, k, 1, s, m, en, mm, mn, mk, 1, 1, scheduler, MOE__GATHER_LDGSTS, transposed, 1 }
+    { MOE__ROW(256, 8, 64, 6, 8, 64, 8, 16, MOE__SCHEDULER_STREAM, 1), MOE__B16, 0 },
+    { MOE__ROW(256, 16, 64, 6, 16, 64, 16, 16, MOE__SCHEDULER_STREAM, 1), MOE__B16, 0 },
+    { MOE__ROW(256, 32, 64, 5, 16, 64, 32, 16, MOE__SCHEDULER_STREAM, 1), MOE__B16, 0 },
+    { MOE__ROW(256, 64, 64, 5, 16, 64, 64, 16, MOE__SCHEDULER_ORDER, 1), MOE__B16, 0 },
+    { MOE__ROW(256, 128, 64, 4, 32, 64, 128, 16, MOE__SCHEDULER_ORDER, 1), MOE__B16, 0 },
+    { MOE__ROW(128, 192, 64, 5, 32, 64, 192, 16, MOE__SCHEDULER_ORDER, 1), MOE__B16, 0 },
+    { MOE__ROW(256, 8, 128, 6, 8, 64, 8, 32, MOE__SCHEDULER_STREAM, 1), MOE__FP8 | MOE__BLK, 0 },
+    { MOE__ROW(256, 16, 128, 6, 8, 64, 16, 32, MOE__SCHEDULER_STREAM, 1), MOE__FP8 | MOE__BLK, 0 },
+    { MOE__ROW(256, 32, 128, 5, 16, 64, 32, 32, MOE__SCHEDULER_STREAM, 1), MOE__FP8 | MOE__BLK, 0 },
+    { MOE__ROW(256, 64, 128, 5, 16, 64, 64, 32, MOE__SCHEDULER_ORDER, 1), MOE__FP8 | MOE__BLK, 0 },
+    { MOE__ROW(256, 128, 128, 4, 32, 64, 128, 32, MOE__SCHEDULER_ORDER, 1), MOE__FP8 | MOE__BLK, 0 },
+    { MOE__ROW(256, 128, 128, 4, 32, 64, 128, 32, MOE__SCHEDULER_ORDER, 0), MOE__FP8 | MOE__BLK, 0 },
+    { MOE__ROW(128, 192, 128, 5, 32, 64, 192, 32, MOE__SCHEDULER_ORDER, 1), MOE__FP8, 0 },
+    { MOE__ROW(256, 8, 128, 10, 8, 64, 8, 16, MOE__SCHEDULER_STREAM, 1), MOE__W16, 0 },
+    { MOE__ROW(256, 16, 128, 9, 16, 64, 16, 16, MOE__SCHEDULER_STREAM, 1), MOE__W16, 0 },
+    { MOE__ROW(256, 32, 128, 7, 16, 64, 32, 16, MOE__SCHEDULER_STREAM, 1), MOE__W16, 0 },
+    { MOE__ROW(256, 64, 128, 5, 16, 64, 64, 16, MOE__SCHEDULER_ORDER, 1), MOE__W16, 0 },
+    { MOE__ROW(256, 128, 128, 3, 32, 64, 128, 16, MOE__SCHEDULER_ORDER, 1), MOE__W16, 0 },
+    { MOE__ROW(256, 8, 128, 10, 8, 64, 8, 32, MOE__SCHEDULER_STREAM, 1), MOE__W8, 0 },
+    { MOE__ROW(256, 16, 128, 10, 8, 64, 16, 32, MOE__SCHEDULER_STREAM, 1), MOE__W8, 0 },
+    { MOE__ROW(256, 32, 128, 9, 16, 64, 32, 32, MOE__SCHEDULER_STREAM, 1), MOE__W8, 0 },
+    { MOE__ROW(256, 64, 128, 7, 16, 64, 64, 32, MOE__SCHEDULER_ORDER, 1), MOE__W8, 0 },
+    { MOE__ROW(256, 128, 128, 5, 32, 64, 128, 32, MOE__SCHEDULER_ORDER, 1), MOE__W8, 0 },
+#undef MOE__ROW
+#define MOE__ROW(n, k, u, s, en, mm, mn, mk, c, split, scheduler, gather) \
+    { MOE__FAMILY_SM100, 128, n, k, u, s, 128, en, mm, mn, mk, c, split, scheduler, gather, 1, 1 }
+#define MOE__STATIC MOE__SCHEDULER_STATIC
+#define MOE__ORDER MOE__SCHEDULER_ORDER
+#define MOE__LDGSTS MOE__GATHER_LDGSTS
+#define MOE__TMA MOE__GATHER_TMA
+    { MOE__ROW(8, 512, 2, 5, 8, 128, 8, 64, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(8, 512, 2, 5, 8, 128, 8, 64, 1, 2, MOE__STATIC, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(8, 256, 1, 9, 8, 128, 8, 64, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(16, 512, 2, 5, 16, 256, 16, 64, 2, 1, MOE__ORDER, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(16, 256, 1, 9, 16, 128, 16, 64, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(32, 512, 2, 5, 32, 256, 32, 64, 2, 1, MOE__ORDER, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(32, 256, 1, 9, 32, 128, 32, 64, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(64, 512, 2, 4, 32, 256, 64, 64, 2, 1, MOE__ORDER, MOE__TMA), MOE__NV4, 0 },
+    { MOE__ROW(64, 256, 1, 6, 32, 256, 64, 64, 2, 1, MOE__ORDER, MOE__TMA), MOE__NV4, 0 },
+    { MOE__ROW(128, 256, 1, 6, 32, 256, 128, 64, 2, 1, MOE__ORDER, MOE__TMA), MOE__NV4, 0 },
+    { MOE__ROW(192, 256, 1, 5, 32, 256, 192, 64, 2, 1, MOE__ORDER, MOE__TMA), MOE__NV4, 0 },
+    { MOE__ROW(256, 256, 1, 4, 32, 256, 256, 64, 2, 1, MOE__ORDER, MOE__TMA), MOE__NV4, 0 },
+    { MOE__ROW(8, 256, 1, 6, 8, 64, 8, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__FP8, 0 },
+    { MOE__ROW(16, 256, 1, 6, 8, 128, 16, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__FP8, 0 },
+    { MOE__ROW(32, 256, 1, 5, 32, 128, 32, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__FP8, 0 },
+    { MOE__ROW(64, 256, 1, 5, 32, 256, 64, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__FP8, 0 },
+    { MOE__ROW(128, 128, 1, 8, 32, 256, 128, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__FP8, 0 },
+    { MOE__ROW(192, 128, 1, 7, 32, 256, 192, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__FP8, 0 },
+    { MOE__ROW(256, 128, 1, 6, 32, 256, 256, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__FP8, 0 },
+    { MOE__ROW(8, 256, 1, 6, 8, 128, 8, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(16, 256, 1, 5, 16, 128, 16, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(32, 256, 1, 5, 16, 128, 32, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(64, 256, 1, 4, 32, 256, 64, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(128, 128, 1, 7, 32, 256, 128, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(256, 128, 1, 6, 32, 256, 256, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(8, 512, 1, 3, 8, 128, 8, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(8, 512, 1, 3, 8, 128, 8, 32, 1, 2, MOE__STATIC, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(8, 256, 1, 6, 8, 128, 8, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(16, 256, 1, 5, 16, 128, 16, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(32, 256, 1, 5, 16, 128, 32, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(64, 256, 1, 4, 32, 128, 64, 32, 1, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(128, 256, 1, 4, 32, 256, 128, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(128, 128, 1, 7, 32, 256, 128, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(192, 128, 1, 6, 32, 256, 192, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(256, 128, 1, 6, 32, 256, 256, 32, 2, 1, MOE__ORDER, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(8, 128, 1, 5, 8, 64, 8, 16, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__W16, 0 },
+    { MOE__ROW(8, 256, 1, 3, 8, 64, 8, 16, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__W16, 0 },
+    { MOE__ROW(16, 128, 1, 5, 16, 128, 16, 16, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__W16, 0 },
+    { MOE__ROW(32, 128, 1, 5, 32, 128, 32, 16, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__W16, 0 },
+    { MOE__ROW(64, 128, 1, 5, 32, 128, 64, 16, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__W16, 0 },
+    { MOE__ROW(128, 128, 1, 5, 32, 128, 128, 16, 1, 1, MOE__ORDER, MOE__LDGSTS), MOE__I4, 0 },
+    { MOE__ROW(8, 128, 1, 6, 8, 64, 8, 16, 1, 1, MOE__ORDER, MOE__TMA), MOE__B16, 0 },
+    { MOE__ROW(16, 128, 1, 5, 16, 128, 16, 16, 1, 1, MOE__ORDER, MOE__TMA), MOE__B16, 0 },
+    { MOE__ROW(32, 128, 1, 5, 32, 128, 32, 16, 1, 1, MOE__ORDER, MOE__TMA), MOE__B16, 0 },
+    { MOE__ROW(64, 128, 1, 5, 32, 256, 64, 16, 2, 1, MOE__ORDER, MOE__TMA), MOE__B16, 0 },
+    { MOE__ROW(128, 64, 1, 6, 32, 256, 128, 16, 2, 1, MOE__ORDER, MOE__TMA), MOE__B16, 0 },
+    { MOE__ROW(192, 64, 1, 6, 32, 256, 192, 16, 2, 1, MOE__ORDER, MOE__TMA), MOE__B16, 0 },
+    { MOE__ROW(256, 64, 1, 6, 32, 256, 256, 16, 2, 1, MOE__ORDER, MOE__TMA), MOE__B16, 0 },
+#undef MOE__ROW
+// 64 rows an instruction and raw sums out: each 128 elements of K are scaled and added outside of the tensor core.
+#define MOE__ROW(n, s, en) \
+    { MOE__FAMILY_SM100, 128, n, 128, 1, s, 64, en, 64, n, 32, 1, 1, MOE__ORDER, MOE__TMA, 1, 0 }
+    { MOE__ROW(8, 8, 8), MOE__BLK, 0 },
+    { MOE__ROW(16, 6, 16), MOE__BLK, 0 },
+    { MOE__ROW(32, 6, 32), MOE__BLK, 0 },
+    { MOE__ROW(64, 6, 32), MOE__BLK, 0 },
+    { MOE__ROW(128, 5, 32), MOE__BLK, 0 },
+#undef MOE__ROW
+#define MOE__ROW(n, k, s, mk, gather) \
+    { MOE__FAMILY_SM120, 128, n, k, 1, s, 128, n, 16, 8, mk, 1, 1, MOE__ORDER, gather, 1, 1 }
+    { MOE__ROW(8, 256, 5, 64, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(16, 256, 4, 64, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(32, 256, 4, 64, MOE__LDGSTS), MOE__NV4, 0 },
+    { MOE__ROW(64, 256, 3, 64, MOE__TMA), MOE__NV4, 0 },
+    { MOE__ROW(128, 256, 2, 64, MOE__TMA), MOE__NV4, 0 },
+    { MOE__ROW(8, 128, 5, 32, MOE__LDGSTS), MOE__MX8, 0 },
+    { MOE__ROW(16, 128, 5, 32, MOE__LDGSTS), MOE__MX8, 0 },
+    { MOE__ROW(32, 128, 4, 32, MOE__LDGSTS), MOE__MX8, 0 },
+    { MOE__ROW(64, 128, 3, 32, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(128, 128, 2, 32, MOE__TMA), MOE__MX8, 0 },
+    { MOE__ROW(8, 128, 8, 32, MOE__LDGSTS), MOE__W8, 0 },
+    { MOE__ROW(16, 128, 8, 32, MOE__LDGSTS), MOE__W8, 0 },
+    { MOE__ROW(32, 128, 7, 32, MOE__LDGSTS), MOE__W8, 0 },
+    { MOE__ROW(64, 128, 5, 32, MOE__TMA), MOE__W8, 0 },
+    { MOE__ROW(128, 128, 3, 32, MOE__TMA), MOE__W8, 0 },
+#undef MOE__ROW
+#undef MOE__STATIC
+#undef MOE__ORDER
+#undef MOE__LDGSTS
+#undef MOE__TMA
+};
+enum { MOE__TILES = sizeof moe__tile_rows / sizeof moe__tile_rows[0] };
+#undef MOE__B16
+#undef MOE__FP8
+#undef MOE__BLK
+#undef MOE__MX8
+#undef MOE__NV4
+#undef MOE__W16
+#undef MOE__W8
+#undef MOE__I4
+
+// First and last compute capability of a family, and the most CTAs of a cluster.
+typedef struct moe__tile_family {
+    const char *name, *target;
+    int32_t first, last, tile_m, cluster;
+} moe__tile_family;
+
+static const moe__tile_family moe__tile_families[MOE__FAMILIES] = {
+    { "mma", "sm80", 80, 9999, 256, 1 },
+    { "sm90", "sm90a", 90, 90, 256, 8 },
+    { "sm100", "sm100f", 100, 103, 128, 2 },
+    { "sm120", "sm120f", 120, 121, 128, 1 },
+};
+
+// ---- types of a product ----
+
+// A, B and the intermediate of a format, and the elements of a scale; a block of -1 is the layer's.
+typedef struct moe__tile_types {
+    int32_t format, weights, tokens, weights_block, tokens_block; // a dtype of 0: the problem's 16-bit one
+} moe__tile_types;
+
+static const moe__tile_types *moe__tile_types_of(int32_t format)
+{
+    static const moe__tile_types types[] = {
+        { MOE_FORMAT_BF16, 0, 0, 0, 0 },
+        { MOE_FORMAT_F16, 0, 0, 0, 0 },
+        { MOE_FORMAT_FP8_PER_TENSOR, MOE_DTYPE_E4M3, MOE_DTYPE_E4M3, 0, 0 },
+        { MOE_FORMAT_FP8_PER_CHANNEL, MOE_DTYPE_E4M3, MOE_DTYPE_E4M3, 0, 0 },
+        { MOE_FORMAT_FP8_BLOCK, MOE_DTYPE_E4M3, MOE_DTYPE_E4M3, -1, 128 },
+        { MOE_FORMAT_MXFP8, MOE_DTYPE_E4M3, MOE_DTYPE_E4M3, 32, 32 },
+        { MOE_FORMAT_NVFP4, MOE_DTYPE_E2M1, MOE_DTYPE_E2M1, 16, 16 },
+        { MOE_FORMAT_NVFP4_W4A16, MOE_DTYPE_E2M1, 0, 16, 0 },
+        { MOE_FORMAT_MXFP4_W4A16, MOE_DTYPE_E2M1, 0, 32, 0 },
+        { MOE_FORMAT_MXFP4_W4A8, MOE_DTYPE_E2M1, MOE_DTYPE_E4M3, 32, 32 },
+        { MOE_FORMAT_INT4_W4A16, MOE_DTYPE_INT4, 0, -1, 0 },
+    };
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(types); i++)
+        if (types[i].format == format) return &types[i];
+    return NULL;
+}
+
+static int32_t moe__tile_gated(const moe__tile_problem *p) { return p->activation < MOE_ACTIVATION_SILU; }
+
+// Product 1 or 2 by this tile; 0: a format that no tile multiplies.
+static int32_t moe__tile_config_make(moe__tile_config *c, const moe__tile *tile, const moe__tile_problem *p,
+                                     int32_t product)
+{
+    const moe__tile_types *types = moe__tile_types_of(p->format);
+    memset(c, 0, sizeof *c);
+    c->tile = *tile;
+    if (types == NULL) return 0;
+    c->weights = types->weights != 0 ? types->weights : p->dtype;
+    c->tokens = types->tokens != 0 ? types->tokens : p->dtype;
+    c->weights_block = types->weights_block >= 0 ? types->weights_block : p->block;
+    c->tokens_block = types->tokens_block;
+    c->bias = product == 1 ? p->bias1 : p->bias2;
+    if (product == 1) {
+        c->out = c->tokens;
+        c->out_block = c->tokens_block;
+        if (tile->fused) {
+            c->clamp = p->clamp;
+            c->activation = p->activation;
+        }
+    } else {
+        c->out = p->tokens > 64 || p->invariant ? p->dtype : MOE_DTYPE_F32;
+        c->tile.gather = MOE__GATHER_NONE;
+    }
+    return 1;
+}
+
+// Packed weight rows and K of a product.
+static int32_t moe__tile_out_rows(const moe__tile_problem *p, int32_t product)
+{
+    return product == 1 ? p->features * (moe__tile_gated(p) ? 2 : 1) : p->hidden;
+}
+
+static int32_t moe__tile_depth(const moe__tile_problem *p, int32_t product)
+{
+    return product == 1 ? p->hidden : p->features;
+}
+
+// ---- names ----
+//
+//     bmm_C_AB_Fp32_Ab16_Bb16_Cb16_t128x8x512u2_s5_et128x8_m128x8x64_c1x1x1_rM_TN_transOut_schPd2x1x2x3_biasFp32M_bN_
+//     ldgsts_ldgstsSf_rgTma_clmp_swiGlu_dynB_sm100f
+//
+// as TRTLLM-Gen's kernels are called, for all families: types of the result, of weights and tokens, of sums; elements
+// of their scales; tile and unrolling; stages; the epilogue's part; instruction; cluster, its third number the CTAs
+// that share K; order of tiles; tokens as N; scheduler; bias; how rows and their scales are gathered; clamp;
+// activation. schP, schStreamK and the activations that TRTLLM-Gen lacks are words of this library.
+
+static const moe__name moe__tile_dtypes[] = {
+    { MOE_DTYPE_F32, "Fp32" }, { MOE_DTYPE_BF16, "Bfloat16" }, { MOE_DTYPE_F16, "Fp16" }, { MOE_DTYPE_E4M3, "E4m3" },
+    { MOE_DTYPE_E2M1, "E2m1" }, { MOE_DTYPE_INT4, "Int4" },
+};
+static const moe__name moe__tile_schedulers[MOE__SCHEDULERS] = {
+    { MOE__SCHEDULER_STATIC, "_schS" }, { MOE__SCHEDULER_STRIDE, "_schP" },
+    { MOE__SCHEDULER_ORDER, "_schPd2x1x2x3" }, { MOE__SCHEDULER_STREAM, "_schStreamK" },
+};
+static const moe__name moe__tile_gathers[MOE__GATHERS] = {
+    { MOE__GATHER_NONE, "" }, { MOE__GATHER_LDGSTS, "_ldgsts" }, { MOE__GATHER_TMA, "_tma" },
+};
+static const moe__name moe__tile_activations[] = {
+    { 0, "" }, { MOE_ACTIVATION_SWIGLU, "_swiGlu" }, { MOE_ACTIVATION_SWIGLU_STEP, "_swiGluStep" },
+    { MOE_ACTIVATION_GEGLU_ERF, "_geGlu" }, { MOE_ACTIVATION_GEGLU_TANH, "_geGluTanh" },
+    { MOE_ACTIVATION_SITU, "_siTuGlu" }, { MOE_ACTIVATION_SILU, "_silu" }, { MOE_ACTIVATION_GELU_ERF, "_gelu" },
+    { MOE_ACTIVATION_GELU_TANH, "_geluTanh" }, { MOE_ACTIVATION_RELU, "_relu" }, { MOE_ACTIVATION_RELU2, "_relu2" },
+    { MOE_ACTIVATION_RELU2_CLAMP, "_relu2Clmp" }, { MOE_ACTIVATION_IDENTITY, "_identity" },
+};
+
+#define MOE__TILE_NAME(names, value) moe__name_find(names, MOE__ARRAY_COUNT(names), value, "?")
+
+static void moe__tile_name(const moe__tile_config *c, moe__text *out)
+{
+    const moe__tile *t = &c->tile;
+    const char *gather = MOE__TILE_NAME(moe__tile_gathers, t->gather);
+    moe__text_format(out, "bmm_%s_%s%s_Fp32", MOE__TILE_NAME(moe__tile_dtypes, c->out),
+                     MOE__TILE_NAME(moe__tile_dtypes, c->weights), MOE__TILE_NAME(moe__tile_dtypes, c->tokens));
+    if (c->weights_block > 0) moe__text_format(out, "_Ab%d", c->weights_block);
+    if (c->tokens_block > 0) moe__text_format(out, "_Bb%d", c->tokens_block);
+    if (c->out_block > 0) moe__text_format(out, "_Cb%d", c->out_block);
+    moe__text_format(out, "_t%dx%dx%d", (int32_t)t->m, (int32_t)t->n, (int32_t)t->k);
+    if (t->unroll > 1) moe__text_format(out, "u%d", (int32_t)t->unroll);
+    moe__text_format(out, "_s%d_et%dx%d_m%dx%dx%d_c%dx1x%d_rM_TN", (int32_t)t->stages, (int32_t)t->epilogue_m,
+                     (int32_t)t->epilogue_n, (int32_t)t->mma_m, (int32_t)t->mma_n, (int32_t)t->mma_k,
+                     (int32_t)t->cluster, (int32_t)t->split_k);
+    moe__text_format(out, "%s%s%s_bN", t->transposed ? "_transOut" : "",
+                     MOE__TILE_NAME(moe__tile_schedulers, t->scheduler), c->bias ? "_biasFp32M" : "");
+    moe__text_string(out, gather);
+    if (c->tokens_block > 0 && t->gather != MOE__GATHER_NONE) moe__text_format(out, "%sSf", gather);
+    if (t->family == MOE__FAMILY_SM100)
+        moe__text_string(out, t->gather == MOE__GATHER_LDGSTS ? "_rgTma" : "_tmaOpt");
+    moe__text_format(out, "%s%s_dynB_%s", c->clamp ? "_clmp" : "",
+                     MOE__TILE_NAME(moe__tile_activations, c->activation), moe__tile_families[t->family].target);
+}
+
+// 1 and past it when the text begins with `word`.
+static int32_t moe__tile_eat(const char **at, const char *word)
+{
+    size_t length = strlen(word);
+    if (strncmp(*at, word, length) != 0) return 0;
+    *at += length;
+    return 1;
+}
+
+// The longest of the words that the text begins with.
+static int32_t moe__tile_eat_name(const char **at, const moe__name *names, int32_t count, int32_t *value)
+{
+    size_t longest = 0;
+    int32_t found = 0;
+    for (int32_t i = 0; i < count; i++) {
+        size_t length = strlen(names[i].name);
+        if (strncmp(*at, names[i].name, length) != 0 || (found && length <= longest)) continue;
+        found = 1;
+        longest = length;
+        *value = names[i].value;
+    }
+    *at += longest;
+    return found;
+}
+
+static int32_t moe__tile_eat_number(const char **at, const char *before, int16_t *value)
+{
+    int32_t number = 0;
+    if (!moe__tile_eat(at, before) || **at < '1' || **at > '9') return 0;
+    while (**at >= '0' && **at <= '9' && number < 10000) number = number * 10 + (*(*at)++ - '0');
+    *value = (int16_t)(number < 10000 ? number : 0);
+    return number < 10000;
+}
+
+static int32_t moe__tile_eat_block(const char **at, const char *before, int32_t *block)
+{
+    int16_t value;
+    if (strncmp(*at, before, strlen(before)) != 0) return 1;
+    if (!moe__tile_eat_number(at, before, &value)) return 0;
+    *block = value;
+    return 1;
+}
+
+static int32_t moe__tile_parse_words(const char *at, moe__tile_config *c)
+{
+    moe__tile *t = &c->tile;
+    int32_t scheduler = 0, gather = 0, found = 0;
+    t->transposed = (int16_t)moe__tile_eat(&at, "_transOut");
+    if (!moe__tile_eat_name(&at, moe__tile_schedulers, MOE__SCHEDULERS, &scheduler)) return 0;
+    c->bias = moe__tile_eat(&at, "_biasFp32M");
+    if (!moe__tile_eat(&at, "_bN")) return 0;
+    if (moe__tile_eat(&at, "_tmaOpt")) gather = MOE__GATHER_NONE; // begins as _tma does
+    else moe__tile_eat_name(&at, moe__tile_gathers, MOE__GATHERS, &gather);
+    t->scheduler = (int16_t)scheduler;
+    t->gather = (int16_t)gather;
+    if (!moe__tile_eat(&at, "_ldgstsSf")) moe__tile_eat(&at, "_tmaSf");
+    if (!moe__tile_eat(&at, "_rgTma")) moe__tile_eat(&at, "_tmaOpt");
+    c->clamp = moe__tile_eat(&at, "_clmp");
+    moe__tile_eat_name(&at, moe__tile_activations, MOE__ARRAY_COUNT(moe__tile_activations), &c->activation);
+    t->fused = (int16_t)(c->activation != 0 || t->gather == MOE__GATHER_NONE);
+    if (!moe__tile_eat(&at, "_dynB_")) return 0;
+    for (int32_t i = 0; i < MOE__FAMILIES; i++) {
+        if (strcmp(at, moe__tile_families[i].target) != 0) continue;
+        t->family = (int16_t)i;
+        found = 1;
+    }
+    return found;
+}
+
+// The configuration of a name, for tables of what was measured; 0 for what moe__tile_name() does not write.
+MOE__UNUSED static int32_t moe__tile_parse(const char *name, moe__tile_config *c)
+{
+    const int32_t dtypes = MOE__ARRAY_COUNT(moe__tile_dtypes);
+    char again[256];
+    moe__text text = moe__text_make(again, sizeof again);
+    const char *at = name;
+    moe__tile *t = &c->tile;
+    memset(c, 0, sizeof *c);
+    t->unroll = 1;
+    if (!moe__tile_eat(&at, "bmm_") || !moe__tile_eat_name(&at, moe__tile_dtypes, dtypes, &c->out) ||
+        !moe__tile_eat(&at, "_") || !moe__tile_eat_name(&at, moe__tile_dtypes, dtypes, &c->weights) ||
+        !moe__tile_eat_name(&at, moe__tile_dtypes, dtypes, &c->tokens) || !moe__tile_eat(&at, "_Fp32") ||
+        !moe__tile_eat_block(&at, "_Ab", &c->weights_block) || !moe__tile_eat_block(&at, "_Bb", &c->tokens_block) ||
+        !moe__tile_eat_block(&at, "_Cb", &c->out_block) || !moe__tile_eat_number(&at, "_t", &t->m) ||
+        !moe__tile_eat_number(&at, "x", &t->n) || !moe__tile_eat_number(&at, "x", &t->k) ||
+        (*at == 'u' && !moe__tile_eat_number(&at, "u", &t->unroll)) || !moe__tile_eat_number(&at, "_s", &t->stages) ||
+        !moe__tile_eat_number(&at, "_et", &t->epilogue_m) || !moe__tile_eat_number(&at, "x", &t->epilogue_n) ||
+        !moe__tile_eat_number(&at, "_m", &t->mma_m) || !moe__tile_eat_number(&at, "x", &t->mma_n) ||
+        !moe__tile_eat_number(&at, "x", &t->mma_k) || !moe__tile_eat_number(&at, "_c", &t->cluster) ||
+        !moe__tile_eat_number(&at, "x1x", &t->split_k) || !moe__tile_eat(&at, "_rM_TN") ||
+        !moe__tile_parse_words(at, c))
+        return 0;
+    moe__tile_name(c, &text);
+    return strcmp(again, name) == 0; // one name for each configuration
+}
+
+// ---- what a tile takes ----
+
+static int32_t moe__tile_pair(const moe__tile *t) { return t->family == MOE__FAMILY_SM100 && t->mma_m == 256; }
+
+// Bits of an element in shared memory: sm100's instructions for 8-bit types read 4-bit values as bytes.
+static int32_t moe__tile_bits(const moe__tile_config *c, int32_t dtype)
+{
+    if (c->tile.family == MOE__FAMILY_SM100 && c->tokens == MOE_DTYPE_E4M3) return 8;
+    return moe_dtype_bits(dtype);
+}
+
+static int32_t moe__tile_scale_bytes(int32_t rows, int32_t k, int32_t block, int32_t dtype)
+{
+    if (block == 0) return 0;
+    if (block >= 64 && dtype == MOE_DTYPE_E4M3) return rows * 4 * ((k + block - 1) / block); // f32
+    return rows * (k / block) * (dtype == MOE_DTYPE_INT4 ? 2 : 1);
+}
+
+// Bytes of one stage: weights, tokens (half of them where a pair of CTAs shares them), scales of both.
+static int32_t moe__tile_stage(const moe__tile_config *c)
+{
+    const moe__tile *t = &c->tile;
+    int32_t weights = t->m * t->k / 8 * moe__tile_bits(c, c->weights);
+    int32_t tokens = t->n * t->k / 8 * moe__tile_bits(c, c->tokens) / (moe__tile_pair(t) ? 2 : 1);
+    int32_t rows = c->weights_block >= 64 && c->weights == MOE_DTYPE_E4M3 ? 1 : t->m; // a scale for a square
+    return weights + tokens + moe__tile_scale_bytes(rows, t->k, c->weights_block, c->weights) +
+           moe__tile_scale_bytes(t->n, t->k, c->tokens_block, c->tokens);
+}
+
+// Dynamic shared memory of a CTA. The mma family writes results from registers, and notes a job with each stage.
+static int32_t moe__tile_smem(const moe__tile_config *c)
+{
+    const moe__tile *t = &c->tile;
+    int32_t ring = t->stages * moe__tile_stage(c), halves, out;
+    if (t->family == MOE__FAMILY_MMA || t->family == MOE__FAMILY_SM120) return ring + 16 * t->stages;
+    halves = c->activation != 0 && c->activation < MOE_ACTIVATION_SILU ? 2 : 1;
+    out = t->epilogue_m * t->epilogue_n / halves * moe_dtype_bits(c->out) / 8;
+    return ring + out + 1024; // barriers, row lists
+}
+
+static int32_t moe__tile_threads(const moe__tile *t)
+{
+    if (t->family == MOE__FAMILY_SM90) return 384;
+    if (t->family == MOE__FAMILY_SM100) return 256;
+    return t->m == 256 ? 256 : 128;
+}
+
+// Registers of a thread that hold sums; with scales of 128 elements of K half as many again, for unscaled ones.
+static int32_t moe__tile_registers(const moe__tile_config *c)
+{
+    const moe__tile *t = &c->tile;
+    int32_t sums;
+    if (t->family == MOE__FAMILY_SM100) return 0; // in tensor memory
+    sums = t->m * t->n / (t->family == MOE__FAMILY_SM90 ? 256 : moe__tile_threads(t));
+    return c->tokens_block == 128 ? sums + sums / 2 : sums;
+}
+
+// Columns of tensor memory: sums (four parts of them with scales of 128 elements), scales of both operands.
+static int32_t moe__tile_tmem(const moe__tile_config *c)
+{
+    const moe__tile *t = &c->tile;
+    int32_t columns = t->n;
+    if (t->family != MOE__FAMILY_SM100) return 0;
+    if (c->tokens_block == 128) return 4 * columns;
+    if (c->tokens_block > 0)
+        columns += t->k / (4 * c->tokens_block) * 4 * (t->m + (t->n + 127) / 128 * 128) / 128;
+    return columns;
+}
+
+static int32_t moe__tile_ctas(const moe__tile_config *c, const moe__tile_chip *chip)
+{
+    int32_t most = c->tile.family != MOE__FAMILY_MMA ? 1 : c->tile.m == 256 || c->tile.n >= 64 ? 2 : 3;
+    return moe__max32(moe__min32(chip->smem_sm / (moe__tile_smem(c) + 1024), most), 1);
+}
+
+// ---- rules ----
+
+static int32_t moe__tile_refuse(moe__text *why, int32_t rule, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    moe__text_vformat(why, format, args);
+    va_end(args);
+    return rule;
+}
+
+static int32_t moe__tile_check_chip(const moe__tile_config *c, const moe__tile_chip *chip, moe__text *why)
+{
+    const moe__tile *t = &c->tile;
+    const moe__tile_family *family = &moe__tile_families[t->family];
+    if (chip->arch < family->first || chip->arch > family->last)
+        return moe__tile_refuse(why, MOE__RULE_CHIP, "its instructions are those of compute capability %d.%d%s, this "
+                                "chip has %d.%d", family->first / 10, family->first % 10,
+                                family->last > family->first ? " and relatives" : "", chip->arch / 10,
+                                chip->arch % 10);
+    if (t->family == MOE__FAMILY_MMA && c->tokens == MOE_DTYPE_E4M3 && chip->arch < 89)
+        return moe__tile_refuse(why, MOE__RULE_CHIP_TYPE, "mma.sync multiplies e4m3 from compute capability 8.9 on, "
+                                "this chip has %d.%d", chip->arch / 10, chip->arch % 10);
+    if (t->cluster * t->split_k > family->cluster)
+        return moe__tile_refuse(why, MOE__RULE_CLUSTER, "a cluster of %d CTAs is more than the %d of this family",
+                                t->cluster * t->split_k, family->cluster);
+    if (t->gather == MOE__GATHER_TMA && chip->arch < 100)
+        return moe__tile_refuse(why, MOE__RULE_GATHER, "tensor copies gather rows from compute capability 10.0 on, "
+                                "this chip has %d.%d", chip->arch / 10, chip->arch % 10);
+    return MOE__RULE_NONE;
+}
+
+static int32_t moe__tile_check_tile(const moe__tile_config *c, moe__text *why)
+{
+    const moe__tile *t = &c->tile;
+    int32_t most = moe__tile_families[t->family].tile_m, bytes = t->k * moe_dtype_bits(c->tokens) / 8;
+    if (t->m % 128 != 0 || t->m > most)
+        return moe__tile_refuse(why, MOE__RULE_TILE_M, "%d weight rows are not whole slabs of 128, at most %d",
+                                (int32_t)t->m, most);
+    if (bytes % 128 != 0)
+        return moe__tile_refuse(why, MOE__RULE_TILE_K, "%d elements of K are %d bytes of a row, not a multiple of 128",
+                                (int32_t)t->k, bytes);
+    if (t->stages < 2)
+        return moe__tile_refuse(why, MOE__RULE_STAGES, "%d stage: nothing is loaded while it is multiplied",
+                                (int32_t)t->stages);
+    if (t->epilogue_m > t->m || t->m % t->epilogue_m != 0 || t->epilogue_n > t->n || t->n % t->epilogue_n != 0)
+        return moe__tile_refuse(why, MOE__RULE_EPILOGUE, "parts of %dx%d do not make up a tile of %dx%d",
+                                (int32_t)t->epilogue_m, (int32_t)t->epilogue_n, (int32_t)t->m, (int32_t)t->n);
+    if (c->tokens_block == 128 && t->k != 128)
+        return moe__tile_refuse(why, MOE__RULE_PROMOTION, "sums are scaled each 128 elements of K, the tile has %d",
+                                (int32_t)t->k);
+    return MOE__RULE_NONE;
+}
+
+// What an instruction's M and N can be.
+static int32_t moe__tile_check_mma(const moe__tile_config *c, moe__text *why)
+{
+    const moe__tile *t = &c->tile;
+    int32_t scaled = c->tokens_block > 0 && c->tokens_block < 128, step, most, legal, k;
+    int32_t own = t->mma_m / (moe__tile_pair(t) ? 2 : 1), m = t->transposed ? t->m : t->n;
+    int32_t n = t->transposed ? t->n : t->m;
+    switch (t->family) {
+    case MOE__FAMILY_SM90: legal = t->mma_m == 64; step = 8; most = 256; break;
+    case MOE__FAMILY_SM100:
+        legal = t->mma_m == 128 || t->mma_m == 256 || (t->mma_m == 64 && !scaled);
+        step = t->mma_m == 256 || (t->mma_m == 128 && !scaled) ? 16 : 8;
+        most = 256;
+        break;
+    default: legal = t->mma_m == 16; step = most = 8; break;
+    }
+    if (!legal)
+        return moe__tile_refuse(why, MOE__RULE_MMA_M, "the %s family has no instruction of %d rows for this format",
+                                moe__tile_families[t->family].name, (int32_t)t->mma_m);
+    if (t->mma_n > most || t->mma_n % step != 0)
+        return moe__tile_refuse(why, MOE__RULE_MMA_N, "an instruction of %d rows has multiples of %d columns up to %d, "
+                                "not %d", (int32_t)t->mma_m, step, most, (int32_t)t->mma_n);
+    k = moe_dtype_bits(c->tokens) == 4 ? 64 : 256 / moe_dtype_bits(c->tokens);
+    if (t->mma_k != k)
+        return moe__tile_refuse(why, MOE__RULE_MMA_K, "an instruction takes %d elements of %s, not %d", k,
+                                moe_dtype_string(c->tokens), (int32_t)t->mma_k);
+    if (m % own != 0 || n % t->mma_n != 0)
+        return moe__tile_refuse(why, MOE__RULE_MMA_TILE, "instructions of %dx%d do not make up a tile of %dx%d", own,
+                                (int32_t)t->mma_n, m, n);
+    if (moe__tile_pair(t) != (t->family == MOE__FAMILY_SM100 && t->cluster == 2) ||
+        (moe__tile_pair(t) && !t->transposed))
+        return moe__tile_refuse(why, MOE__RULE_PAIR, "an instruction of %d rows is that of %s, the cluster is %d, "
+                                "weights are its %s", (int32_t)t->mma_m, moe__tile_pair(t) ? "two CTAs" : "one CTA",
+                                (int32_t)t->cluster, t->transposed ? "rows" : "columns");
+    return MOE__RULE_NONE;
+}
+
+static int32_t moe__tile_check_memory(const moe__tile_config *c, const moe__tile_chip *chip, moe__text *why)
+{
+    int32_t smem = moe__tile_smem(c), registers = moe__tile_registers(c), tmem = moe__tile_tmem(c);
+    if (smem > chip->smem_cta)
+        return moe__tile_refuse(why, MOE__RULE_SMEM, "%d stages of %d bytes and the rest are %d bytes of shared "
+                                "memory, a CTA of this chip has %d", (int32_t)c->tile.stages, moe__tile_stage(c),
+                                smem, chip->smem_cta);
+    if (registers > 200)
+        return moe__tile_refuse(why, MOE__RULE_REGISTERS, "sums take %d registers of a thread, more than 200",
+                                registers);
+    if (tmem > 512)
+        return moe__tile_refuse(why, MOE__RULE_TMEM, "sums and scales take %d columns of tensor memory, an SM has 512",
+                                tmem);
+    return MOE__RULE_NONE;
+}
+
+// How K is divided.
+static int32_t moe__tile_check_split(const moe__tile *t, const moe__tile_problem *p, int32_t depth, moe__text *why)
+{
+    if (t->split_k > 1 && depth % (t->k * t->split_k) != 0)
+        return moe__tile_refuse(why, MOE__RULE_SPLIT, "K of %d is not %d equal parts of whole %d", depth,
+                                (int32_t)t->split_k, (int32_t)t->k);
+    if (t->scheduler == MOE__SCHEDULER_STREAM && (t->n > 32 || t->split_k > 1))
+        return moe__tile_refuse(why, MOE__RULE_STREAM, "parts of a sum go through memory for up to 32 token rows and "
+                                "one CTA a part, this tile has %d and %d", (int32_t)t->n, (int32_t)t->split_k);
+    if (p->invariant && (t->split_k > 1 || t->scheduler == MOE__SCHEDULER_STREAM))
+        return moe__tile_refuse(why, MOE__RULE_INVARIANT, "it splits K, and whether it is taken depends on the batch: "
+                                "not with MOE_PLAN_BATCH_INVARIANT");
+    return MOE__RULE_NONE;
+}
+
+static int32_t moe__tile_check_layer(const moe__tile_config *c, const moe__tile_problem *p, int32_t product,
+                                     moe__text *why)
+{
+    const moe__tile *t = &c->tile;
+    int32_t depth = moe__tile_depth(p, product), bits = moe_dtype_bits(c->tokens), group;
+    int32_t features = t->m / (moe__tile_gated(p) ? 2 : 1);
+    if (depth * (int64_t)bits % 128 != 0)
+        return moe__tile_refuse(why, MOE__RULE_ROW_BYTES, "rows of %d elements of %s are not whole pieces of 16 bytes",
+                                depth, moe_dtype_string(c->tokens));
+    group = moe__max32(c->weights_block, c->tokens_block);
+    if (group > 0 && depth % group != 0)
+        return moe__tile_refuse(why, MOE__RULE_GROUP, "K of %d is not a multiple of %d, the elements of a scale",
+                                depth, group);
+    if (t->family == MOE__FAMILY_SM100 && t->gather == MOE__GATHER_LDGSTS && c->tokens_block > 0 && depth % t->k != 0)
+        return moe__tile_refuse(why, MOE__RULE_SCALE_GATHER, "scales of gathered rows are copied for whole tiles: K of "
+                                "%d is not a multiple of %d", depth, (int32_t)t->k);
+    if (product == 1 && t->fused && c->out_block > 0 && features % c->out_block != 0)
+        return moe__tile_refuse(why, MOE__RULE_REQUANTISE, "a tile has %d features, results have a scale for each %d",
+                                features, c->out_block);
+    if (t->gather != MOE__GATHER_TMA || bits != 16) return MOE__RULE_NONE;
+    if (p->x_dtype != c->tokens)
+        return moe__tile_refuse(why, MOE__RULE_X_DTYPE, "tensor copies gather rows as they are: x is %s, the product "
+                                "is of %s", moe_dtype_string(p->x_dtype), moe_dtype_string(c->tokens));
+    if (p->weight_on_input)
+        return moe__tile_refuse(why, MOE__RULE_INPUT_WEIGHT, "tensor copies gather rows as they are: weights that "
+                                "multiply the input need another gather");
+    return MOE__RULE_NONE;
+}
+
+// MOE__RULE_NONE, or the first rule that refuses this product by this row, and the sentence that says so.
+static int32_t moe__tile_check(const moe__tile_row *row, const moe__tile_problem *p, const moe__tile_chip *chip,
+                               int32_t product, moe__text *why)
+{
+    moe__tile_config c;
+    int32_t rule;
+    if (!moe__tile_config_make(&c, &row->tile, p, product) || (row->formats >> p->format & 1) == 0)
+        return moe__tile_refuse(why, MOE__RULE_FORMAT, "it does not multiply %s", moe_format_string(p->format));
+    if ((rule = moe__tile_check_chip(&c, chip, why)) != MOE__RULE_NONE ||
+        (rule = moe__tile_check_tile(&c, why)) != MOE__RULE_NONE ||
+        (rule = moe__tile_check_mma(&c, why)) != MOE__RULE_NONE ||
+        (rule = moe__tile_check_split(&c.tile, p, moe__tile_depth(p, product), why)) != MOE__RULE_NONE ||
+        (rule = moe__tile_check_layer(&c, p, product, why)) != MOE__RULE_NONE)
+        return rule;
+    return moe__tile_check_memory(&c, chip, why);
+}
+
+// ---- cost ----
+//
+// How many rows an expert gets is not their mean: two loads are priced, and a tile costs the mean of both. In one the
+// router draws experts evenly, so that rows of an expert are binomial; in the other every token uses one hot expert
+// and draws the rest. For each, the time of a product is what the slowest of these needs: weights of experts with
+// rows (once) and the tokens from memory; weights and tokens of all tiles from L2, and then from shared memory; the
+// multiplication of the columns that tiles run (not of the tile's size: it follows the rows that are there). Wave
+// after wave of tiles, the last one with the bytes that its fewer CTAs keep in flight; or, with equal shares of K, one
+// wave. The numbers are rough, set by hand after few measurements, and only compared: among pairs within a hundredth of
+// the cheapest, the chip's own family and then the fewest token rows decide.
+
+enum { MOE__COST_CLASSES = 160 };
+
+static const double moe__cost_exact_rows = 48;  // mean up to which rows are binomial; above: parts of a normal one
+static const double moe__cost_launch = 2500;    // ns: of a dependent launch, filling and draining
+static const double moe__cost_fix_up = 1000;    // ns: the last to arrive sums
+static const double moe__cost_switch = 300;     // ns: for each width beyond 8 columns that a tile can choose
+static const double moe__cost_tile = 700;       // clocks: of a tile's epilogue and of finding the next
+static const double moe__cost_latency = 900;    // ns: of memory under load
+static const double moe__cost_memory = 0.92;    // of the data sheet's bandwidth
+static const double moe__cost_l2 = 46;          // bytes from L2, a clock and SM
+static const double moe__cost_smem = 128;       // bytes from shared memory, a clock and SM
+static const double moe__cost_widen = 45;       // 4-bit weights made 8 or 16 bits wide, a clock and SM
+static const double moe__cost_exposed = 0.1;    // of what runs beside the slowest: does not hide behind it
+
+typedef struct moe__tile_load {
+    int32_t count;
+    struct {
+        double experts;
+        int32_t rows;
+    } classes[MOE__COST_CLASSES];
+} moe__tile_load;
+
+static void moe__tile_load_add(moe__tile_load *load, double experts, int32_t rows)
+{
+    if (rows < 1 || experts <= 0 || load->count == MOE__COST_CLASSES) return;
+    load->classes[load->count].experts = experts;
+    load->classes[load->count++].rows = rows;
+}
+
+// `experts` of which each token uses every one with probability p < 1.
+static void moe__tile_load_draw(moe__tile_load *load, double experts, int32_t tokens, double p)
+{
+    static const double parts[8] = { -1.53, -0.89, -0.49, -0.16, 0.16, 0.49, 0.89, 1.53 };
+    double mean = tokens * p, share = 1, base = 1 - p, left;
+    if (p <= 0 || experts <= 0) return;
+    if (mean > moe__cost_exact_rows) {
+        double deviation = (double)moe__sqrtf((float)(mean * (1 - p)));
+        for (int32_t i = 0; i < 8; i++) {
+            double rows = mean + parts[i] * deviation + 0.5;
+            moe__tile_load_add(load, experts / 8, rows < tokens ? (int32_t)rows : tokens);
+        }
+        return;
+    }
+    for (int32_t n = tokens; n > 0; n /= 2, base *= base)
+        if (n % 2 != 0) share *= base;
+    left = 1 - share;
+    for (int32_t n = 1; n <= tokens && n < MOE__COST_CLASSES - 8 && left > 1e-4; n++) {
+        share *= (double)(tokens - n + 1) / n * (p / (1 - p));
+        moe__tile_load_add(load, experts * share, n);
+        left -= share;
+    }
+}
+
+// hot: one of the local experts is every token's.
+static void moe__tile_load_make(moe__tile_load *load, const moe__tile_problem *p, int32_t hot)
+{
+    int32_t drawn = p->local, of = p->experts, each = p->top_k;
+    load->count = 0;
+    moe__tile_load_add(load, p->always, p->tokens);
+    if (hot && drawn > 0) {
+        moe__tile_load_add(load, 1, p->tokens);
+        drawn--;
+        of--;
+        each--;
+    }
+    if (each >= of) moe__tile_load_add(load, drawn, p->tokens);
+    else moe__tile_load_draw(load, drawn, p->tokens, (double)each / of);
+}
+
+// Operations of an SM in a clock, sums in f32: what large products reach, about 0.6 to 0.9 of the data sheets. The mma
+// family on 9.0 and 10.x is mma.sync, which there has a part of the tensor core's rate and no 8-bit types of its own.
+// Professional chips of 8.6 and 8.9 may have twice as much.
+static double moe__tile_rate(const moe__tile_config *c, int32_t arch)
+{
+    static const struct { int32_t family, arch, bits16, bits8, bits4; } rates[] = { // of this arch and those above
+        { MOE__FAMILY_MMA, 120, 460, 920, 0 },   { MOE__FAMILY_MMA, 100, 1900, 950, 0 },
+        { MOE__FAMILY_MMA, 90, 1900, 950, 0 },   { MOE__FAMILY_MMA, 86, 460, 920, 0 },
+        { MOE__FAMILY_MMA, 80, 1800, 0, 0 },     { MOE__FAMILY_SM90, 90, 3000, 5000, 0 },
+        { MOE__FAMILY_SM100, 103, 6100, 12200, 36600 }, { MOE__FAMILY_SM100, 100, 6100, 12200, 24400 },
+        { MOE__FAMILY_SM120, 120, 460, 920, 3600 },
+    };
+    const moe__tile *t = &c->tile;
+    int32_t bits = moe_dtype_bits(c->tokens), i = 0;
+    double rate;
+    while (rates[i].family != t->family || arch < rates[i].arch) i++; // the rules have refused what is not there
+    rate = bits == 16 ? rates[i].bits16 : bits == 8 ? rates[i].bits8 : rates[i].bits4;
+    if (t->family == MOE__FAMILY_SM100 && t->mma_m == 64) rate *= 0.5; // half of the rows idle
+    // Scales that vary along the instruction's columns come from shared memory: 1,000 against 1,270 TFLOPS on an H200.
+    if (t->family == MOE__FAMILY_SM90 && c->tokens_block > 0 && t->transposed) rate *= 0.78;
+    return rate;
+}
+
+// Columns that a tile of `rows` rows multiplies: powers of two, eights, or with tokens as M whole instructions.
+static int32_t moe__tile_columns(const moe__tile *t, int32_t rows)
+{
+    int32_t columns = 8, step = t->transposed ? moe__max32(t->mma_m == 256 ? 16 : 8, 8) : t->mma_m;
+    if (t->family != MOE__FAMILY_MMA) return moe__min32((rows + step - 1) / step * step, t->n);
+    while (columns < rows) columns *= 2;
+    return moe__min32(columns, t->n);
+}
+
+// What a tile costs on average, and how many there are.
+typedef struct moe__tile_work {
+    double tiles;
+    double memory, l2;         // bytes
+    double operations, clocks; // of the tensor core; of an SM to bring it what it multiplies
+} moe__tile_work;
+
+// Clocks of one tile to read its operands from shared memory as often as instructions do, `k` elements, and to widen.
+static double moe__tile_feed(const moe__tile_config *c, double k, double columns)
+{
+    const moe__tile *t = &c->tile;
+    double weights = t->m, tokens = columns, wide = 0;
+    if (t->family == MOE__FAMILY_SM90 && t->transposed) tokens *= t->m / 64;
+    else if (t->family == MOE__FAMILY_SM90) weights *= t->n / 64;
+    else if (t->family != MOE__FAMILY_SM100) tokens *= t->m / 32; // a warp has 32 rows and all columns
+    if (moe_dtype_bits(c->weights) < moe_dtype_bits(c->tokens) &&
+        (t->family <= MOE__FAMILY_SM90 || c->tokens != MOE_DTYPE_E4M3))
+        wide = t->m * k / moe__cost_widen;
+    return k * (weights * moe_dtype_bits(c->weights) + tokens * moe_dtype_bits(c->tokens)) / 8 / moe__cost_smem +
+           wide;
+}
+
+static moe__tile_work moe__tile_work_of(const moe__tile_config *c, const moe__tile_problem *p, int32_t product,
+                                        const moe__tile_load *load)
+{
+    const moe__tile *t = &c->tile;
+    int32_t out = moe__tile_out_rows(p, product), depth = moe__tile_depth(p, product);
+    double slabs = (out + t->m - 1) / t->m, k = (double)((depth + t->k - 1) / t->k) * t->k; // padded
+    double weight = (moe_dtype_bits(c->weights) + 16.0 / moe__max32(c->weights_block, 16)) / 8;
+    double token = moe_dtype_bits(c->tokens) / 8.0, active = 0, rows = 0, columns = 0;
+    moe__tile_work work = { 0, 0, 0, 0, 0 };
+    for (int32_t i = 0; i < load->count; i++) {
+        int32_t n = load->classes[i].rows, whole = n / t->n, rest = n % t->n;
+        double experts = load->classes[i].experts;
+        active += experts;
+        rows += experts * n;
+        work.tiles += experts * (whole + (rest > 0)) * slabs;
+        columns += experts * (whole * t->n + (rest > 0 ? moe__tile_columns(t, rest) : 0)) * slabs;
+    }
+    if (work.tiles <= 0) return work;
+    work.memory = active * slabs * t->m * k * weight + rows * out * moe_dtype_bits(c->out) / 8.0;
+    if (product == 2) work.memory += rows * p->features * token;
+    else work.memory += (rows < p->tokens ? rows : p->tokens) * p->hidden * token;
+    work.l2 = work.tiles * t->m * k * weight + columns * k * token / (moe__tile_pair(t) ? 2 : 1);
+    work.operations = 2.0 * t->m * k * columns;
+    work.memory /= work.tiles;
+    work.l2 /= work.tiles;
+    work.operations /= work.tiles;
+    work.clocks = moe__tile_feed(c, k, columns / work.tiles);
+    return work;
+}
+
+// ns of `tiles` tiles, each on a CTA of its own, all at once.
+static double moe__tile_wave(const moe__tile_config *c, const moe__tile_chip *chip, const moe__tile_work *work,
+                             double tiles)
+{
+    double ghz = chip->mhz / 1000.0, busy = tiles < chip->sms ? tiles : chip->sms;
+    double weights = c->tile.m * c->tile.k / 8.0 * moe_dtype_bits(c->weights); // of a stage
+    double flight = tiles * (c->tile.stages - 1) * weights / moe__cost_latency; // bytes a ns
+    double peak = moe__cost_memory * chip->gbps;
+    double memory = tiles * work->memory / (flight < peak ? flight : peak);
+    double l2 = tiles * work->l2 / (busy * moe__cost_l2 * ghz);
+    double math = tiles / busy * (work->operations / moe__tile_rate(c, chip->arch) + moe__cost_tile) / ghz;
+    double feed = tiles / busy * work->clocks / ghz, most = memory > l2 ? memory : l2;
+    if (math > most) most = math;
+    if (feed > most) most = feed;
+    return most + moe__cost_exposed * (memory + l2 + math + feed - most);
+}
+
+// ns of a product that the rules allow.
+static int64_t moe__tile_cost(const moe__tile_config *c, const moe__tile_problem *p, const moe__tile_chip *chip,
+                              int32_t product)
+{
+    const moe__tile *t = &c->tile;
+    double slots = (double)chip->sms * moe__tile_ctas(c, chip), total = 0;
+    moe__tile_load load;
+    for (int32_t hot = 0; hot < 2; hot++) {
+        moe__tile_work work;
+        moe__tile_load_make(&load, p, hot);
+        work = moe__tile_work_of(c, p, product, &load);
+        if (work.tiles <= 0) continue;
+        if (t->split_k > 1) { // more, smaller ones
+            work.tiles *= t->split_k;
+            work.memory /= t->split_k;
+            work.l2 /= t->split_k;
+            work.operations /= t->split_k;
+            work.clocks /= t->split_k;
+            total += moe__cost_fix_up / 2;
+        }
+        if (t->scheduler == MOE__SCHEDULER_STREAM) {
+            total += moe__tile_wave(c, chip, &work, slots) * (work.tiles / slots) + moe__cost_fix_up;
+        } else {
+            double waves = (double)(int64_t)(work.tiles / slots), last = work.tiles - waves * slots;
+            if (waves >= 4) { // the count is a mean, and what is left over half of a wave on average
+                waves = work.tiles / slots - 0.5;
+                last = slots / 2;
+            }
+            total += waves * moe__tile_wave(c, chip, &work, slots);
+            if (last >= 1 || waves < 1) total += moe__tile_wave(c, chip, &work, last);
+        }
+    }
+    total = total / 2 + moe__cost_launch;
+    for (int32_t n = 8; n < t->n; n *= 2) total += moe__cost_switch;
+    if (!t->fused && product == 1) // the activation's kernel
+        total += moe__cost_launch + 4.0 * p->tokens * p->top_k * p->features / (moe__cost_memory * chip->gbps);
+    return total < 9e15 ? (int64_t)(total + 0.5) : (int64_t)9e15;
+}
+
+// ---- choice ----
+
+typedef struct moe__tile_verdict {
+    int32_t rule; // MOE__RULE_NONE: allowed, and then
+    int32_t built, taken; // it has kernels, and the plan can take them
+    int64_t ns;
+} moe__tile_verdict;
+
+// Rows of the table for each product: the cheapest that has kernels, and the cheapest if all had.
+typedef struct moe__tile_pair_of {
+    int32_t row[2]; // -1: none
+    int64_t ns;     // of both
+} moe__tile_pair_of;
+
+typedef struct moe__tile_choice {
+    moe__tile_verdict verdict[MOE__TILES][2];
+    moe__tile_pair_of chosen, planned;
+} moe__tile_choice;
+
+// Whether rows i and j can be a plan's, and its cost.
+static int32_t moe__tile_pairs(const moe__tile_choice *choice, int32_t i, int32_t j, int32_t built, int64_t *ns)
+{
+    const moe__tile_verdict *a = &choice->verdict[i][0], *b = &choice->verdict[j][1];
+    const moe__tile *t = &moe__tile_rows[i].tile, *u = &moe__tile_rows[j].tile;
+    if (b->rule != MOE__RULE_NONE || t->family != u->family || t->n != u->n) return 0;
+    if (built && (!a->taken || !b->taken)) return 0;
+    *ns = a->ns + b->ns;
+    return 1;
+}
+
+// The best pair: its family, its token rows, its cost, its place in the table. built: of those with kernels.
+static void moe__tile_pick(const moe__tile_choice *choice, int32_t built, moe__tile_pair_of *best)
+{
+    int64_t least = INT64_MAX, ns;
+    best->row[0] = best->row[1] = -1;
+    best->ns = 0;
+    for (int32_t pass = 0; pass < 2; pass++) {
+        for (int32_t i = 0; i < MOE__TILES; i++) {
+            const moe__tile *t = &moe__tile_rows[i].tile;
+            if (choice->verdict[i][0].rule != MOE__RULE_NONE) continue;
+            for (int32_t j = 0; j < MOE__TILES; j++) {
+                if (!moe__tile_pairs(choice, i, j, built, &ns)) continue;
+                if (pass == 0 && ns < least) least = ns;
+                if (pass == 0 || ns > least + least / 100) continue;
+                if (best->row[0] >= 0) {
+                    const moe__tile *u = &moe__tile_rows[best->row[0]].tile;
+                    if (t->family < u->family || (t->family == u->family && t->n > u->n)) continue;
+                    if (t->family == u->family && t->n == u->n && ns >= best->ns) continue;
+                }
+                best->row[0] = i;
+                best->row[1] = j;
+                best->ns = ns;
+            }
+        }
+    }
+}
+
+static void moe__tiles_choose(const moe__tile_problem *p, const moe__tile_chip *chip, moe__tile_choice *out)
+{
+    char nothing[1];
+    moe__text none = moe__text_make(nothing, sizeof nothing);
+    moe__tile_config c;
+    for (int32_t i = 0; i < MOE__TILES; i++) {
+        for (int32_t product = 1; product <= 2; product++) {
+            moe__tile_verdict *v = &out->verdict[i][product - 1];
+            v->rule = moe__tile_check(&moe__tile_rows[i], p, chip, product, &none);
+            v->built = (int32_t)(moe__tile_rows[i].built >> p->format & 1);
+            v->taken = v->built && (p->only_rows == 0 || p->only_rows == moe__tile_rows[i].tile.n);
+            v->ns = 0;
+            if (v->rule != MOE__RULE_NONE) continue;
+            moe__tile_config_make(&c, &moe__tile_rows[i].tile, p, product);
+            v->ns = moe__tile_cost(&c, p, chip, product);
+        }
+    }
+    moe__tile_pick(out, 1, &out->chosen);
+    moe__tile_pick(out, 0, &out->planned);
+}
+
+// Token rows of the chosen tiles; 0: none.
+static int32_t moe__tile_choice_rows(const moe__tile_choice *choice)
+{
+    return choice->chosen.row[0] < 0 ? 0 : moe__tile_rows[choice->chosen.row[0]].tile.n;
+}
+
+// The name of a row for a product of this problem.
+static void moe__tile_row_name(int32_t row, const moe__tile_problem *p, int32_t product, moe__text *out)
+{
+    moe__tile_config c;
+    moe__tile_config_make(&c, &moe__tile_rows[row].tile, p, product);
+    moe__tile_name(&c, out);
+}
+
+// A line for each candidate: product, name, what it would cost, and why it was not taken.
+static void moe__tile_line(const moe__tile_problem *p, const moe__tile_chip *chip, const moe__tile_choice *choice,
+                           int32_t row, int32_t product, moe__text *out)
+{
+    const moe__tile_verdict *v = &choice->verdict[row][product - 1];
+    moe__text_format(out, "gemm%d ", product);
+    moe__tile_row_name(row, p, product, out);
+    if (v->rule != MOE__RULE_NONE) {
+        moe__text_string(out, ": refused, ");
+        moe__tile_check(&moe__tile_rows[row], p, chip, product, out);
+    } else {
+        moe__text_format(out, ": %g us, ", (double)(v->ns / 10) / 100);
+        if (choice->chosen.row[product - 1] == row) moe__text_string(out, "chosen");
+        else if (!v->built) moe__text_string(out, "if it were there");
+        else if (v->taken) moe__text_string(out, "slower, alone or with the other product in tiles of as many rows");
+        else if (p->only_rows < 0) moe__text_string(out, "not of this plan, which has no products");
+        else moe__text_format(out, "not of this plan, whose tiles for %d tokens have %d rows", p->tokens, p->only_rows);
+    }
+    moe__text_string(out, v->built ? "\n" : "; not built\n");
+}
+
+// What a chip is without what its driver does not say: then that of its kind.
+static void moe__tile_chip_make(moe__tile_chip *chip, int32_t arch, int32_t sms, int32_t smem_cta, int32_t smem_sm,
+                                int32_t clock_khz, int32_t gbps)
+{
+    static const struct { int32_t arch, mhz, gbps; } kinds[] = { // of this arch and those above
+        { 120, 2400, 1790 }, { 100, 1960, 8000 }, { 90, 1980, 3350 }, { 89, 2520, 1000 }, { 86, 1700, 760 },
+        { 0, 1410, 2040 },
+    };
+    int32_t i = 0;
+    while (arch < kinds[i].arch) i++;
+    chip->arch = arch;
+    chip->sms = moe__max32(sms, 1);
+    chip->smem_cta = smem_cta;
+    chip->smem_sm = moe__max32(smem_sm, smem_cta + 1024);
+    chip->mhz = clock_khz >= 1000 ? clock_khz / 1000 : kinds[i].mhz;
+    chip->gbps = gbps > 0 ? gbps : kinds[i].gbps;
+}
+
+// Token rows of the cheapest tiles that have kernels for 1, 2, 4, ... tokens, a line where they change.
+static void moe__tiles_ladder(const moe__tile_problem *p, const moe__tile_chip *chip, int32_t max_tokens,
+                              moe__text *out)
+{
+    moe__tile_problem of = *p;
+    int32_t rows = -1, last = 0;
+    of.only_rows = 0;
+    for (int64_t tokens = 1;; tokens *= 2) {
+        moe__tile_choice choice;
+        int32_t now;
+        of.tokens = tokens < max_tokens ? (int32_t)tokens : max_tokens;
+        moe__tiles_choose(&of, chip, &choice);
+        now = moe__tile_choice_rows(&choice);
+        if (rows > 0 && now != rows) moe__text_format(out, "up to %d tokens %d rows are cheapest\n", last, rows);
+        rows = now;
+        last = of.tokens;
+        if (last == max_tokens) break;
+    }
+    if (rows > 0) moe__text_format(out, "up to %d tokens %d rows are cheapest\n", last, rows);
+    else moe__text_format(out, "no kernel multiplies this layer on this chip\n");
+}
+
+// All candidates: rows of the table that name the format. Returns how many there are.
+static int32_t moe__tiles_list(const moe__tile_problem *p, const moe__tile_chip *chip, const moe__tile_choice *choice,
+                               moe__text *out)
+{
+    int32_t count = 0;
+    for (int32_t i = 0; i < MOE__TILES; i++) {
+        if (choice->verdict[i][0].rule == MOE__RULE_FORMAT) continue;
+        count++;
+        for (int32_t product = 1; product <= 2; product++) moe__tile_line(p, chip, choice, i, product, out);
+    }
+    return count;
+}
+#endif
+
 // >>instances  which kernels a plan runs on a chip  Pure: a resolved layer, a resolved plan_desc and a chip in, a list
 // of instances out, the same for moe_plan_create() and for compiling ahead without a GPU. The argument structs are
 // those of moe_kernels.cu.inc, where each member is explained.
@@ -12957,7 +14082,7 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
 
 // What the sets of products are made of: GEMM_THREADS, GEMM_CTAS and shared memory of moe_kernels.cu.inc's tiles.
 typedef struct moe__gemm_set {
-    int32_t tile, threads, ctas, smem_bytes; // ctas: of an SM with more than 100 KB
+    int32_t tile, threads, ctas, smem_bytes; // ctas: of an SM at most, where its shared memory is enough
 } moe__gemm_set;
 
 static moe__gemm_set moe__gemm_set_of(int32_t set)
@@ -13328,6 +14453,57 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
 }
 
 #if !defined(MOE_NO_CUDA)
+static void moe__plan_tile_problem(const moe_plan *plan, int32_t tokens, moe__tile_problem *p)
+{
+    const moe_layer_desc *l = &plan->layer;
+    memset(p, 0, sizeof *p);
+    p->format = l->format;
+    p->block = l->format_block;
+    p->dtype = plan->layout.dtype;
+    p->hidden = l->hidden_size;
+    p->features = plan->layout.expert.features;
+    p->activation = l->activation.kind;
+    p->clamp = l->activation.limit > 0 || l->activation.per_expert;
+    p->bias1 = l->gemm1_bias;
+    p->bias2 = l->gemm2_bias;
+    p->experts = l->num_experts + l->routing.special_experts;
+    p->local = l->parallel.local_experts;
+    p->always = plan->blocks - p->local;
+    p->top_k = l->routing.top_k;
+    p->tokens = tokens;
+    p->x_dtype = plan->desc.x_dtype;
+    p->weight_on_input = l->routing.weight_on == MOE_WEIGHT_ON_INPUT;
+    p->invariant = (plan->desc.flags & MOE_PLAN_BATCH_INVARIANT) != 0;
+    p->only_rows = plan->stages.ptx || moe__products_refusal(l) != NULL
+                       ? -1
+                       : moe__gemm_set_of(moe__set_of(&plan->desc, tokens)).tile;
+}
+
+// Of info, the members that the caller sets are set.
+static void moe__plan_tiles(const moe_plan *plan, moe_plan_info *info)
+{
+    const moe__cuda *cuda = plan->ctx->cuda;
+    moe__tile_problem p;
+    moe__tile_chip chip;
+    moe__tile_choice choice;
+    char *names[2] = { info->gemm1, info->gemm2 };
+    char nothing[1];
+    int32_t wanted = info->tiles_text != NULL && info->tiles_text_bytes > 0;
+    moe__text text = moe__text_make(wanted ? info->tiles_text : nothing,
+                                    wanted ? (size_t)info->tiles_text_bytes : sizeof nothing);
+    moe__plan_tile_problem(plan, info->tiles_tokens > 0 ? info->tiles_tokens : plan->desc.max_tokens, &p);
+    moe__tile_chip_make(&chip, cuda->arch, cuda->sms, cuda->smem_optin, cuda->smem_sm, cuda->clock_khz,
+                        cuda->memory_gbps);
+    moe__tiles_choose(&p, &chip, &choice);
+    info->tile_rows = moe__tile_choice_rows(&choice);
+    for (int32_t i = 0; i < 2 && info->tile_rows > 0; i++) {
+        moe__text name = moe__text_make(names[i], sizeof info->gemm1);
+        moe__tile_row_name(choice.chosen.row[i], &p, i + 1, &name);
+    }
+    if (wanted) moe__tiles_ladder(&p, &chip, plan->desc.max_tokens, &text);
+    info->num_tiles = moe__tiles_list(&p, &chip, &choice, &text);
+}
+
 static void moe__plan_candidates_cuda(const moe_plan *plan, moe_plan_info *info)
 {
     moe__instance instances[MOE__KERNELS];
@@ -13381,9 +14557,17 @@ static void moe__plan_candidates(const moe_plan *plan, moe_plan_info *info)
     }
 }
 
-static void moe__plan_fill_info(const moe_plan *plan, moe_plan_info *info)
+static int32_t moe__plan_fill_info(const moe_plan *plan, const moe_plan_info *given, moe_plan_info *info,
+                                   moe_error *err)
 {
     memset(info, 0, sizeof *info);
+    if (given->tiles_tokens < 0 || given->tiles_tokens > plan->desc.max_tokens)
+        return moe__fail_range(err, "info.tiles_tokens", given->tiles_tokens, 0, plan->desc.max_tokens);
+    if (given->tiles_text_bytes < 0)
+        return moe__fail_range(err, "info.tiles_text_bytes", given->tiles_text_bytes, 0, INT32_MAX);
+    info->tiles_text = given->tiles_text;
+    info->tiles_text_bytes = given->tiles_text_bytes;
+    info->tiles_tokens = given->tiles_tokens;
     info->struct_size = sizeof *info;
     info->layout_id = plan->layout.id;
     info->weight_bytes = moe__layout_weight_bytes(&plan->layout);
@@ -13394,10 +14578,12 @@ static void moe__plan_fill_info(const moe_plan *plan, moe_plan_info *info)
 #if !defined(MOE_NO_CUDA)
     if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) {
         moe__plan_candidates_cuda(plan, info);
-        return;
+        moe__plan_tiles(plan, info);
+        return moe__ok(err);
     }
 #endif
     moe__plan_candidates(plan, info);
+    return moe__ok(err);
 }
 
 MOE_API int32_t moe_plan_query(const moe_context *ctx, const moe_layer_desc *layer, const moe_plan_desc *desc,
@@ -13410,8 +14596,7 @@ MOE_API int32_t moe_plan_query(const moe_context *ctx, const moe_layer_desc *lay
     if ((result = moe__copy_desc(&given, sizeof given, info, "info", err)) != MOE_OK) return result;
     memset(info, 0, sizeof *info);
     if ((result = moe__plan_resolve((moe_context *)(uintptr_t)ctx, layer, desc, &plan, err)) != MOE_OK) return result;
-    moe__plan_fill_info(&plan, info);
-    return moe__ok(err);
+    return moe__plan_fill_info(&plan, &given, info, err);
 }
 
 #if !defined(MOE_NO_CUDA)
@@ -13549,8 +14734,7 @@ MOE_API int32_t moe_plan_get_info(const moe_plan *plan, moe_plan_info *info, moe
     if (plan == NULL) return moe__fail_null(err, "plan");
     if (info == NULL) return moe__fail_null(err, "info");
     if ((result = moe__copy_desc(&given, sizeof given, info, "info", err)) != MOE_OK) return result;
-    moe__plan_fill_info(plan, info);
-    return moe__ok(err);
+    return moe__plan_fill_info(plan, &given, info, err);
 }
 
 MOE_API void moe_plan_destroy(moe_plan *plan)
@@ -13988,6 +15172,9 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
     if (plan->layer.activation.per_expert && plan->blocks > plan->layer.parallel.local_experts)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has always-on experts beside activations of each "
                          "expert's own, which in this version the CPU alone does");
+    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT && plan->layer.routing.special_experts > 0)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has special experts beside weights on the input, which "
+                         "in this version the CPU alone does");
     for (int32_t i = 0; i < plan->layer.parallel.local_experts; i++)
         if (moe__weights_is_pruned(run->weights, i))
             return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which "
@@ -14456,8 +15643,9 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
 // CTAs of a product: as many as fit, but no more than it has tiles.
 static int32_t moe__gemm_ctas(const moe__run *run, moe__gemm_set shape, int64_t tiles, int32_t rows)
 {
-    int32_t sms = run->plan->ctx->cuda->sms, arch = run->plan->ctx->cuda->arch, slabs = (rows + 127) / 128;
-    int32_t each = arch == 80 || arch / 10 == 9 || arch / 10 == 10 ? shape.ctas : 1; // others have 100 KB an SM
+    const moe__cuda *cuda = run->plan->ctx->cuda;
+    int32_t sms = cuda->sms, smem_sm = moe__max32(cuda->smem_sm, cuda->smem_optin + 1024), slabs = (rows + 127) / 128;
+    int32_t each = moe__max32(1, moe__min32(shape.ctas, smem_sm / (shape.smem_bytes + 1024))); // all at once
     if (run->args.sm_limit > 0) sms = moe__min32(sms, run->args.sm_limit);
     return (int32_t)(tiles * slabs < (int64_t)sms * each ? moe__max32(1, (int32_t)(tiles * slabs)) : sms * each);
 }
@@ -16240,8 +17428,8 @@ static const char *const moe__kernel_text[] = {
 "//   moe_k_router_logits  256                    any; good: 2 an SM, but      8 h K + 2 b (K + 16) word + 4 h, tiles\n"
 "//                                               not more than tiles          of h x b, stages of K (>>router)\n"
 "//\n"
-"// Every kernel lets its dependents start at once and itself waits for all of the grid before (programmatic launch).\n"
-"// Good chunks: T over the number of SMs, rounded up to 16.\n"
+"// All kernels but the router's product let their dependents start at once; all wait for the whole grid before them. Good\n"
+"// chunks: T over the number of SMs, rounded up to 16.\n"
 "\n"
 "// moe_k_route_one. Grid = cluster = 1, 2, 4 or 8 CTAs.\n"
 "struct route_one_args {\n"
@@ -18584,8 +19772,7 @@ static const char *const moe__kernel_text[] = {
 "MOE_ENTRY(moe_k_router_logits, router_args, 256, 2)\n"
 "{\n"
 "    u32 wrong;\n"
-"    grid_launch();\n"
-"    grid_wait();\n"
+"    grid_wait(); // no grid_launch(): CTAs that start early do not spread over the SMs, which cost half as much again\n"
 "    const u32 tokens = count_tokens(a.num_tokens_dev, a.num_tokens, wrong);\n"
 "    if (cta() == 0 && tid() < 4 && a.out_faults != nullptr) a.out_faults[tid()] = tid() == FAULT_COUNTS \? wrong : 0;\n"
 "    router_run(a, tokens);\n"
@@ -18645,10 +19832,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "68e45b6e514626170e7b3638f49dbbfacbb8de95205a527d2802467c9a93dc47";
+    return "cd365f8b82ab34f5bb7c9f832ef9f5ef5db3341686f160ab184bff9f8be0096d";
 }
 
-// >>kernels-ptx 68e45b6e514626170e7b3638f49dbbfacbb8de95205a527d2802467c9a93dc47  of the text with this digest
+// >>kernels-ptx cd365f8b82ab34f5bb7c9f832ef9f5ef5db3341686f160ab184bff9f8be0096d  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
