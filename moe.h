@@ -10455,12 +10455,15 @@ static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe
     return result;
 }
 
+static uint64_t moe__shared_bits(const moe_layer_desc *layer)
+{
+    return layer->shared.count == 64 ? UINT64_MAX : ((uint64_t)1 << layer->shared.count) - 1;
+}
+
 static int32_t moe__set_shared(moe_weights *weights, const moe__checked *c, moe_error *err)
 {
-    const moe_shared_desc *shared = &weights->layer.shared;
     int32_t role = c->tensor.role, result;
-    uint64_t all = shared->count == 64 ? UINT64_MAX : ((uint64_t)1 << shared->count) - 1;
-    uint64_t bits = c->index < 0 ? all : (uint64_t)1 << c->index;
+    uint64_t bits = c->index < 0 ? moe__shared_bits(&weights->layer) : (uint64_t)1 << c->index;
     int32_t gate = role != MOE_TENSOR_SHARED_UP && role != MOE_TENSOR_SHARED_DOWN,
             down = role == MOE_TENSOR_SHARED_DOWN;
     int32_t up = role == MOE_TENSOR_SHARED_UP || role == MOE_TENSOR_SHARED_GATE_UP;
@@ -11642,7 +11645,8 @@ static int32_t moe__load_flags(moe__file_reader *r, moe_weights *weights, moe_er
     for (int32_t i = 0; i < weights->layout.blocks; i++) weights->expert_set[i] = moe__get_u32(r);
     weights->common_set = moe__get_u32(r);
     if (r->at != r->end) return moe__fail_format(err, r->path, "is damaged: its header has a wrong length");
-    memset(weights->shared_set, 0xff, sizeof weights->shared_set);
+    for (int32_t i = moe__layer_is_gated(&weights->layer) ? 0 : 1; i < 3 && weights->layout.shared.bytes != 0; i++)
+        weights->shared_set[i] = moe__shared_bits(&weights->layer);
     for (int32_t i = 0; i < routing->bias_rows; i++) weights->bias_rows_set[i] = 1;
     for (int32_t i = 0; i < routing->special_experts; i++) weights->constant_set[i] = 1;
     if (moe__weights_missing(weights).count > 0)
