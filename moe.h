@@ -17432,8 +17432,8 @@ static const char *const moe__kernel_text[] = {
 "//   moe_k_router_logits  256                    any; good: 2 an SM, but      8 h K + 2 b (K + 16) word + 4 h, tiles\n"
 "//                                               not more than tiles          of h x b, stages of K (>>router)\n"
 "//\n"
-"// All kernels but the router's product let their dependents start at once; all wait for the whole grid before them. Good\n"
-"// chunks: T over the number of SMs, rounded up to 16.\n"
+"// All kernels but the router's product let their dependents start at once; all wait for the whole grid before them.\n"
+"// Good chunks: T over the number of SMs, rounded up to 16.\n"
 "\n"
 "// moe_k_route_one. Grid = cluster = 1, 2, 4 or 8 CTAs.\n"
 "struct route_one_args {\n"
@@ -19836,10 +19836,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "cd365f8b82ab34f5bb7c9f832ef9f5ef5db3341686f160ab184bff9f8be0096d";
+    return "852410ae11a9c13722d730eae5bccd3b335d911e231a4cff5d9129bf7961ebe5";
 }
 
-// >>kernels-ptx cd365f8b82ab34f5bb7c9f832ef9f5ef5db3341686f160ab184bff9f8be0096d  of the text with this digest
+// >>kernels-ptx 852410ae11a9c13722d730eae5bccd3b335d911e231a4cff5d9129bf7961ebe5  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
