@@ -143,27 +143,29 @@
 //     tiles of 32 rows for up to 64 tokens, else (with MOE_PLAN_BATCH_INVARIANT always) of 128.
 //
 // LAYERS ON CUDA
-//     A CUDA context runs moe_execute() of bf16 and f16 layers whose H and I (of this rank) are multiples of 8, and the
-//     stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version, and refused by name: f32
-//     layers, MASKED and SORTED rows, ROWS_OUT, moe_finalize() alone, pruned experts, done_signal, gemm2_start_event,
-//     products without NVRTC. Their experts are packed into device memory while tensors are set, in the layout that
-//     these kernels read, and are not kept in host memory: a tensor's part of a block is packed there and copied.
-//     Sources may lie in device memory too, where everything that writes them has ended. moe_weights_replace_expert()
-//     copies on `stream` and waits for that stream. moe_weights_read_row() and _save() copy blocks back. Saved weights
-//     are for the CPU or for CUDA, as the context that saved them.
-//     Every pointer in moe_execute_args and moe_permutation is a device address, a multiple of its elements'
-//     size; calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits
-//     with sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once.
-//     Rows between GEMM 2 and the weighted sum are fp32 up to 64 tokens, else of the layer's 16 bits; with
-//     MOE_PLAN_BATCH_INVARIANT always those, and no token's result depends on the others. x of another type than the
-//     layer's is rounded first, and so is x times the weight where weights are on the input. Routing takes one launch
-//     up to 1,024 tokens (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else
-//     two. Kernels depend on each other programmatically; with MOE_EXECUTE_PDL_IN the first one on what the caller has
-//     enqueued before. sm_limit is for the GEMMs.
+//     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
+//     multiples of 8, and the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version,
+//     and refused by name: f32 layers, pruned experts, done_signal, gemm2_start_event, products without NVRTC.
+//     Experts of the layers that run are packed into device memory while tensors are set, in the layout that the
+//     kernels read, and are not kept in host memory: a tensor's part of a block is packed there and copied. Sources may
+//     lie in device memory too, where everything that writes them has ended. moe_weights_replace_expert() copies on
+//     `stream` and waits for that stream. moe_weights_read_row() and _save() copy blocks back. Saved weights are for
+//     the CPU or for CUDA, as the context that saved them.
+//     Every pointer in moe_execute_args and moe_permutation is a device address, a multiple of its elements' size;
+//     calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits with
+//     sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once. Rows
+//     between GEMM 2 and the weighted sum are fp32 up to 64 tokens, else of the layer's 16 bits (MASKED and SORTED: as
+//     for max_tokens); with MOE_PLAN_BATCH_INVARIANT always those, and no token's result depends on the others. What
+//     of these a plan has is what its moe_finalize() takes, 16-aligned. x of another type than the layer's is rounded
+//     first, and so is x times the weight where weights are on the input. Routing takes one launch up to 1,024 tokens
+//     (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else two. Kernels depend
+//     on each other programmatically; with MOE_EXECUTE_PDL_IN the first one on what the caller has enqueued before.
+//     sm_limit is for the GEMMs.
 //     Contents cannot be refused there; what the CPU refuses is counted in out_faults, and routing goes on: a NaN or
 //     +inf logit (or key) counts as -inf and sorts last; an id out of range becomes -1 with weight 0; a token whose
 //     token id or bias row is out of range gets ids -1. A number of tokens in num_tokens_dev that is out of range
 //     routes nothing. Rows and slots past that number are left as they were; counts and tables are of what is routed.
+//     Wrong counts or offsets of MASKED and SORTED rows, or more than max_rows, compute nothing.
 //
 // THREADS
 //     Pure functions and functions of const objects: any thread, at any time. moe_weights_set_tensor(): several
@@ -13897,6 +13899,13 @@ typedef struct moe__sort_args {
     int32_t num_tokens, chunk_tokens, counts_stride, chunks, num_experts, slots, ids_end, special_experts;
 } moe__sort_args;
 
+typedef struct moe__group_args {
+    moe__permute_args permute;
+    const int32_t *table, *padded, *slot_of_row;
+    int32_t *dense_of_slot;
+    int32_t kind, rows_per_expert, rows_limit, reserved;
+} moe__group_args;
+
 typedef struct moe__router_args {
     const void *x, *weight;
     const float *bias, *input_scale;
@@ -13942,16 +13951,16 @@ typedef struct moe__gemm2_args {
 
 typedef struct moe__finalize_args {
     const void *rows, *shared_rows;
-    const int32_t *row_of_slot;
-    const float *weights;
+    const int32_t *row_of_slot, *slot_of_row, *num_tiles;
+    const void *weights;
     const int32_t *ids;
     const void *x;
     const float *constants, *shared_gate, *global_scale, *row_norm;
     const int32_t *num_tokens_dev;
     void *out;
     int64_t x_stride, out_stride;
-    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate,
-        gate_is_logit;
+    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate, gate_is_logit, tile,
+        plain, weights_dtype, weight_on_input;
     float scale, shared_scale, output_scale, row_norm_epsilon;
 } moe__finalize_args;
 
@@ -13960,8 +13969,9 @@ typedef struct moe__finalize_args {
 enum {
     MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32, MOE__KERNEL_ROUTER_BF16,
     MOE__KERNEL_GEMM1, MOE__KERNEL_GEMM2 = MOE__KERNEL_GEMM1 + 2, MOE__KERNEL_FINALIZE = MOE__KERNEL_GEMM2 + 2,
-    MOE__KERNELS = MOE__KERNEL_FINALIZE + 2
+    MOE__KERNEL_GROUP = MOE__KERNEL_FINALIZE + 2, MOE__KERNELS
 };
+enum { MOE__GROUP_MASKED, MOE__GROUP_SORTED, MOE__GROUP_DENSE, MOE__GROUP_THREADS = 512 };
 enum { MOE__SET_FEW, MOE__SET_MANY, MOE__SETS };
 enum { MOE__FEW_TOKENS = 64 };
 enum { MOE__ROUTE_ANY, MOE__ROUTE_SOFTMAX, MOE__ROUTE_SIGMOID, MOE__ROUTE_TOP_K }; // of programs that route
@@ -14185,6 +14195,14 @@ static void moe__instances_products(const moe_layer_desc *layer, const moe_plan_
     moe__instance_define(finalize, "OUT", desc->out_dtype);
 }
 
+// What groups rows that come in expert order, and those that go out so.
+static void moe__instances_group(const moe_layer_desc *layer, int32_t arch, moe__instance *out)
+{
+    int32_t blocks = layer->parallel.local_experts + (layer->parallel.omit_common ? 0 : layer->routing.extra_slots);
+    moe__instance_make(&out[MOE__KERNEL_GROUP], "moe_k_group", "group", 0, "", arch, sizeof(moe__group_args),
+                       MOE__GROUP_THREADS, moe__sort_smem(blocks));
+}
+
 // The instances that a plan runs on a chip.
 static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t arch,
                                   moe__instance *out)
@@ -14192,8 +14210,10 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     int32_t width = moe__routing_width(&layer->routing, layer->num_experts);
     moe__instances_make(layer, desc, width, moe__route_kind(&layer->routing, width), moe__one_tokens(width, arch), arch,
                         out);
+    if (moe__products_refusal(layer) != NULL) return;
     for (int32_t set = moe__set_of(desc, 1); set <= moe__set_of(desc, desc->max_tokens); set++)
-        if (moe__products_refusal(layer) == NULL) moe__instances_products(layer, desc, set, arch, out);
+        moe__instances_products(layer, desc, set, arch, out);
+    moe__instances_group(layer, arch, out);
 }
 
 // The width whose kernels embedded PTX has for this one: few kernels serve all, always in two launches.
@@ -14224,7 +14244,8 @@ typedef struct moe__workspace {
     uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_rows, mid, mid_shared, rows,
         scratch;
     uint64_t routing, routing_bytes; // per worker
-    uint64_t slot_ranks, chunk_counts, chunk_faults, tile_expert, tile_limit, num_tiles, rows_shared, gate; // CUDA
+    uint64_t slot_ranks, chunk_counts, chunk_faults, counts, tile_expert, tile_limit, num_tiles, rows_shared; // CUDA
+    uint64_t gate;
     uint64_t bytes;
 } moe__workspace;
 
@@ -14363,12 +14384,15 @@ static int32_t moe__chunks_max(int32_t tokens, int32_t slots, int32_t sms)
     return moe__max32(least, moe__min32(most, sms));
 }
 
-// Rows that `tokens` tokens take in expert order.
-static int64_t moe__rows_max(const moe_plan *plan, int32_t tokens, int32_t set)
+// Rows that `slots` slots, or rows that come in expert order, take there.
+static int64_t moe__rows_max(const moe_plan *plan, int64_t slots, int32_t set)
 {
     if (plan->blocks == 0) return 0;
-    return moe_permutation_rows((int64_t)tokens * plan->slots, plan->blocks, moe__gemm_set_of(set).tile);
+    return moe_permutation_rows(slots, plan->blocks, moe__gemm_set_of(set).tile);
 }
+
+// The set of rows that come in expert order: how many there are the device alone knows.
+static int32_t moe__set_of_rows(const moe_plan *plan) { return moe__set_of(&plan->desc, plan->desc.max_tokens); }
 
 // Bytes of an intermediate.
 static uint64_t moe__mid_bytes(int32_t features, uint64_t rows)
@@ -14386,7 +14410,9 @@ static int32_t moe__workspace_products(moe_plan *plan)
         int32_t tokens = set == MOE__SET_FEW ? moe__min32(plan->desc.max_tokens, MOE__FEW_TOKENS)
                                              : plan->desc.max_tokens;
         uint64_t size = (uint64_t)moe_dtype_bits(moe__rows_dtype(&plan->layer, set)) / 8;
-        uint64_t n = (uint64_t)moe__rows_max(plan, tokens, set), h = (uint64_t)plan->layer.hidden_size;
+        int64_t own = (int64_t)tokens * plan->slots;
+        int64_t most = set == moe__set_of_rows(plan) && plan->desc.max_rows > own ? plan->desc.max_rows : own;
+        uint64_t n = (uint64_t)moe__rows_max(plan, most, set), h = (uint64_t)plan->layer.hidden_size;
         uint64_t row_bytes, shared_bytes, mid_bytes = moe__mid_bytes(plan->layout.expert.features, n);
         if (!moe__mul(n * size, h, &row_bytes) || !moe__mul((uint64_t)tokens * size, h, &shared_bytes)) return 0;
         if (n > rows_most) rows_most = n;
@@ -14402,6 +14428,8 @@ static int32_t moe__workspace_products(moe_plan *plan)
     return rows_most <= INT32_MAX && moe__workspace_area(end, &ws->weights, slots, 4, 1) &&
            moe__workspace_area(end, &ws->row_of_slot, slots, 4, 1) &&
            moe__workspace_area(end, &ws->slot_of_row, rows_most, 4, 1) &&
+           moe__workspace_area(end, &ws->offsets, (uint64_t)plan->blocks + 1, 4, 1) &&
+           moe__workspace_area(end, &ws->counts, (uint64_t)plan->blocks, 4, 1) &&
            moe__workspace_area(end, &ws->tile_expert, tiles, 4, 1) &&
            moe__workspace_area(end, &ws->tile_limit, tiles, 4, 1) &&
            moe__workspace_area(end, &ws->num_tiles, 1, 4, 1) && moe__workspace_area(end, &ws->mid, mid, 1, 1) &&
@@ -15145,7 +15173,10 @@ static int32_t moe__check_device(const moe__run *run, moe_error *err)
         (result = moe__check_aligned(a->num_tokens_dev, 4, "args.num_tokens_dev", err)) != MOE_OK ||
         (result = moe__check_aligned(a->out_ids, 4, "args.out_ids", err)) != MOE_OK ||
         (result = moe__check_aligned(a->out_weights, 4, "args.out_weights", err)) != MOE_OK ||
-        (result = moe__check_aligned(a->out_expert_counts, 4, "args.out_expert_counts", err)) != MOE_OK)
+        (result = moe__check_aligned(a->out_expert_counts, 4, "args.out_expert_counts", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->counts_or_offsets, 4, "args.counts_or_offsets", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->shared_gate, 4, "args.shared_gate", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_row_of_slot, 4, "args.out_row_of_slot", err)) != MOE_OK)
         return result;
     return moe__check_aligned(a->out_faults, 4, "args.out_faults", err);
 }
@@ -15162,12 +15193,10 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
     if (refusal != NULL)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "is of the CUDA back end, which does not run it: %s",
                          refusal);
-    if (moe__run_rows_mode(run))
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.input_mode", "is %d: in this version CUDA takes LOGITS, IDS "
-                         "and PACKED", a->input_mode);
-    if ((a->flags & MOE_EXECUTE_ROWS_OUT) != 0)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.flags",
-                         "has ROWS_OUT, which in this version the CPU alone does");
+    if (moe__run_rows_mode(run) && plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT && a->weights != NULL &&
+        plan->desc.weights_dtype != MOE_DTYPE_F32)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.weights", "are %s and multiply rows of the input, which in "
+                         "this version CUDA does with f32 alone", moe_dtype_string(plan->desc.weights_dtype));
     if (a->done_signal != NULL)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.done_signal", "is set, which this version does not do");
     if (a->gemm2_start_event != NULL)
@@ -15717,6 +15746,7 @@ static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutat
 {
     const moe_plan *plan = run->plan;
     const moe__workspace *ws = &plan->workspace;
+    int32_t rows_mode = moe__run_rows_mode(run);
     moe__product p;
     memset(&p, 0, sizeof p);
     p.rows.slot_of_row = t->slot_of_row;
@@ -15725,14 +15755,16 @@ static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutat
     p.rows.num_tiles = t->num_tiles;
     p.rows.experts = moe__device_addresses(run->weights);
     p.rows.num_tokens = run->args.num_tokens;
-    p.rows.slots = plan->slots;
+    p.rows.slots = rows_mode ? 1 : plan->slots;
     p.rows.tile = t->tile;
-    p.rows.rows_max = (int32_t)moe__rows_max(plan, run->args.num_tokens, set);
+    p.rows.rows_max = (int32_t)moe__rows_max(
+        plan, rows_mode ? (int64_t)plan->desc.max_rows : (int64_t)run->args.num_tokens * plan->slots, set);
     p.shape = &plan->layout.expert;
     p.activation = &plan->layer.activation;
     p.mid = run->memory + ws->mid;
     p.out = run->memory + ws->rows;
-    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT) p.weight_on_input = run->args.out_weights;
+    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT)
+        p.weight_on_input = rows_mode ? (const float *)run->args.weights : run->args.out_weights;
     p.per_expert = plan->layer.activation.per_expert;
     p.tiles = p.rows.rows_max / t->tile;
     return moe__launch_product(run, &p, set, stream);
@@ -15782,83 +15814,230 @@ static moe__cu_result moe__launch_gate(const moe__run *run, float *out, void *st
                              moe__router_smem(shape, 0), &a, stream);
 }
 
-static moe__cu_result moe__launch_finalize(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+// What every form of finalize takes.
+static moe__finalize_args moe__finalize_args_of(const moe__run *run)
 {
-    const moe_plan *plan = run->plan;
-    const moe_layer_desc *layer = &plan->layer;
-    const moe_routing_desc *r = &layer->routing;
-    const moe__workspace *ws = &plan->workspace;
-    int32_t special = r->special_experts > 0 && !layer->parallel.omit_common && layer->parallel.tp_rank == 0 &&
-                      (r->special_kind == MOE_SPECIAL_IDENTITY || r->special_kind == MOE_SPECIAL_CONSTANT);
-    int32_t shared = plan->layout.shared.bytes != 0;
+    const moe_layer_desc *layer = &run->plan->layer;
     moe__finalize_args a;
     memset(&a, 0, sizeof a);
-    if (plan->blocks > 0) a.rows = run->memory + ws->rows;
-    if (shared) a.shared_rows = run->memory + ws->rows_shared;
-    a.row_of_slot = t->row_of_slot;
-    if (r->weight_on != MOE_WEIGHT_ON_INPUT) a.weights = run->args.out_weights;
-    if (special) {
-        a.ids = run->args.out_ids;
-        a.x = run->args.x;
-        a.x_stride = run->args.x_stride;
-        a.constants = (const float *)moe__device_table(run->weights, MOE_TENSOR_CONSTANT);
-    }
-    if (shared && run->args.shared_gate != NULL) {
-        a.shared_gate = run->args.shared_gate;
-    } else if (shared && layer->shared.gate) {
-        a.shared_gate = (const float *)(const void *)(run->memory + ws->gate);
-        a.gate_is_logit = 1;
-    }
+    a.weights_dtype = MOE_DTYPE_F32;
+    a.weight_on_input = layer->routing.weight_on == MOE_WEIGHT_ON_INPUT;
     a.scale = 1;
-    if (r->scale_on == MOE_SCALE_ON_OUTPUT) {
-        a.scale = r->scale;
+    if (layer->routing.scale_on == MOE_SCALE_ON_OUTPUT) {
+        a.scale = layer->routing.scale;
         a.global_scale = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROUTER_GLOBAL_SCALE);
     }
-    if (layer->row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
     a.num_tokens_dev = run->args.num_tokens_dev;
     a.out = run->args.out;
     a.out_stride = run->args.out_stride;
     a.num_tokens = run->args.num_tokens;
-    a.slots = plan->slots;
+    a.slots = run->plan->slots;
     a.hidden = layer->hidden_size;
-    a.num_experts = layer->num_experts;
-    a.special_experts = r->special_experts;
-    a.special_kind = r->special_kind;
     a.accumulate = (run->args.flags & MOE_EXECUTE_ACCUMULATE) != 0;
-    a.shared_scale = layer->shared.scale;
     a.output_scale = layer->output_scale;
-    a.row_norm_epsilon = layer->row_norm_epsilon;
+    return a;
+}
+
+// Ids, weights, and what special experts need.
+static void moe__finalize_routing(const moe__run *run, moe__finalize_args *a)
+{
+    const moe_layer_desc *layer = &run->plan->layer;
+    const moe_routing_desc *r = &layer->routing;
+    a->weights = run->args.out_weights;
+    if (r->special_experts == 0 || layer->parallel.omit_common || layer->parallel.tp_rank != 0 ||
+        (r->special_kind != MOE_SPECIAL_IDENTITY && r->special_kind != MOE_SPECIAL_CONSTANT))
+        return;
+    a->ids = run->args.out_ids;
+    a->x = run->args.x;
+    a->x_stride = run->args.x_stride;
+    a->constants = (const float *)moe__device_table(run->weights, MOE_TENSOR_CONSTANT);
+    a->num_experts = layer->num_experts;
+    a->special_experts = r->special_experts;
+    a->special_kind = r->special_kind;
+}
+
+static moe__cu_result moe__launch_finalize(const moe_plan *plan, moe__finalize_args *a, int32_t set, void *stream)
+{
     return moe__stage_launch(plan, MOE__KERNEL_FINALIZE + set, 8 * plan->ctx->cuda->sms, 1, plan->stages.pdl,
-                             4 * plan->slots, &a, stream);
+                             4 * a->slots, a, stream);
+}
+
+// Tokens from rows of slots, and of the shared experts.
+static moe__cu_result moe__launch_tokens(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe_layer_desc *layer = &plan->layer;
+    const moe__workspace *ws = &plan->workspace;
+    moe__finalize_args a = moe__finalize_args_of(run);
+    moe__finalize_routing(run, &a);
+    if (plan->blocks > 0) a.rows = run->memory + ws->rows;
+    a.row_of_slot = t->row_of_slot;
+    if (plan->layout.shared.bytes != 0) {
+        a.shared_rows = run->memory + ws->rows_shared;
+        a.shared_scale = layer->shared.scale;
+        a.gate_is_logit = run->args.shared_gate == NULL && layer->shared.gate;
+        a.shared_gate = a.gate_is_logit ? (const float *)(const void *)(run->memory + ws->gate) : run->args.shared_gate;
+    }
+    if (layer->row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
+    a.row_norm_epsilon = layer->row_norm_epsilon;
+    return moe__launch_finalize(plan, &a, set, stream);
+}
+
+// Rows to rows of their own: of the input, or dense ones in expert order.
+static moe__cu_result moe__launch_rows(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    moe__finalize_args a = moe__finalize_args_of(run);
+    a.rows = run->memory + plan->workspace.rows;
+    a.slot_of_row = t->slot_of_row;
+    a.num_tiles = t->num_tiles;
+    a.tile = t->tile;
+    a.slots = 1;
+    a.plain = (run->args.flags & MOE_EXECUTE_ROWS_OUT) != 0;
+    if (moe__run_rows_mode(run)) {
+        a.weights = run->args.weights;
+        a.weights_dtype = plan->desc.weights_dtype;
+    } else {
+        a.row_of_slot = run->args.out_row_of_slot;
+    }
+    if (plan->layer.row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
+    a.row_norm_epsilon = plan->layer.row_norm_epsilon;
+    return moe__launch_finalize(plan, &a, set, stream);
+}
+
+// Tables of rows that come in expert order, or rows without padding of those that were sorted.
+static moe__cu_result moe__launch_group(const moe__run *run, const moe_permutation *t, int32_t kind, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t dense = kind == MOE__GROUP_DENSE, rows = dense ? run->args.num_tokens * plan->slots : plan->desc.max_rows;
+    int32_t ctas = moe__max32(1, moe__min32(plan->ctx->cuda->sms, rows / MOE__GROUP_THREADS));
+    moe__group_args a;
+    moe_permutation tables;
+    memset(&a, 0, sizeof a);
+    memset(&tables, 0, sizeof tables);
+    tables.tile = 1;
+    moe__stage_permute(run, dense ? &tables : t, &a.permute);
+    a.permute.id_of_local = NULL; // ids are local
+    a.permute.local_first = 0;
+    a.permute.local_routed = plan->blocks;
+    a.permute.out_expert_counts = NULL;
+    if (dense) a.permute.out_faults = NULL; // routing's
+    else a.permute.rows_max = (int32_t)moe__rows_max(plan, plan->desc.max_rows, moe__set_of_rows(plan));
+    a.table = dense ? t->expert_counts : run->args.counts_or_offsets;
+    a.padded = t->expert_offsets;
+    a.slot_of_row = t->slot_of_row;
+    a.dense_of_slot = run->args.out_row_of_slot;
+    a.kind = kind;
+    a.rows_per_expert = run->args.rows_per_expert;
+    a.rows_limit = plan->desc.max_rows;
+    return moe__stage_launch(plan, MOE__KERNEL_GROUP, ctas, 1,
+                             (dense || (run->args.flags & MOE_EXECUTE_PDL_IN) != 0) && plan->stages.pdl,
+                             moe__sort_smem(plan->blocks), &a, stream);
+}
+
+// Where a call's tables lie.
+static void moe__stage_tables(const moe__run *run, int32_t set, moe_permutation *t)
+{
+    const moe__workspace *ws = &run->plan->workspace;
+    memset(t, 0, sizeof *t);
+    t->tile = moe__gemm_set_of(set).tile;
+    t->slot_of_row = run->slot_of_row;
+    t->tile_expert = (int32_t *)(void *)(run->memory + ws->tile_expert);
+    t->tile_limit = (int32_t *)(void *)(run->memory + ws->tile_limit);
+    t->num_tiles = (int32_t *)(void *)(run->memory + ws->num_tiles);
+}
+
+// Kernels behind routing. Rows of slots without padding come first where the output has them, else last, since finalize
+// reads the padded ones.
+static moe__cu_result moe__launch_layer(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t rows_out = (run->args.flags & MOE_EXECUTE_ROWS_OUT) != 0, shared = plan->layout.shared.bytes != 0;
+    int32_t dense = run->args.out_row_of_slot != NULL && plan->blocks > 0;
+    moe__cu_result result = 0;
+    if (dense && rows_out) result = moe__launch_group(run, t, MOE__GROUP_DENSE, stream);
+    if (result == 0 && plan->blocks > 0) result = moe__launch_routed(run, t, set, stream);
+    if (rows_out) return result == 0 && plan->blocks > 0 ? moe__launch_rows(run, t, set, stream) : result;
+    if (result == 0 && shared) result = moe__launch_shared(run, set, stream);
+    if (result == 0 && shared && plan->layer.shared.gate && run->args.shared_gate == NULL)
+        result = moe__launch_gate(run, (float *)(void *)(run->memory + plan->workspace.gate), stream);
+    if (result == 0) result = moe__launch_tokens(run, t, set, stream);
+    if (result == 0 && dense) result = moe__launch_group(run, t, MOE__GROUP_DENSE, stream);
+    return result;
+}
+
+// Ids and weights go where somebody wants them, else into the workspace.
+static void moe__stage_place_routing(moe__run *run)
+{
+    if (run->args.out_ids == NULL) run->args.out_ids = run->ids;
+    if (run->args.out_weights == NULL) run->args.out_weights = run->slot_weights;
 }
 
 static int32_t moe__stage_execute(moe__run *run, void *stream)
 {
     const moe_plan *plan = run->plan;
-    const moe__workspace *ws = &plan->workspace;
-    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), shared = plan->layout.shared.bytes != 0;
-    int32_t entered, result;
+    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), entered, result;
     moe_permutation t;
-    moe__cu_result launched = 0;
+    moe__cu_result launched;
     if ((result = moe__check_cuda(run, NULL)) != MOE_OK) return result;
-    if (run->args.out_ids == NULL) run->args.out_ids = run->ids;
-    if (run->args.out_weights == NULL) run->args.out_weights = run->slot_weights;
-    memset(&t, 0, sizeof t);
-    t.tile = moe__gemm_set_of(set).tile;
+    moe__stage_place_routing(run);
+    moe__stage_tables(run, set, &t);
     t.row_of_slot = run->args.out_row_of_slot != NULL ? run->args.out_row_of_slot : run->row_of_slot;
-    t.slot_of_row = run->slot_of_row;
-    t.tile_expert = (int32_t *)(void *)(run->memory + ws->tile_expert);
-    t.tile_limit = (int32_t *)(void *)(run->memory + ws->tile_limit);
-    t.num_tiles = (int32_t *)(void *)(run->memory + ws->num_tiles);
+    if (run->args.out_row_of_slot != NULL) {
+        t.expert_offsets = run->offsets;
+        t.expert_counts = (int32_t *)(void *)(run->memory + plan->workspace.counts);
+    }
     if ((result = moe__stage_route(run, &t, stream)) != MOE_OK) return result;
     if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
-    if (plan->blocks > 0) launched = moe__launch_routed(run, &t, set, stream);
-    if (launched == 0 && shared) launched = moe__launch_shared(run, set, stream);
-    if (launched == 0 && shared && plan->layer.shared.gate && run->args.shared_gate == NULL)
-        launched = moe__launch_gate(run, (float *)(void *)(run->memory + ws->gate), stream);
-    if (launched == 0) launched = moe__launch_finalize(run, &t, set, stream);
+    launched = moe__launch_layer(run, &t, set, stream);
     moe__cuda_leave(plan->ctx, entered);
     return moe__cuda_result(launched);
+}
+
+// Rows in, rows out.
+static int32_t moe__stage_execute_rows(moe__run *run, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t set = moe__set_of_rows(plan), masked = run->args.input_mode == MOE_INPUT_MASKED, entered, result;
+    moe_permutation t;
+    moe__cu_result launched;
+    if ((result = moe__check_cuda(run, NULL)) != MOE_OK) return result;
+    moe__stage_tables(run, set, &t);
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    launched = moe__launch_group(run, &t, masked ? MOE__GROUP_MASKED : MOE__GROUP_SORTED, stream);
+    if (launched == 0 && plan->blocks > 0) launched = moe__launch_routed(run, &t, set, stream);
+    if (launched == 0 && plan->blocks > 0) launched = moe__launch_rows(run, &t, set, stream);
+    moe__cuda_leave(plan->ctx, entered);
+    return moe__cuda_result(launched);
+}
+
+// The weighted sum alone. rows_dtype says which of the plan's kernels: that of few tokens takes f32, that of many the
+// layer's type.
+static int32_t moe__stage_finalize(moe__run *run, const void *rows, int32_t rows_dtype, const int32_t *row_of_slot,
+                                   void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t set = rows_dtype == MOE_DTYPE_F32 ? MOE__SET_FEW : MOE__SET_MANY, entered, result;
+    moe_permutation none;
+    moe__finalize_args a;
+    if (rows_dtype != moe__rows_dtype(&plan->layer, set) || plan->stages.kernel[MOE__KERNEL_FINALIZE + set] == NULL)
+        return MOE_ERROR_UNSUPPORTED;
+    if ((uintptr_t)rows % 16 != 0 || (uintptr_t)row_of_slot % 4 != 0) return MOE_ERROR_ARGUMENT;
+    if ((result = moe__check_aligned(run->args.out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", NULL)) !=
+        MOE_OK)
+        return result;
+    moe__stage_place_routing(run);
+    memset(&none, 0, sizeof none);
+    none.tile = 1;
+    if ((result = moe__stage_route(run, &none, stream)) != MOE_OK) return result;
+    a = moe__finalize_args_of(run);
+    moe__finalize_routing(run, &a);
+    a.rows = rows;
+    a.row_of_slot = row_of_slot;
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    result = moe__cuda_result(moe__launch_finalize(plan, &a, set, stream));
+    moe__cuda_leave(plan->ctx, entered);
+    return result;
 }
 #endif
 
@@ -15873,7 +16052,9 @@ MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, co
         return result;
 #if !defined(MOE_NO_CUDA)
     if (plan->ctx->desc.backend == MOE_BACKEND_CUDA)
-        return run.args.num_tokens == 0 && !moe__run_rows_mode(&run) ? MOE_OK : moe__stage_execute(&run, stream);
+        return moe__run_rows_mode(&run)    ? moe__stage_execute_rows(&run, stream)
+               : run.args.num_tokens == 0 ? (int32_t)MOE_OK
+                                           : moe__stage_execute(&run, stream);
 #endif
     return moe__run_rows_mode(&run) ? moe__execute_rows(&run) : moe__execute_tokens(&run);
 }
@@ -16136,7 +16317,6 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
     hidden = plan->layer.hidden_size;
     if (run.args.input_mode != MOE_INPUT_IDS && run.args.input_mode != MOE_INPUT_PACKED) return MOE_ERROR_ARGUMENT;
     if ((run.args.flags & MOE_EXECUTE_ROWS_OUT) != 0 || !moe__is_float_dtype(rows_dtype)) return MOE_ERROR_ARGUMENT;
-    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return MOE_ERROR_UNSUPPORTED;
     if (run.tokens == 0) return MOE_OK;
     if (rows == NULL || row_of_slot == NULL) return MOE_ERROR_ARGUMENT;
     if ((result = moe__check_routing_input(&run, NULL)) != MOE_OK ||
@@ -16145,6 +16325,10 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
         return result;
     if (plan->layer.routing.special_kind != MOE_SPECIAL_IDENTITY) run.args.x = NULL;
     else if ((result = moe__check_x(&run, hidden, NULL)) != MOE_OK) return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA)
+        return moe__stage_finalize(&run, rows, rows_dtype, row_of_slot, stream);
+#endif
     if ((result = moe__run_route_phase(&run)) != MOE_OK || run.tokens == 0) return result;
     moe__run_finalize(&run, &f);
     f.row_of_slot = row_of_slot;
@@ -16744,8 +16928,11 @@ static const char *const moe__kernel_text[] = {
 "// defined:\n"
 "//\n"
 "//   MOE_K_ROUTE_ONE, _ROUTE     MOE_P_EXPERTS_PER_LANE 2, 4, 8, 12, 16, 32, 64   MOE_P_ROUTE 0..3 (>>routing)\n"
-"//   MOE_K_SORT\n"
+"//   MOE_K_SORT, _GROUP\n"
 "//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights)\n"
+"//   MOE_K_GEMM1                 MOE_P_TILE 8, 16, 32, 64, 128   MOE_P_DTYPE 2, 3   MOE_P_X 1, 2, 3   MOE_P_GATED 0, 1\n"
+"//   MOE_K_GEMM2                 MOE_P_TILE   MOE_P_DTYPE   MOE_P_ROWS 1, 2, 3\n"
+"//   MOE_K_FINALIZE              MOE_P_ROWS   MOE_P_X   MOE_P_OUT 1, 2, 3\n"
 "//   MOE_K_ALL                   every entry, for editors and other compilers; none of them: types and wrappers alone\n"
 "\n"
 "// >>types  fixed-width integers, small vectors\n"
@@ -16823,11 +17010,11 @@ static const char *const moe__kernel_text[] = {
 "DI u32 shfl_down(u32 v, u32 d) { return __shfl_down_sync(~0u, v, d); }\n"
 "DI f32 shfl(f32 v, u32 lane) { return from_bits(shfl(bits(v), lane)); }\n"
 "DI f32 shfl_xor(f32 v, u32 m) { return from_bits(shfl_xor(bits(v), m)); }\n"
-"DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n"
+"DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n",
 "DI f32 shfl_down(f32 v, u32 d) { return from_bits(shfl_down(bits(v), d)); }\n"
 "DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n"
 "DI u32 match_any(u32 v) { return __match_any_sync(~0u, v); }\n"
-"DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n",
+"DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n"
 "DI u32 redux_min(u32 v) { return __reduce_min_sync(~0u, v); }\n"
 "DI u32 redux_add(u32 v) { return __reduce_add_sync(~0u, v); }\n"
 "DI u32 redux_or(u32 v) { return __reduce_or_sync(~0u, v); }\n"
@@ -16927,7 +17114,7 @@ static const char *const moe__kernel_text[] = {
 "    asm volatile(\"mbarrier.arrive.shared.b64 _, [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
 "}\n"
 "DI void cp_async_mbar_arrive(u64 *b) // .noinc: counts among the barrier's expected arrivals\n"
-"{\n"
+"{\n",
 "    asm volatile(\"cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
 "}\n"
 "\n"
@@ -16937,7 +17124,7 @@ static const char *const moe__kernel_text[] = {
 "#else\n"
 "#define ASM_90(...) trap()\n"
 "#endif\n"
-"#if MOE_ARCH_A\n",
+"#if MOE_ARCH_A\n"
 "#define ASM_90A(...) asm volatile(__VA_ARGS__)\n"
 "#else\n"
 "#define ASM_90A(...) trap()\n"
@@ -17053,7 +17240,7 @@ static const char *const moe__kernel_text[] = {
 "    u32 old = 0;\n"
 "    ASM_90(\"atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"r\"(addr), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
-"}\n"
+"}\n",
 "DI void red_add_cluster(u32 addr, u32 v)\n"
 "{\n"
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;\" ::\"r\"(addr), \"r\"(v) : \"memory\");\n"
@@ -17061,7 +17248,7 @@ static const char *const moe__kernel_text[] = {
 "DI void red_add_cluster_f32(u32 addr, f32 v)\n"
 "{\n"
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.f32 [%0], %1;\" ::\"r\"(addr), \"f\"(v) : \"memory\");\n"
-"}\n",
+"}\n"
 "DI void st_async(u32 addr, u32 v, u32 bar) // counts 4 bytes at the barrier beside it\n"
 "{\n"
 "    ASM_90(\"st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];\" ::\"r\"(addr), \"r\"(v), \"r\"(bar)\n"
@@ -17137,13 +17324,13 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_load_2d_multicast(void *dst, const tensor_map *map, i32 x, i32 y, u64 *bar, u16 mask)\n"
 "{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], \"\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], \"\n",
 "           \"[%1, {%2, %3}], [%4], %5;\" ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(bar)), \"h\"(mask)\n"
 "           : \"memory\");\n"
 "}\n"
 "DI void tma_store_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
 "{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n",
+"    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n"
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
 "}\n"
 "DI void tma_red_add_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
@@ -17212,14 +17399,14 @@ static const char *const moe__kernel_text[] = {
 "template <int R> DI void reg_dec() { ASM_90A(\"setmaxnreg.dec.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
 "template <int R> DI void reg_inc() { ASM_90A(\"setmaxnreg.inc.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
 "\n"
-"#define TEN(t) \"%\" #t \"0, %\" #t \"1, %\" #t \"2, %\" #t \"3, %\" #t \"4, %\" #t \"5, %\" #t \"6, %\" #t \"7, %\" #t \"8, %\" #t \"9\"\n"
+"#define TEN(t) \"%\" #t \"0, %\" #t \"1, %\" #t \"2, %\" #t \"3, %\" #t \"4, %\" #t \"5, %\" #t \"6, %\" #t \"7, %\" #t \"8, %\" #t \"9\"\n",
 "#define LIST_4 \"%0, %1, %2, %3\"\n"
 "#define LIST_8 LIST_4 \", %4, %5, %6, %7\"\n"
 "#define LIST_12 TEN() \", %10, %11\"\n"
 "#define LIST_16 LIST_12 \", %12, %13, %14, %15\"\n"
 "#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n"
 "#define LIST_30 TEN() \", \" TEN(1) \", \" TEN(2)\n"
-"#define LIST_32 LIST_30 \", %30, %31\"\n",
+"#define LIST_32 LIST_30 \", %30, %31\"\n"
 "#define LIST_40 LIST_30 \", \" TEN(3)\n"
 "#define LIST_48 LIST_40 \", %40, %41, %42, %43, %44, %45, %46, %47\"\n"
 "#define LIST_50 LIST_40 \", \" TEN(4)\n"
@@ -17282,7 +17469,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 cvt_bf16x2(f32 lo, f32 hi)\n"
 "{\n"
 "    u32 v;\n"
-"    asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n"
+"    asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n",
 "    return v;\n"
 "}\n"
 "DI u32 cvt_f16x2(f32 lo, f32 hi)\n"
@@ -17298,7 +17485,7 @@ static const char *const moe__kernel_text[] = {
 "    return wide;\n"
 "}\n"
 "DI u16 cvt_e4m3x2(f32 lo, f32 hi)\n"
-"{\n",
+"{\n"
 "    u16 v = 0;\n"
 "    ASM_89(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
@@ -17393,14 +17580,14 @@ static const char *const moe__kernel_text[] = {
 "    i32 width;                   // of the router: E + S + scored extra slots\n"
 "    i32 slots;                   // top_k + extra_slots\n"
 "    i32 ids_end;                 // E + S + X: ids are 0..ids_end - 1\n"
-"    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n"
+"    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n",
 "    i32 logits_dtype, ids_dtype, weights_dtype;\n"
 "    i32 end_is_none;             // MOE_EXECUTE_ID_E_IS_NONE\n"
 "    routing_args routing;\n"
 "}; // 256 bytes\n"
 "\n"
 "// The tables of moe_permutation, each of them NULL where nobody wants it, and which experts are local.\n"
-"struct permute_args {\n",
+"struct permute_args {\n"
 "    i32 *row_of_slot;      // [T, slots]\n"
 "    i32 *slot_of_row;      // [rows_max]\n"
 "    i32 *expert_offsets;   // [local_experts + 1]\n"
@@ -17463,6 +17650,22 @@ static const char *const moe__kernel_text[] = {
 "    i32 num_experts, slots, ids_end, special_experts;\n"
 "};\n"
 "\n"
+"// moe_k_group, rows that come in expert order. Any number of CTAs of 512 threads. Dynamic shared memory in bytes: 16\n"
+"// local_experts rounded up to 8, + 256.\n"
+"enum : i32 { GROUP_MASKED = 0, GROUP_SORTED = 1, GROUP_DENSE = 2 };\n"
+"\n"
+"struct group_args {\n"
+"    permute_args permute;      // GROUP_DENSE: tile 1, no tables; ids are local experts; out_faults\n"
+"    const i32 *table;          // SORTED: first rows [local_experts + 1]; else counts [local_experts]\n"
+"    const i32 *padded;         // DENSE: [local_experts] first rows as padding left them\n",
+"    const i32 *slot_of_row;    // DENSE: [rows] as padded\n"
+"    i32 *dense_of_slot;        // DENSE: row of each of those slots without padding; others are left alone\n"
+"    i32 kind;\n"
+"    i32 rows_per_expert;       // MASKED: row r of expert e lies in row e rows_per_expert + r\n"
+"    i32 rows_limit;            // MASKED, SORTED: more rows are a fault\n"
+"    i32 reserved;\n"
+"}; // 152 bytes\n"
+"\n"
 "// moe_k_router_logits.\n"
 "struct router_args {\n"
 "    const void *x;             // [T, x_stride]\n"
@@ -17481,7 +17684,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// Values of moe.h's enumerations that only the layer's second half needs.\n"
 "enum {\n"
-"    ACTIVATION_SWIGLU = 1, ACTIVATION_SWIGLU_STEP = 2, ACTIVATION_GEGLU_ERF = 3, ACTIVATION_GEGLU_TANH = 4,\n",
+"    ACTIVATION_SWIGLU = 1, ACTIVATION_SWIGLU_STEP = 2, ACTIVATION_GEGLU_ERF = 3, ACTIVATION_GEGLU_TANH = 4,\n"
 "    ACTIVATION_SITU = 5, ACTIVATION_SILU = 32, ACTIVATION_GELU_ERF = 33, ACTIVATION_GELU_TANH = 34,\n"
 "    ACTIVATION_RELU = 35, ACTIVATION_RELU2 = 36, ACTIVATION_RELU2_CLAMP = 37, ACTIVATION_IDENTITY = 38,\n"
 "    SPECIAL_IDENTITY = 2, SPECIAL_CONSTANT = 4\n"
@@ -17541,12 +17744,15 @@ static const char *const moe__kernel_text[] = {
 "    i32 hidden, features;\n"
 "}; // 104 bytes\n"
 "\n"
-"// moe_k_finalize. MOE_P_X (of identity experts), MOE_P_ROWS, MOE_P_OUT.\n"
+"// moe_k_finalize. MOE_P_X (of identity experts), MOE_P_ROWS, MOE_P_OUT. With slot_of_row each row goes to a row of its\n",
+"// own: slots is 1, there are no special and no shared experts, and num_tokens_dev is not read.\n"
 "struct finalize_args {\n"
 "    const void *rows;             // [rows_max, hidden] or NULL: no slot has a row\n"
 "    const void *shared_rows;      // [T, hidden] or NULL\n"
-"    const i32 *row_of_slot;       // [T, slots]; -1: none\n"
-"    const f32 *weights;           // [T, slots] or NULL: 1\n"
+"    const i32 *row_of_slot;       // [T, slots]; -1: none. With slot_of_row: which row of out, or NULL: row `slot`\n"
+"    const i32 *slot_of_row;       // [rows_max], -1: padding; or NULL\n"
+"    const i32 *num_tiles;         // [1] of rows, with slot_of_row\n"
+"    const void *weights;          // [T, slots], by slot; or NULL: 1\n"
 "    const i32 *ids;               // [T, slots], or NULL: no special expert adds anything\n"
 "    const void *x;                // [T, x_stride]; identity experts\n"
 "    const f32 *constants;         // [special_experts, hidden]; constant experts\n"
@@ -17560,10 +17766,14 @@ static const char *const moe__kernel_text[] = {
 "    i32 hidden;                   // a multiple of 8\n"
 "    i32 num_experts, special_experts, special_kind;\n"
 "    i32 accumulate, gate_is_logit;\n"
+"    i32 tile;                     // rows of a tile\n"
+"    i32 plain;                    // rows go out as they are, but for the norm\n"
+"    i32 weights_dtype;            // F32 without slot_of_row\n"
+"    i32 weight_on_input;          // weights are of special experts alone\n"
 "    f32 scale, shared_scale, output_scale, row_norm_epsilon;\n"
-"}; // 168 bytes\n"
+"}; // 192 bytes\n"
 "\n"
-"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n",
+"// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
 "// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
@@ -17624,7 +17834,7 @@ static const char *const moe__kernel_text[] = {
 "    f = from_bits(bits(x) - e);\n"
 "    f = f + (e < 0x10000000u \? from_bits(0x3f800000u - e) - 1.0f : -1.0f);\n"
 "    q = 0.067491293f;\n"
-"    q = fmaf(q, f, -0.11672435f);\n"
+"    q = fmaf(q, f, -0.11672435f);\n",
 "    q = fmaf(q, f, 0.118847661f);\n"
 "    q = fmaf(q, f, -0.124060042f);\n"
 "    q = fmaf(q, f, 0.142202079f);\n"
@@ -17678,7 +17888,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n"
 "    return x > 0 \? x + tail : tail;\n"
 "}\n"
-"\n",
+"\n"
 "DI f32 sqrt_softplus_f32(f32 x) { return x < -20.0f \? exp_f32(0.5f * x) : sqrt_rn(softplus_f32(x)); }\n"
 "\n"
 "DI f32 bf16_f32(u16 value) { return from_bits((u32)value << 16); }\n"
@@ -17730,7 +17940,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// What the program can route. What nearly all models do has programs of its own, for rows of exactly 32 P experts whose\n"
 "// logits nothing multiplies or caps: what is left out of them is neither tested for nor fetched.\n"
-"#define ROUTE_ANY 0\n"
+"#define ROUTE_ANY 0\n",
 "#define ROUTE_SOFTMAX 1 // the largest of the softmax\n"
 "#define ROUTE_SIGMOID 2 // the largest sigmoids; bias and groups, but not GROUP_EACH\n"
 "#define ROUTE_TOP_K 3   // the largest logits, softmax over them\n"
@@ -17778,7 +17988,7 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "    return r;\n"
 "}\n"
-"\n",
+"\n"
 "// The largest of key[0 .. N) and its place, of equal ones the lowest: a tree, in which the left one wins ties.\n"
 "template <u32 N> DI void best_key(const u32 *key, u32 base, u32 &top, u32 &place)\n"
 "{\n"
@@ -17835,7 +18045,7 @@ static const char *const moe__kernel_text[] = {
 "// largest ones. What reaches it, usually few more than `count`, goes to found[64] in order of place, a lane each, and\n"
 "// is ranked by counting what beats it.\n"
 "template <u32 N> DI void top_k_row(u32 (&key)[N], i32 count, u32 *found, i32 &chosen, u32 &chosen_key)\n"
-"{\n"
+"{\n",
 "    u32 most = key[0], bound = 0, n = 0, those[N < 32 \? N : 1]; // more are asked for again\n"
 "#pragma unroll\n"
 "    for (u32 i = 1; i < N; i++) most = max_u32(most, key[i]);\n"
@@ -17881,7 +18091,7 @@ static const char *const moe__kernel_text[] = {
 "        found[rank + 32] = mine;\n"
 "    }\n"
 "    warp_sync();\n"
-"    if (self < count) {\n",
+"    if (self < count) {\n"
 "        chosen = (i32)found[self];\n"
 "        chosen_key = found[self + 32];\n"
 "    }\n"
@@ -17942,7 +18152,7 @@ static const char *const moe__kernel_text[] = {
 "            for (u32 e = lane(); e < width; e += 32) {\n"
 "                f32 v = rows.logit[e];\n"
 "                bool wrong = !(v < INF_F32);\n"
-"                bad |= wrong;\n"
+"                bad |= wrong;\n",
 "                rows.logit[e] = wrong \? -INF_F32 : r.logit_softcap * tanh_f32(v / r.logit_softcap);\n"
 "            }\n"
 "            load_row(rows.logit, width, -INF_F32, x);\n"
@@ -17988,7 +18198,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// From here to 0 no exponential is so small that it needs two powers of two, or that its quotient may be denormal.\n"
 "#define NEAR -57.0f\n"
-"\n",
+"\n"
 "// Exponentials of x - the largest; the sum gets that. Numbers that are not all NEAR, NaN among them, take the long way.\n"
 "// Says whether one was NaN or +inf.\n"
 "DI bool exp_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], softmax_sum &s, bool &far)\n"
@@ -18044,7 +18254,7 @@ static const char *const moe__kernel_text[] = {
 "    return s;\n"
 "}\n"
 "\n"
-"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n"
+"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n",
 "DI u32 group_rank(const u32 *key, u32 size, bool two)\n"
 "{\n"
 "    u32 first = KEY_NEG_INF, second = KEY_NEG_INF;\n"
@@ -18089,7 +18299,7 @@ static const char *const moe__kernel_text[] = {
 "            u32 key = rank[g]; // only this lane reads and writes it\n"
 "            if (key > best) { best = key; place = g; }\n"
 "        }\n"
-"        u32 most = redux_max(best);\n",
+"        u32 most = redux_max(best);\n"
 "        if (place == redux_min(best == most \? place : 0xffffffffu)) rank[place] = 0;\n"
 "    }\n"
 "}\n"
@@ -18144,7 +18354,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        bool wrong = r.bias_rows > 0 && !(x[i] < INF_F32), there = (i32)(32 * i) < (i32)(ranked - lane());\n"
-"        bad |= wrong && there;\n"
+"        bad |= wrong && there;\n",
 "        key[i] = MOE_P_ROUTE == ROUTE_SOFTMAX \? bits(x[i]) | KEY_ZERO : order_of(x[i]); // none is below 0\n"
 "        if (wrong) key[i] = KEY_NEG_INF;\n"
 "        if (!ROW_IS_FULL && !there) key[i] = 0;\n"
@@ -18180,7 +18390,7 @@ static const char *const moe__kernel_text[] = {
 "    for (i32 j = 0; j < a.routing.top_k; j++) {\n"
 "        u32 best = 0, place = lane();\n"
 "        for (u32 e = lane(); e < ranked; e += 32) {\n"
-"            u32 key = order_of(rest[e]);\n",
+"            u32 key = order_of(rest[e]);\n"
 "            if (key > best) { best = key; place = e; }\n"
 "        }\n"
 "        u32 most = redux_max(best), id = redux_min(best == most \? place : 0xffffffffu);\n"
@@ -18225,7 +18435,7 @@ static const char *const moe__kernel_text[] = {
 "        f32 sum = lanes_sum(0.0f + w[0] + w[1], MOE_P_ROUTE != ROUTE_ANY && n <= 8 \? 8 : 32), divisor = sum;\n"
 "        if (r.renormalize == RENORMALIZE_SUM) divisor = sum + r.renormalize_epsilon;\n"
 "        else if (sum < r.renormalize_epsilon) divisor = r.renormalize_epsilon;\n"
-"        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n"
+"        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n",
 "        if (w[0] != 0) w[0] = w[0] / divisor;\n"
 "        if (second && w[1] != 0) w[1] = w[1] / divisor;\n"
 "    }\n"
@@ -18264,7 +18474,7 @@ static const char *const moe__kernel_text[] = {
 "        total += draw_weight(a, drawn, e);\n"
 "    }\n"
 "    total = redux_add(total); // below 2^28\n"
-"    for (i32 j = 0; j < r.top_k; j++) {\n",
+"    for (i32 j = 0; j < r.top_k; j++) {\n"
 "        u32 at = (u32)((u64)route_random(r.simulate_seed, token, j) * total >> 32), id = 0, mine = 0;\n"
 "        for (u32 base = 0; base < experts; base += 32) {\n"
 "            u32 running = mine = draw_weight(a, drawn, base + lane());\n"
@@ -18317,7 +18527,7 @@ static const char *const moe__kernel_text[] = {
 "// Scales, special experts, faults: what is done to every slot at the end.\n"
 "DI void route_finish(const tokens_args &a, bool lost, token_slots &s)\n"
 "{\n"
-"    const routing_args r = routing_of(a);\n"
+"    const routing_args r = routing_of(a);\n",
 "    f32 scale = a.global_scale != nullptr \? r.scale * *a.global_scale : r.scale;\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
@@ -18349,7 +18559,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
 "        bool extra = MOE_P_ROUTE == ROUTE_ANY && slot >= r.top_k;\n"
-"        s.id[h] = extra \? a.num_experts + r.special_experts + slot - r.top_k : -1;\n",
+"        s.id[h] = extra \? a.num_experts + r.special_experts + slot - r.top_k : -1;\n"
 "        s.weight[h] = extra \? r.extra_weight : r.simulate != SIMULATE_OFF \? 1.0f / (f32)r.top_k : 0;\n"
 "    }\n"
 "    if (a.bias_index != nullptr && r.bias_rows > 0) {\n"
@@ -18406,7 +18616,7 @@ static const char *const moe__kernel_text[] = {
 "        u32 fault = route_token(a, token, rows, s);\n"
 "        faults[FAULT_NAN_LOGITS] += fault >> FAULT_NAN_LOGITS & 1;\n"
 "        faults[FAULT_TOKEN_IDS] += fault >> FAULT_TOKEN_IDS & 1;\n"
-"    } else {\n"
+"    } else {\n",
 "        faults[FAULT_IDS] += read_token(a, token, s);\n"
 "    }\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
@@ -18441,7 +18651,7 @@ static const char *const moe__kernel_text[] = {
 "};\n"
 "\n"
 "DI u32 sort_stride(u32 ids_end) { return (ids_end + 7) / 8 * 8; }\n"
-"\n",
+"\n"
 "// Lays out what all need but own and counters, from `memory` on (16-aligned); returns what is behind.\n"
 "DI u8 *sort_layout(u8 *memory, u32 ids_end, sort_memory &m)\n"
 "{\n"
@@ -18511,7 +18721,7 @@ static const char *const moe__kernel_text[] = {
 "DI void sort_clear(const sort_memory &m)\n"
 "{\n"
 "    clear_words(m.all, 2 * m.stride);\n"
-"    for (u32 i = tid(); i < m.stride; i += ntid()) m.row[i] = -1;\n"
+"    for (u32 i = tid(); i < m.stride; i += ntid()) m.row[i] = -1;\n",
 "    clear_words(m.faults, 4);\n"
 "}\n"
 "\n"
@@ -18542,7 +18752,7 @@ static const char *const moe__kernel_text[] = {
 "        if (writes) {\n"
 "            if (p.expert_counts != nullptr) p.expert_counts[e] = (i32)count;\n"
 "            if (p.expert_offsets != nullptr) p.expert_offsets[e] = (i32)at;\n"
-"        }\n",
+"        }\n"
 "        at += tiles_of(p, count + tile - 1) * tile;\n"
 "    }\n"
 "    if (tid() == ntid() - 1) {\n"
@@ -18589,7 +18799,7 @@ static const char *const moe__kernel_text[] = {
 "    if (p.row_of_slot != nullptr) p.row_of_slot[slot] = row;\n"
 "    if (p.slot_of_row != nullptr && row >= 0) p.slot_of_row[row] = (i32)slot;\n"
 "}\n"
-"\n"
+"\n",
 "// What a warp has to do of the CTA's `mine` tokens: [from, to).\n"
 "struct warp_run {\n"
 "    u32 from, to;\n"
@@ -18620,7 +18830,7 @@ static const char *const moe__kernel_text[] = {
 "    if (lane() == 0)\n"
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add_shared(&m.faults[f], faults[f]);\n"
-"    cta_sync();\n",
+"    cta_sync();\n"
 "    sum_warps(m, (u32)a.ids_end, mine < warps \? mine : warps);\n"
 "    return run;\n"
 "}\n"
@@ -18678,7 +18888,7 @@ static const char *const moe__kernel_text[] = {
 "template <class X> DI f32 router_norm(const router_args &a, u32 token)\n"
 "{\n"
 "    f32 sum = 0;\n"
-"    if (!a.rms_norm) return 1;\n"
+"    if (!a.rms_norm) return 1;\n",
 "    for (u32 k = lane16(); k < (u32)a.ld; k += 16 * 16) {\n"
 "        X raw[16];\n"
 "#pragma unroll\n"
@@ -18713,7 +18923,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI void router_store(const router_args &a, f32 sum, u32 token, u32 expert, u32 tokens)\n"
 "{\n"
-"    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n",
+"    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n"
 "    a.out[(i64)token * a.width + expert] = a.bias == nullptr \? sum : sum + a.bias[expert];\n"
 "}\n"
 "\n"
@@ -18765,7 +18975,7 @@ static const char *const moe__kernel_text[] = {
 "            load_weights<breadth, K>(a, w_stage + c % 2 * breadth * (K + ROUTER_PAD), first, c * K);\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < 2 * each; i++) {\n"
-"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n"
+"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n",
 "                u32 k = c * K + pair % (K / 2) / 16 * 32 + i % 2 * 16 + lane16();\n"
 "                next[i] = token < tokens \? load_x<X>(a, token, k) : (X)0;\n"
 "            }\n"
@@ -18798,7 +19008,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// All tiles of this CTA, experts fastest.\n"
 "template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K> DI void router_tiles(const router_args &a, u32 tokens)\n"
-"{\n",
+"{\n"
 "    const u32 height = TM * WM, breadth = TN * WN, across = ((u32)a.width + breadth - 1) / breadth;\n"
 "    const u32 tiles = across * ((tokens + height - 1) / height);\n"
 "    for (u32 tile = cta(); tile < tiles; tile += ncta())\n"
@@ -18847,7 +19057,7 @@ static const char *const moe__kernel_text[] = {
 "#ifndef MOE_P_OUT\n"
 "#define MOE_P_OUT DTYPE_BF16\n"
 "#endif\n"
-"#ifndef MOE_P_GATED\n"
+"#ifndef MOE_P_GATED\n",
 "#define MOE_P_GATED 1\n"
 "#endif\n"
 "\n"
@@ -18886,7 +19096,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "template <i32 D> DI void widen_8(const raw_8 &raw, f32 (&v)[8])\n"
 "{\n"
-"    const u32 words[8] = { raw.low.x, raw.low.y, raw.low.z, raw.low.w,\n",
+"    const u32 words[8] = { raw.low.x, raw.low.y, raw.low.z, raw.low.w,\n"
 "                           raw.high.x, raw.high.y, raw.high.z, raw.high.w };\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < 8; i++) {\n"
@@ -18961,7 +19171,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI f32 situ(const activation_args &act, f32 g, f32 u)\n"
 "{\n"
-"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n"
+"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n",
 "    return act.alpha * tanh_f32(g / act.alpha) * sigmoid_f32(g) * u;\n"
 "}\n"
 "DI f32 relu2_clamp(const activation_args &act, f32 x)\n"
@@ -18999,7 +19209,7 @@ static const char *const moe__kernel_text[] = {
 "    default: break;\n"
 "    }\n"
 "}\n"
-"\n",
+"\n"
 "// ---- the list of tiles ----\n"
 "\n"
 "// Rows row .. row + rows - 1 times a slab of a block. No rows: the end.\n"
@@ -19065,7 +19275,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    return ((u32)a.features + GEMM_SLAB_FEATURES - 1) / GEMM_SLAB_FEATURES;\n"
 "}\n"
-"DI u32 gemm_slabs(const gemm2_args &a) { return ((u32)a.hidden + 127) / 128; }\n"
+"DI u32 gemm_slabs(const gemm2_args &a) { return ((u32)a.hidden + 127) / 128; }\n",
 "DI u64 gemm_weights(const gemm1_args &a) { return a.w1; }\n"
 "DI u64 gemm_weights(const gemm2_args &a) { return a.w2; }\n"
 "DI i32 gemm_source(const gemm1_args &a, u32 row)\n"
@@ -19100,7 +19310,7 @@ static const char *const moe__kernel_text[] = {
 "// x that is not of the product's type, not aligned, or weighted: by way of registers.\n"
 "DI void gemm_convert(const gemm1_args &a, const gemm_loader &l, u8 *to, bool aligned)\n"
 "{\n"
-"    const u32 piece = tid() % 8, k = 64 * l.k + 8 * piece;\n",
+"    const u32 piece = tid() % 8, k = 64 * l.k + 8 * piece;\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_ROWS_EACH; i++) {\n"
 "        const u32 row = gemm_row(i);\n"
@@ -19160,7 +19370,7 @@ static const char *const moe__kernel_text[] = {
 "        if (weights_too) gemm_load_weights(l.weights, to);\n"
 "        gemm_load_rows(a, l, to + GEMM_BLOCK);\n"
 "        l.weights += GEMM_BLOCK;\n"
-"        if (++l.k == gemm_blocks(a)) {\n"
+"        if (++l.k == gemm_blocks(a)) {\n",
 "            l.at += ncta();\n"
 "            gemm_open(a, l);\n"
 "        }\n"
@@ -19192,7 +19402,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) ldmatrix_x4(w[m], stage + ((left + m * 2048) ^ (s << 5)));\n"
 "#pragma unroll\n"
-"        for (u32 n = 0; n < N; n++) { // x: of two columns of eights, or of one in two steps\n",
+"        for (u32 n = 0; n < N; n++) { // x: of two columns of eights, or of one in two steps\n"
 "            if (N > 1 \? n % 2 == 0 : s % 2 == 0) ldmatrix_x4(x, stage + ((right + n * 1024) ^ (s << 5)));\n"
 "            const u32 at = (N > 1 \? n : s) % 2 * 2, two[2] = { x[at], x[at + 1] };\n"
 "#pragma unroll\n"
@@ -19252,7 +19462,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI void gemm_add_bias(const gemm2_args &a, u32 block, u32 feature, gemm_sums &acc, u32 group)\n"
 "{\n"
-"    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n"
+"    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n",
 "    const f32 *from = (const f32 *)(a.rows.experts[block] + a.bias2) + feature;\n"
 "    gemm_add(acc, group, *(const f32x2 *)from, *(const f32x2 *)(from + 2));\n"
 "}\n"
@@ -19290,7 +19500,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 piece = feature % 64 / 8;\n"
 "    f32 v[4], u[4];\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < 4; i++) {\n",
+"    for (u32 i = 0; i < 4; i++) {\n"
 "        v[i] = acc[0][0][i];\n"
 "        u[i] = acc[1][0][i];\n"
 "    }\n"
@@ -19349,7 +19559,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "    }\n"
 "}\n"
-"\n"
+"\n",
 "// Whether the first tile and its weights are known before what other kernels write.\n"
 "DI bool gemm_starts_early(const rows_args &r) { return r.slot_of_row == nullptr && r.num_tokens_dev == nullptr; }\n"
 "\n"
@@ -19383,7 +19593,7 @@ static const char *const moe__kernel_text[] = {
 "                for (u32 i = 0; i < 4 * GEMM_EIGHTS; i++) acc[m][i / 4][i % 4] = 0;\n"
 "        }\n"
 "        gemm_load(a, l, stage == 0 \? GEMM_STAGES - 1 : stage - 1, true);\n"
-"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, gemm_left(), right, eights);\n",
+"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, gemm_left(), right, eights);\n"
 "        if (k + 1 == blocks) {\n"
 "            gemm_store(a, acc, gemm_jobs()[stage]);\n"
 "            k = ~0u;\n"
@@ -19421,7 +19631,9 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    const u32 slots = (u32)a.slots, group = tid() / 16;\n"
 "    for (u32 j = 0; j < slots; j += FINALIZE_THREADS / 16) {\n"
-"        const i32 row = j + group < slots \? a.row_of_slot[(i64)token * slots + j + group] : -1;\n"
+"        i32 row = -1;\n"
+"        if (a.slot_of_row != nullptr) row = group == 0 && a.slot_of_row[token] >= 0 \? (i32)token : -1;\n"
+"        else if (j + group < slots) row = a.row_of_slot[(i64)token * slots + j + group];\n"
 "        f32 sum = 0;\n"
 "        for (u32 k = lane() % 16; k < (u32)a.hidden && row >= 0; k += 16) {\n"
 "            f32 u = load_float(a.rows, MOE_P_ROWS, (i64)row * a.hidden + k) * (1.0f + a.row_norm[k]);\n"
@@ -19440,7 +19652,7 @@ static const char *const moe__kernel_text[] = {
 "DI void finalize_special(const finalize_args &a, u32 token, i64 slot, u32 k, f32 weight, f32 (&total)[8])\n"
 "{\n"
 "    const i32 special = a.ids == nullptr \? -1 : a.ids[slot] - a.num_experts;\n"
-"    f32 v[8];\n"
+"    f32 v[8];\n",
 "    if (special < 0 || special >= a.special_experts) return;\n"
 "    if (a.special_kind == SPECIAL_IDENTITY) load_8<MOE_P_X>(a.x, token * a.x_stride + k, false, v);\n"
 "    else if (a.special_kind == SPECIAL_CONSTANT) load_8<DTYPE_F32>(a.constants, (i64)special * a.hidden + k, true, v);\n"
@@ -19460,7 +19672,8 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 j = 0; j < FINALIZE_BATCH; j++) {\n"
 "        row[j] = j < count && a.rows != nullptr \? a.row_of_slot[at + j] : -1;\n"
-"        weight[j] = j < count && a.weights != nullptr \? a.weights[at + j] : 1;\n"
+"        weight[j] = j < count && a.weights != nullptr \? ((const f32 *)a.weights)[at + j] : 1;\n"
+"        if (a.weight_on_input && row[j] >= 0) weight[j] = 1;\n"
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 j = 0; j < FINALIZE_BATCH; j++)\n"
@@ -19476,12 +19689,12 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "            for (u32 i = 0; i < 8; i++) v[i] = v[i] * (1.0f + a.row_norm[k + i]) * norms[first + j];\n"
 "        }\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "        for (u32 i = 0; i < 8; i++) total[i] = fmaf(weight[j], v[i], total[i]);\n"
 "    }\n"
 "}\n"
 "\n"
-"DI void finalize_store(const finalize_args &a, u32 token, u32 k, f32 (&total)[8])\n"
+"DI void finalize_store(const finalize_args &a, i64 token, u32 k, f32 (&total)[8])\n"
 "{\n"
 "    const i64 at = token * a.out_stride + k;\n"
 "    const u32 element = MOE_P_OUT == DTYPE_F32 \? 4 : 2;\n"
@@ -19527,6 +19740,23 @@ static const char *const moe__kernel_text[] = {
 "    finalize_store(a, token, k, total);\n"
 "}\n"
 "\n"
+"// 8 columns of a row that goes to a row of its own.\n"
+"DI void finalize_row(const finalize_args &a, u32 row, u32 k, const f32 *norms)\n"
+"{\n"
+"    const i32 slot = a.slot_of_row[row];\n"
+"    f32 v[8], weight = 1;\n"
+"    if (slot < 0) return;\n",
+"    load_8<MOE_P_ROWS>(a.rows, (i64)row * a.hidden + k, true, v);\n"
+"    if (a.weights != nullptr && !a.weight_on_input) weight = load_float(a.weights, a.weights_dtype, slot);\n"
+"    const f32 scale = a.scale * (a.global_scale == nullptr \? 1 : *a.global_scale);\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 8; i++) {\n"
+"        if (a.row_norm != nullptr) v[i] = v[i] * (1.0f + a.row_norm[k + i]) * norms[0];\n"
+"        if (!a.plain) v[i] = fmaf(weight, v[i], 0.0f) * scale * a.output_scale;\n"
+"    }\n"
+"    finalize_store(a, a.row_of_slot != nullptr \? a.row_of_slot[slot] : slot, k, v);\n"
+"}\n"
+"\n"
 "DI void finalize_run(const finalize_args &a, u32 tokens)\n"
 "{\n"
 "    const finalize_shape s = finalize_shape_of(a);\n"
@@ -19540,8 +19770,9 @@ static const char *const moe__kernel_text[] = {
 "            finalize_norms(a, item / s.parts, norms);\n"
 "            cta_sync();\n"
 "        }\n"
-"        if (tid() < s.tokens * s.width && token < tokens && eight < s.eights)\n"
-"            finalize_token(a, token, 8 * eight, norms);\n"
+"        if (tid() >= s.tokens * s.width || token >= tokens || eight >= s.eights) continue;\n"
+"        if (a.slot_of_row != nullptr) finalize_row(a, token, 8 * eight, norms);\n"
+"        else finalize_token(a, token, 8 * eight, norms);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -19582,7 +19813,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return all;\n"
 "}\n"
-"\n",
+"\n"
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
@@ -19603,7 +19834,7 @@ static const char *const moe__kernel_text[] = {
 "    m.own = (u32 *)sort_layout(smem(), ids_end, m);\n"
 "    m.counter = (u16 *)(m.own + m.stride);\n"
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
-"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
+"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n",
 "    slot = (u32 *)(m.counter + warps * m.stride) + warps * 64 * PER_LANE;\n"
 "    clear_words((u32 *)m.counter, (room < warps \? room : warps) * m.stride / 2);\n"
 "    sort_clear(m);\n"
@@ -19661,7 +19892,7 @@ static const char *const moe__kernel_text[] = {
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
 "    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
 "    slot = (u32 *)(m.counter + warps * m.stride) + warps * 64 * PER_LANE;\n"
-"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n",
+"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n"
 "    cta_sync();\n"
 "    grid_launch();\n"
 "    grid_wait();\n"
@@ -19688,7 +19919,7 @@ static const char *const moe__kernel_text[] = {
 "// Sums of the chunks' counters: all chunks into m.all, those before this CTA's into m.before. A thread takes four ids\n"
 "// of every G-th chunk, so that a warp reads lines.\n"
 "DI void sum_chunks(const sort_args &a, const sort_memory &m)\n"
-"{\n"
+"{\n",
 "    const u32 fours = (u32)a.counts_stride / 4, groups = fours < ntid() \? ntid() / fours : 1, chunks = (u32)a.chunks;\n"
 "    for (u32 thread = tid(); thread < fours * groups; thread += ntid()) {\n"
 "        const u32 four = thread % fours, group = thread / fours;\n"
@@ -19750,7 +19981,7 @@ static const char *const moe__kernel_text[] = {
 "    const i64 at = (i64)begin * slots;\n"
 "    i32 id[2];\n"
 "    u32 before[2];\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 h = 0; h < 2; h++) { // the first ones are on their way while counters are added\n"
 "        u32 i = tid() + h * ntid();\n"
 "        id[h] = i < mine \? a.ids[at + i] : -1;\n"
@@ -19766,6 +19997,66 @@ static const char *const moe__kernel_text[] = {
 "        place_slot(a.permute, m, at + i, a.ids[at + i], a.slot_ranks[at + i]);\n"
 "    write_tiles(a.permute, m, a.num_experts, behind, cta(), ncta());\n"
 "    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr) a.permute.out_faults[tid()] = m.faults[tid()];\n"
+"}\n"
+"\n"
+"#endif\n"
+"\n"
+"#if defined(MOE_K_GROUP) || defined(MOE_K_ALL)\n"
+"\n"
+"// Rows of each local expert -> m.all; none of any where the table is wrong or there are too many, which it returns.\n"
+"// Uses two words of m.faults; a barrier at the end.\n"
+"DI u32 group_counts(const group_args &a, const sort_memory &m)\n"
+"{\n"
+"    const u32 n = (u32)a.permute.local_experts;\n"
+"    const i32 most = a.kind == GROUP_MASKED \? a.rows_per_expert : 0x7fffffff;\n"
+"    u32 sum = 0, wrong = 0;\n",
+"    if (a.kind == GROUP_SORTED && tid() == 0) wrong = a.table[0] != 0;\n"
+"    for (u32 e = tid(); e < n; e += ntid()) {\n"
+"        i32 low = a.kind == GROUP_SORTED \? a.table[e] : 0, high = a.table[e + (a.kind == GROUP_SORTED)];\n"
+"        bool bad = low < 0 || high < low || high - low > most || (a.kind == GROUP_SORTED && high > a.rows_limit);\n"
+"        wrong |= bad;\n"
+"        m.all[e] = bad \? 0 : (u32)(high - low);\n"
+"        sum += m.all[e];\n"
+"    }\n"
+"    sum = redux_add(sum);\n"
+"    wrong = redux_or(wrong);\n"
+"    if (lane() == 0 && wrong != 0) red_add_shared(&m.faults[0], wrong);\n"
+"    if (lane() == 0 && sum != 0) red_add_shared(&m.faults[1], sum);\n"
+"    cta_sync();\n"
+"    wrong = m.faults[0] != 0 || (a.kind != GROUP_DENSE && m.faults[1] > (u32)a.rows_limit);\n"
+"    for (u32 e = tid(); e < n && wrong; e += ntid()) m.all[e] = 0;\n"
+"    cta_sync();\n"
+"    return wrong;\n"
+"}\n"
+"\n"
+"// Every CTA counts all and writes its share of the tables: of tiles, and of rows, a thread each.\n"
+"MOE_ENTRY(moe_k_group, group_args, 512, 1)\n"
+"{\n"
+"    const u32 n = (u32)a.permute.local_experts;\n"
+"    sort_memory m;\n"
+"    sort_layout(smem(), n, m);\n"
+"    sort_clear(m);\n"
+"    cta_sync();\n"
+"    grid_launch();\n"
+"    grid_wait();\n"
+"    const u32 wrong = group_counts(a, m);\n"
+"    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr)\n"
+"        a.permute.out_faults[tid()] = tid() == FAULT_COUNTS \? wrong : 0;\n"
+"    place_experts(a.permute, m, (i32)n, cta(), ncta());\n"
+"    write_tiles(a.permute, m, 0, (i32)n, cta(), ncta());\n"
+"    for (u32 row = cta() * ntid() + tid(); row < m.first[n]; row += ncta() * ntid()) {\n"
+"        u32 low = 0, high = n; // the last expert that begins here or before\n"
+"        while (high - low > 1) {\n"
+"            u32 middle = (low + high) / 2;\n"
+"            if (m.first[middle] <= row) low = middle;\n"
+"            else high = middle;\n"
+"        }\n"
+"        const u32 i = row - m.first[low];\n"
+"        if (i >= m.all[low]) continue; // padding\n"
+"        if (a.kind == GROUP_DENSE) a.dense_of_slot[a.slot_of_row[(u32)a.padded[low] + i]] = (i32)row;\n"
+"        else if (a.kind == GROUP_SORTED) a.permute.slot_of_row[row] = a.table[low] + (i32)i;\n"
+"        else a.permute.slot_of_row[row] = (i32)low * a.rows_per_expert + (i32)i;\n"
+"    }\n"
 "}\n"
 "\n"
 "#endif\n"
@@ -19822,7 +20113,8 @@ static const char *const moe__kernel_text[] = {
 "    u32 wrong;\n"
 "    grid_launch();\n"
 "    grid_wait();\n"
-"    finalize_run(a, count_tokens(a.num_tokens_dev, a.num_tokens, wrong));\n"
+"    finalize_run(a, a.slot_of_row != nullptr \? (u32)(a.num_tiles[0] * a.tile)\n"
+"                                             : count_tokens(a.num_tokens_dev, a.num_tokens, wrong));\n"
 "}\n"
 "\n"
 "#endif\n"
@@ -19836,10 +20128,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "852410ae11a9c13722d730eae5bccd3b335d911e231a4cff5d9129bf7961ebe5";
+    return "53962bda225773a89eb5bf42f76ef9600ad7088f57f1d4041e053f459bea2f97";
 }
 
-// >>kernels-ptx 852410ae11a9c13722d730eae5bccd3b335d911e231a4cff5d9129bf7961ebe5  of the text with this digest
+// >>kernels-ptx 53962bda225773a89eb5bf42f76ef9600ad7088f57f1d4041e053f459bea2f97  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
