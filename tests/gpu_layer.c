@@ -346,6 +346,106 @@ TEST(inputs_of_every_mode_and_ranks)
     check_one(&l, &c, 1, "the second of two tensor-parallel ranks");
 }
 
+// Sizes around the tiles' and the kernels' own, experts without a token among them.
+TEST(sizes_experts_top_k_and_tokens)
+{
+    static const struct { int hidden, inner, experts, top_k, tokens, gated, held; } cases[] = {
+        { 8, 8, 1, 1, 1, 0, -1 },    { 8, 136, 2, 2, 3, 1, -1 },   { 136, 8, 64, 8, 17, 0, -1 },
+        { 136, 200, 5, 1, 33, 1, -1 }, { 264, 72, 33, 4, 3, 0, -1 }, { 72, 264, 8, 8, 66, 0, -1 },
+        { 64, 128, 64, 6, 129, 1, -1 }, { 200, 136, 17, 3, 40, 0, 0 }, { 128, 64, 3, 3, 100, 0, 0 },
+        { 704, 1856, 16, 6, 300, 1, -1 }, { 2880, 2880, 32, 4, 129, 0, -1 }, { 4096, 1536, 128, 8, 4097, 1, -1 },
+        { 2048, 512, 512, 22, 1000, 0, -1 },
+    };
+    if (!gpu_open()) return;
+    for (int i = 0; i < (gpu_large() ? 13 : 9); i++) {
+        moe_layer_desc l = layer_of(i % 2 ? MOE_FORMAT_F16 : MOE_FORMAT_BF16,
+                                    cases[i].gated ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_RELU);
+        layer_call c = logits_of(cases[i].tokens);
+        char text[96];
+        l.hidden_size = cases[i].hidden;
+        l.intermediate_size = cases[i].inner;
+        l.num_experts = cases[i].experts;
+        l.routing = preset(MOE_ROUTING_RENORMALIZE, cases[i].top_k);
+        c.held = cases[i].held;
+        c.seed = (uint64_t)i;
+        snprintf(text, sizeof text, "H %d I %d E %d k %d T %d", cases[i].hidden, cases[i].inner, cases[i].experts,
+                 cases[i].top_k, cases[i].tokens);
+        check_one(&l, &c, !cases[i].gated && cases[i].hidden < 512, text);
+    }
+}
+
+// All tokens to one expert, to one that is another rank's, to nobody.
+TEST(loads_that_are_not_even)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    pair p;
+    if (!gpu_open()) return;
+    l.parallel.expert_offset = 1;
+    l.parallel.local_experts = 4;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 80)) return;
+    for (int tokens = 40; tokens <= 80; tokens += 40)
+        for (int id = -1; id < 3; id++) {
+            layer_call c = logits_of(tokens);
+            layer_data d;
+            uint64_t state = 5;
+            size_t n = (size_t)tokens * H, slots = (size_t)tokens * TOP_K;
+            moe_reference_layer_args r;
+            char what[64];
+            memset(&d, 0, sizeof d);
+            c.mode = MOE_INPUT_IDS;
+            d.x = grid_values(n, 0.25f, 4, &state);
+            d.old = grid_values(n, 0.5f, 8, &state);
+            d.ids = (int32_t *)malloc(slots * 4);
+            d.weights = grid_values(slots, 0.25f, 8, &state);
+            for (size_t i = 0; i < slots; i++) d.ids[i] = id;
+            d.expected = (float *)malloc(n * 4);
+            d.got = (float *)malloc(n * 4);
+            memset(&r, 0, sizeof r);
+            r.num_tokens = tokens;
+            r.rows_dtype = moe__rows_dtype(&p.plan[1]->layer, moe__set_of(&p.plan[1]->desc, tokens));
+            r.x = d.x;
+            r.ids = d.ids;
+            r.weights = d.weights;
+            r.rows = moe_weights_row;
+            r.rows_user = p.weights[0];
+            r.out = d.expected;
+            CHECK_OK(moe_reference_layer(&p.layer, &r, &err));
+            CHECK_EQ(run_gpu(&p, &c, &d, d.got), MOE_OK);
+            snprintf(what, sizeof what, "T %d, all to %d", tokens, id);
+            for (size_t i = 0; i < n; i++)
+                if (d.expected[i] != d.got[i]) {
+                    test_fail2(__FILE__, __LINE__, what, "differs");
+                    break;
+                }
+            free(d.x);
+            free(d.old);
+            free(d.ids);
+            free(d.weights);
+            free(d.expected);
+            free(d.got);
+        }
+    pair_close(&p);
+}
+
+// No tokens: nothing is read or written, and NULL will do for what is not.
+TEST(no_tokens_is_no_work)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    moe_execute_args a;
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    memset(&a, 0, sizeof a);
+    if (!open_layer(&p, &l, 4)) return;
+    a.input_mode = MOE_INPUT_LOGITS;
+    a.workspace = gpu_make((size_t)p.info[1].workspace_bytes);
+    a.workspace_bytes = p.info[1].workspace_bytes;
+    CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &a, NULL), MOE_OK);
+    gpu_release();
+    pair_close(&p);
+}
+
 TEST(types_of_inputs_and_outputs)
 {
     static const int types[][2] = { { MOE_DTYPE_F32, MOE_DTYPE_BF16 }, { MOE_DTYPE_F16, MOE_DTYPE_F16 },
@@ -701,6 +801,7 @@ TEST(what_is_not_built_is_refused_by_name)
 
 TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_activations_are_within_the_bound)
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
+          T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch) T(a_replaced_expert_is_the_new_one)
           T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
           T(what_is_not_built_is_refused_by_name))
