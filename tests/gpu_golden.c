@@ -2,8 +2,9 @@
 // bits
 //
 // Weights and x are stored in 16 bits, so that what differs is the intermediate, which the kernels round, x times the
-// weight where that is on the input, and the order of sums. The bound is that: u = 2^-8 (bf16) or 2^-11 (f16) of the sum
-// of |intermediate x matrix element|, through the norm of a row where there is one, and what rounding the input does.
+// weight where that is on the input, and the order of sums. The bound is that: u = 2^-8 (bf16) or 2^-11 (f16) of the
+// sum of |intermediate x matrix element|, through the norm of a row where there is one, and what rounding the input
+// does.
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
