@@ -143,28 +143,30 @@
 //     tiles of 32 rows for up to 64 tokens, else (with MOE_PLAN_BATCH_INVARIANT always) of 128.
 //
 // LAYERS ON CUDA
-//     A CUDA context runs moe_execute() of bf16 and f16 layers whose H and I (of this rank) are multiples of 8, and
-//     the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version, and refused by name:
-//     f32 layers, MASKED and SORTED rows, ROWS_OUT, moe_finalize() alone, pruned experts, done_signal,
-//     gemm2_start_event, products without NVRTC, special experts beside weights on the input. moe_plan_create()
-//     compiles the products of such a layer also where only its stages are called. Weights stay in host memory as on
-//     the CPU, from host pointers; when they are sealed, copies of the experts in the kernels' layout (about as many
-//     bytes again: rows are padded to 128, columns to 64) and the tables go to the device.
-//     moe_weights_replace_expert() renews a copy on `stream` and waits for that stream; when that fails, the expert on
-//     the device is undefined until it is replaced again.
-//     Every pointer in moe_execute_args and moe_permutation is then a device address, a multiple of its elements'
-//     size; calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits
-//     with sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once.
-//     Rows between GEMM 2 and the weighted sum are fp32 up to 64 tokens, else of the layer's 16 bits; with
-//     MOE_PLAN_BATCH_INVARIANT always those, and no token's result depends on the others. x of another type than the
-//     layer's is rounded first, and so is x times the weight where weights are on the input. Routing takes one launch
-//     up to 1,024 tokens (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else
-//     two. Kernels depend on each other programmatically; with MOE_EXECUTE_PDL_IN the first one on what the caller has
-//     enqueued before. sm_limit is for the GEMMs.
+//     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
+//     multiples of 8, and the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version,
+//     and refused by name: f32 layers, pruned experts, done_signal, gemm2_start_event, products without NVRTC.
+//     moe_plan_create() compiles the products of such a layer also where only its stages are called. Experts of the
+//     layers that run are packed into device memory while tensors are set, in the layout that the kernels read, and are
+//     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory
+//     too, where everything that writes them has ended. moe_weights_replace_expert() copies on `stream` and waits for
+//     that stream. moe_weights_read_row() and _save() copy blocks back. Saved weights are for the CPU or for CUDA, as
+//     the context that saved them.
+//     Every pointer in moe_execute_args and moe_permutation is a device address, a multiple of its elements' size;
+//     calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits with
+//     sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once. Rows
+//     between GEMM 2 and the weighted sum are fp32 up to 64 tokens, else of the layer's 16 bits (MASKED and SORTED: as
+//     for max_tokens); with MOE_PLAN_BATCH_INVARIANT always those, and no token's result depends on the others. What
+//     of these a plan has is what its moe_finalize() takes, 16-aligned. x of another type than the layer's is rounded
+//     first, and so is x times the weight where weights are on the input. Routing takes one launch up to 1,024 tokens
+//     (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else two. Kernels depend
+//     on each other programmatically; with MOE_EXECUTE_PDL_IN the first one on what the caller has enqueued before.
+//     sm_limit is for the GEMMs.
 //     Contents cannot be refused there; what the CPU refuses is counted in out_faults, and routing goes on: a NaN or
 //     +inf logit (or key) counts as -inf and sorts last; an id out of range becomes -1 with weight 0; a token whose
 //     token id or bias row is out of range gets ids -1. A number of tokens in num_tokens_dev that is out of range
 //     routes nothing. Rows and slots past that number are left as they were; counts and tables are of what is routed.
+//     Wrong counts or offsets of MASKED and SORTED rows, or more than max_rows, compute nothing.
 //
 // THREADS
 //     Pure functions and functions of const objects: any thread, at any time. moe_weights_set_tensor(): several
@@ -655,7 +657,7 @@ typedef struct moe_tensor {
     int32_t layout;    // moe_weight_layout; 0 means MAJOR_K
     int32_t halves;    // moe_half_order; required for fused roles, else 0
     int32_t row_order; // moe_row_order
-    int32_t memory;    // moe_memory
+    int32_t memory;    // moe_memory of `data`; DEVICE: CUDA contexts alone
     int32_t reserved0;
     int64_t dims[4];   // as stored: MAJOR_MN has [in, out]
     const void *data;  // contiguous, any alignment
@@ -945,7 +947,8 @@ MOE_API int32_t moe_checkpoint_facts(const moe_checkpoint *ckpt, int32_t layer_i
 typedef struct moe_weights_desc {
     uint32_t struct_size;
     int32_t memory_kind;   // moe_memory of `memory`
-    void *memory;          // NULL: the library allocates; else the caller's, 256-aligned, kept until destroy
+    void *memory;          // NULL: the library allocates; else the caller's, 256-aligned, kept until destroy: on the
+                           // device where CUDA runs the layer, else on the host
     uint64_t memory_bytes; // at least moe_plan_info.weight_bytes
     uint32_t reserved[8];
 } moe_weights_desc;
@@ -983,7 +986,7 @@ MOE_API int32_t moe_weights_read_row(const moe_weights *weights, int32_t role, i
 MOE_API int32_t moe_weights_get_info(const moe_weights *weights, moe_weights_info *info, moe_error *err);
 MOE_API void moe_weights_destroy(moe_weights *weights); // after the last work that uses them has finished
 #ifndef MOE_NO_FILES
-// Sealed weights to a file (temporary name, then rename), and back: mapped where the back end can read mapped memory.
+// Sealed weights to a file (temporary name, then rename), and back: mapped where the CPU reads them.
 // The file carries layout id, layer and checksums of header and data; load reads it through once to check them. A
 // foreign or damaged file is MOE_ERROR_FORMAT, one of another layer MOE_ERROR_ARGUMENT with the member that differs.
 MOE_API int32_t moe_weights_save(const moe_weights *weights, const char *path, moe_error *err);
@@ -2136,10 +2139,20 @@ MOE__UNUSED static int32_t moe__file_read(const moe_allocator *allocator, const 
     return MOE_OK;
 }
 
-static int32_t moe__write_all(moe__fd fd, const moe__span *spans, int32_t count)
+// Where a span's data is not in memory: get() brings it, until the next call; NULL: it failed and said why.
+typedef struct moe__source {
+    const void *(*get)(void *user, int32_t span, moe_error *err);
+    void *user;
+} moe__source;
+
+// 1; 0: the file was not written; -1: get() failed.
+static int32_t moe__write_all(moe__fd fd, const moe__span *spans, int32_t count, const moe__source *source,
+                              moe_error *err)
 {
     for (int32_t i = 0; i < count; i++) {
         const unsigned char *data = (const unsigned char *)spans[i].data;
+        if (data == NULL && spans[i].size > 0 && source != NULL)
+            if ((data = (const unsigned char *)source->get(source->user, i, err)) == NULL) return -1;
         for (uint64_t done = 0; done < spans[i].size;) {
             int64_t put = moe__fd_write(fd, data + done, spans[i].size - done);
             if (put <= 0) return 0;
@@ -2150,13 +2163,13 @@ static int32_t moe__write_all(moe__fd fd, const moe__span *spans, int32_t count)
 }
 
 // Writes the spans one after the other under a temporary name beside `path` and renames: readers see the old file or
-// the whole new one.
+// the whole new one. source: NULL where every span has data.
 MOE__UNUSED static int32_t moe__file_write_atomic(const char *path, const moe__span *spans, int32_t count,
-                                                  moe_error *err)
+                                                  const moe__source *source, moe_error *err)
 {
     char temp[MOE__PATH_MAX];
     moe__fd fd;
-    int32_t number = 0, exists = 1;
+    int32_t number = 0, exists = 1, written;
     if (strlen(path) + 32 > MOE__PATH_MAX)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "path", "is longer than %d bytes: %q", MOE__PATH_MAX - 32, path);
     for (uint32_t attempt = 0; exists && attempt < 1000; attempt++) {
@@ -2166,9 +2179,10 @@ MOE__UNUSED static int32_t moe__file_write_atomic(const char *path, const moe__s
         number = moe__fd_create(temp, &fd, &exists);
     }
     if (number != 0) return moe__fail_file(err, MOE_ERROR_FILE, temp, "could not be created", number);
-    if (!moe__write_all(fd, spans, count)) {
+    if ((written = moe__write_all(fd, spans, count, source, err)) <= 0) {
         moe__fd_close(fd);
         moe__path_remove(temp);
+        if (written < 0) return MOE_ERROR_DRIVER;
         return moe__fail_file(err, MOE_ERROR_FILE, temp, "could not be written", 0);
     }
     number = moe__fd_flush(fd);
@@ -7397,7 +7411,9 @@ enum { // numbers of cuda.h
     X(cuMemcpyDtoH, "_v2", 12000, 1, (void *to, moe__cu_ptr from, size_t bytes)) \
     X(cuMemcpyHtoDAsync, "_v2", 12000, 1, \
       (moe__cu_ptr to, const void *from, size_t bytes, moe__cu_stream stream)) \
+    X(cuMemcpyDtoHAsync, "_v2", 12000, 1, (void *to, moe__cu_ptr from, size_t bytes, moe__cu_stream stream)) \
     X(cuMemsetD8, "_v2", 12000, 1, (moe__cu_ptr to, unsigned char value, size_t bytes)) \
+    X(cuMemsetD8Async, "", 12000, 1, (moe__cu_ptr to, unsigned char value, size_t bytes, moe__cu_stream stream)) \
     X(cuStreamCreate, "", 12000, 1, (moe__cu_stream *stream, unsigned flags)) \
     X(cuStreamDestroy, "_v2", 12000, 1, (moe__cu_stream stream)) \
     X(cuStreamSynchronize, "", 12000, 1, (moe__cu_stream stream)) \
@@ -7799,36 +7815,78 @@ static void moe__device_release(const moe_context *ctx, moe__cu_ptr memory, uint
     else ctx->cuda->cuMemFree(memory);
 }
 
-// Device memory with a copy of `from` in it; there when the call returns. Runs on a stream of the context's, so that it
-// waits for nothing of the caller's and disturbs no capture.
-MOE__UNUSED static int32_t moe__device_make(const moe_context *ctx, const void *from, uint64_t bytes, moe__cu_ptr *out,
-                                            moe_error *err)
+// Copies that have ended when the calls return. They run on a stream of the context's, so that they wait for nothing of
+// the caller's and disturb no capture, or on one of the caller's.
+static int32_t moe__device_copied(const moe_context *ctx, moe__cu_result result, moe__cu_stream stream, moe_error *err)
 {
-    const moe__cuda *cuda = ctx->cuda;
+    if (result == 0) result = ctx->cuda->cuStreamSynchronize(stream);
+    if (result == 0) return MOE_OK;
+    return moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "copying to or from the device", result);
+}
+
+static int32_t moe__device_put(const moe_context *ctx, moe__cu_ptr to, const void *from, uint64_t bytes,
+                               moe__cu_stream stream, moe_error *err)
+{
     moe__cuda_scope scope;
-    moe__cu_result copied;
-    int32_t result;
-    *out = 0;
-    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
-    if ((result = moe__device_alloc(ctx, bytes, out, err)) == MOE_OK) {
-        copied = cuda->cuMemcpyHtoDAsync(*out, from, (size_t)bytes, cuda->stream);
-        if (copied == 0) copied = cuda->cuStreamSynchronize(cuda->stream);
-        if (copied != 0) {
-            moe__device_release(ctx, *out, bytes);
-            *out = 0;
-            result = moe__cuda_fail(ctx, err, MOE_ERROR_DRIVER, "copying to the device", copied);
-        }
-    }
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    result = moe__device_copied(ctx, ctx->cuda->cuMemcpyHtoDAsync(to, from, (size_t)bytes, stream), stream, err);
     moe__cuda_end(ctx, &scope);
     return result;
 }
 
-MOE__UNUSED static void moe__device_free(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
+static int32_t moe__device_get(const moe_context *ctx, void *to, moe__cu_ptr from, uint64_t bytes, moe_error *err)
+{
+    moe__cuda_scope scope;
+    moe__cu_stream stream = ctx->cuda->stream;
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    result = moe__device_copied(ctx, ctx->cuda->cuMemcpyDtoHAsync(to, from, (size_t)bytes, stream), stream, err);
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+static int32_t moe__device_clear(const moe_context *ctx, moe__cu_ptr to, uint64_t bytes, moe_error *err)
+{
+    moe__cuda_scope scope;
+    moe__cu_stream stream = ctx->cuda->stream;
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    result = moe__device_copied(ctx, ctx->cuda->cuMemsetD8Async(to, 0, (size_t)bytes, stream), stream, err);
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+static int32_t moe__device_new(const moe_context *ctx, uint64_t bytes, moe__cu_ptr *out, moe_error *err)
+{
+    moe__cuda_scope scope;
+    int32_t result;
+    *out = 0;
+    if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
+    result = moe__device_alloc(ctx, bytes, out, err);
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+
+static void moe__device_free(const moe_context *ctx, moe__cu_ptr memory, uint64_t bytes)
 {
     moe__cuda_scope scope;
     if (moe__cuda_begin(ctx, &scope, NULL) != MOE_OK) return; // the memory went with the CUDA context
     moe__device_release(ctx, memory, bytes);
     moe__cuda_end(ctx, &scope);
+}
+
+// Device memory with a copy of `from` in it.
+static int32_t moe__device_make(const moe_context *ctx, const void *from, uint64_t bytes, moe__cu_ptr *out,
+                                moe_error *err)
+{
+    int32_t result = moe__device_new(ctx, bytes, out, err);
+    if (result == MOE_OK && (result = moe__device_put(ctx, *out, from, bytes, ctx->cuda->stream, err)) == MOE_OK)
+        return result;
+    if (*out == 0) return result;
+    moe__device_free(ctx, *out, bytes);
+    *out = 0;
+    return result;
 }
 
 static int32_t moe__device_attribute(const moe__cuda *cuda, int attribute)
@@ -8683,7 +8741,7 @@ static int32_t moe__folder_write(moe__folder *folder, const char *name, const mo
     char path[MOE__PATH_MAX];
     moe_error err;
     if (moe__path_join(path, folder->path, name, &err) != MOE_OK) return 1;
-    return moe__file_write_atomic(path, spans, count, &err) == MOE_OK ? 0 : 1;
+    return moe__file_write_atomic(path, spans, count, NULL, &err) == MOE_OK ? 0 : 1;
 }
 #else
 typedef struct moe__folder {
@@ -8808,7 +8866,7 @@ static int32_t moe__folder_write(moe__folder *folder, const char *name, const mo
     }
     if (fd < 0) return EEXIST;
     errno = 0;
-    if (!moe__write_all(fd, spans, count)) number = errno != 0 ? errno : EIO;
+    if (!moe__write_all(fd, spans, count, NULL, NULL)) number = errno != 0 ? errno : EIO;
     if (number == 0) number = moe__fd_flush(fd);
     close(fd);
     if (number == 0 && renameat(folder->fd, temp, folder->fd, name) != 0) number = errno;
@@ -9209,20 +9267,32 @@ static void moe__cuda_report(const moe_context *ctx)
 #endif // MOE_NO_CUDA
 
 // >>layout  how weights lie in memory  One block per expert with matrices here, then the shared experts as one more
-// block, then fp32 tables. The CPU's matrices keep the checkpoint's type and are output-major rows, padded with zeros
-// to 32 elements, so that a dot product has no tail; gate and up of a feature are neighbours, so that one tile holds
-// both.
+// block, then fp32 tables. A block is the same parts in both layouts, each 256-aligned:
 //
-//     block   W1 [rows1][ld1]   bias1 f32 [rows1]   W2 [H][ld2]   bias2 f32 [H]     each part 256-aligned
-//     rows1   gated: 2 I, row 2i gate i, row 2i + 1 up i; else I, row i
+//     W1   bias1 f32   W2   bias2 f32
 //
-// Written by >>weights, read by >>cpu; the sizes are what moe_plan_query() reports.
+// Rows, what the CPU reads: matrices of the checkpoint's type in output-major rows, padded with zeros to 32 elements,
+// so that a dot product has no tail. Gate and up of a feature are neighbours (row 2i gate i, row 2i + 1 up i), so that
+// one task has both; their biases lie as the rows do.
+//
+// Tiles, what the kernels on CUDA read: 128 rows x 64 elements of 16 bits, 16 KB each, [slab of rows][block of k]; what
+// is beyond the matrix is 0. Inside a tile the 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that ldmatrix
+// meets no bank twice. Rows are reordered, 32 at a time, so that what an epilogue needs together comes out of one
+// thread; biases of gates come before those of ups.
+//
+//     gated W1    16 features: row i gate f + 2i, 8 + i gate f + 2i + 1, 16 + i up f + 2i, 24 + i up f + 2i + 1
+//     others      32 rows: row 8q + i is row 4i + q of them
+//
+// Written by >>weights, read by >>cpu and by the kernels; the sizes are what moe_plan_query() reports.
 
-enum { MOE__LAYOUT_CPU_ROWS = 0x43505501, MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32 };
+enum {
+    MOE__LAYOUT_CPU_ROWS = 0x43505501, MOE__LAYOUT_TILES_16 = 0x54313601, MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32,
+    MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64, MOE__PACKED_TILE = 16384
+};
 
 typedef struct moe__block_shape {
     int32_t features, first_feature; // of this rank's slice of I
-    int32_t rows1, ld1, ld2;         // ld in elements
+    int32_t rows1, ld1, ld2;         // ld in elements; of tiles: whole ones
     uint64_t w1, bias1, w2, bias2;   // offsets in the block; biases UINT64_MAX when there are none
     uint64_t bytes;
 } moe__block_shape;
@@ -9230,14 +9300,15 @@ typedef struct moe__block_shape {
 typedef struct moe__layout {
     uint32_t id;
     int32_t dtype;                   // of the matrices
+    int32_t tiled;                   // tiles, on the device; the tables are in host memory always
     int32_t blocks;                  // local routed experts, then always-on ones
     moe__block_shape expert, shared; // shared.bytes 0: none here
-    uint64_t shared_offset;
-    uint64_t table_offset[MOE_TENSOR_ROLES]; // fp32 tables (FORCED_IDS: int32); UINT64_MAX: the layer has none
+    uint64_t shared_offset, tables;  // from the first block on; tables: the first of them, and the bytes of all blocks
+    uint64_t table_offset[MOE_TENSOR_ROLES]; // from `tables` on; fp32 (FORCED_IDS: int32); UINT64_MAX: there is none
     uint64_t table_count[MOE_TENSOR_ROLES];  // values; ROUTER: width * router_ld
     int32_t router_ld;
     int32_t reserved;
-    uint64_t bytes;
+    uint64_t bytes;                  // of blocks and tables
 } moe__layout;
 
 static int32_t moe__format_dtype(int32_t format) // of the matrices; UNSET for what this version does not execute
@@ -9248,20 +9319,56 @@ static int32_t moe__format_dtype(int32_t format) // of the matrices; UNSET for w
     return MOE_DTYPE_UNSET;
 }
 
-static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t bias1,
-                            int32_t bias2, int32_t dtype)
+// Why the CUDA back end does not run this layer's products; NULL: it does.
+MOE__UNUSED static const char *moe__products_refusal(const moe_layer_desc *layer)
 {
-    uint64_t element = (uint64_t)moe_dtype_bits(dtype) / 8, hidden = (uint64_t)layer->hidden_size, offset = 0;
+    int32_t first, features, shared = layer->shared.count * layer->shared.intermediate_size;
+    if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
+    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &features);
+    if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
+    if (features == 0) return "this rank's slice of layer.intermediate_size is empty";
+    if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
+    if (shared > 0) {
+        moe__parallel_slice(&layer->parallel, shared, moe__format_group(layer), &first, &features);
+        if (features % 8 != 0) return "the shared experts' width is not a multiple of 8";
+    }
+    return NULL;
+}
+
+// Bytes from a matrix of tiles to element k of its packed row.
+static uint64_t moe__packed_at(int64_t ld, int64_t row, int64_t k)
+{
+    int64_t tile = row / MOE__PACKED_ROWS * (ld / MOE__PACKED_COLUMNS) + k / MOE__PACKED_COLUMNS;
+    int64_t chunk = (k % MOE__PACKED_COLUMNS / 8) ^ (row % 8);
+    return (uint64_t)(tile * MOE__PACKED_TILE + row % MOE__PACKED_ROWS * 128 + chunk * 16 + k % 8 * 2);
+}
+
+// The packed row that holds a row of the CPU's.
+static int64_t moe__packed_row(int32_t gated, int64_t row)
+{
+    int64_t f = row / 2;
+    if (!gated) return row / 32 * 32 + row % 4 * 8 + row % 32 / 4;
+    return f / 16 * 32 + row % 2 * 16 + f % 2 * 8 + f % 16 / 2;
+}
+
+static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t bias1,
+                            int32_t bias2, const moe__layout *layout)
+{
+    uint64_t element = (uint64_t)moe_dtype_bits(layout->dtype) / 8, hidden = (uint64_t)layer->hidden_size, offset = 0;
+    uint64_t align = layout->tiled ? (uint64_t)MOE__PACKED_COLUMNS : (uint64_t)MOE__ROW_ALIGN, rows1, rows2 = hidden;
     moe__parallel_slice(&layer->parallel, size, moe__format_group(layer), &shape->first_feature, &shape->features);
     shape->rows1 = shape->features * (moe__layer_is_gated(layer) ? 2 : 1);
-    shape->ld1 = (int32_t)moe__align_up(hidden, MOE__ROW_ALIGN);
-    shape->ld2 = (int32_t)moe__align_up((uint64_t)shape->features, MOE__ROW_ALIGN);
+    shape->ld1 = (int32_t)moe__align_up(hidden, align);
+    shape->ld2 = (int32_t)moe__align_up((uint64_t)shape->features, align);
     shape->w1 = offset;
-    offset = moe__align_up(offset + (uint64_t)shape->rows1 * (uint64_t)shape->ld1 * element, MOE__LAYOUT_ALIGN);
+    rows1 = (uint64_t)shape->rows1;
+    if (layout->tiled) rows1 = moe__align_up(rows1, MOE__PACKED_ROWS);
+    if (layout->tiled) rows2 = moe__align_up(rows2, MOE__PACKED_ROWS);
+    offset = moe__align_up(offset + rows1 * (uint64_t)shape->ld1 * element, MOE__LAYOUT_ALIGN);
     shape->bias1 = bias1 ? offset : UINT64_MAX;
     if (bias1) offset = moe__align_up(offset + (uint64_t)shape->rows1 * 4, MOE__LAYOUT_ALIGN);
     shape->w2 = offset;
-    offset = moe__align_up(offset + hidden * (uint64_t)shape->ld2 * element, MOE__LAYOUT_ALIGN);
+    offset = moe__align_up(offset + rows2 * (uint64_t)shape->ld2 * element, MOE__LAYOUT_ALIGN);
     shape->bias2 = bias2 ? offset : UINT64_MAX;
     if (bias2) offset = moe__align_up(offset + hidden * 4, MOE__LAYOUT_ALIGN);
     shape->bytes = offset;
@@ -9271,15 +9378,15 @@ static int32_t moe__layout_table(moe__layout *layout, int32_t role, uint64_t row
 {
     uint64_t count, bytes;
     if (!moe__mul(rows, columns, &count) || !moe__mul(count, 4, &bytes)) return 0;
-    layout->table_offset[role] = layout->bytes;
+    layout->table_offset[role] = layout->bytes - layout->tables;
     layout->table_count[role] = count;
     if (!moe__add(layout->bytes, bytes, &layout->bytes) || layout->bytes > UINT64_MAX / 2) return 0;
     layout->bytes = moe__align_up(layout->bytes, MOE__LAYOUT_ALIGN);
     return 1;
 }
 
-// Sizes and offsets of a resolved layer.
-static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer, moe_error *err)
+// Sizes and offsets of a resolved layer, in tiles or in the CPU's rows.
+static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer, int32_t tiled, moe_error *err)
 {
     const moe_routing_desc *routing = &layer->routing;
     uint64_t experts = (uint64_t)layer->num_experts, hidden = (uint64_t)layer->hidden_size;
@@ -9288,22 +9395,22 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     int32_t ok = 1;
     memset(layout, 0, sizeof *layout);
     memset(layout->table_offset, 0xff, sizeof layout->table_offset);
-    layout->id = MOE__LAYOUT_CPU_ROWS;
+    layout->id = tiled ? MOE__LAYOUT_TILES_16 : MOE__LAYOUT_CPU_ROWS;
+    layout->tiled = tiled;
     layout->dtype = moe__format_dtype(layer->format);
     if (layout->dtype == MOE_DTYPE_UNSET)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.format",
                          "is %s: this version of moe.h executes f32, bf16 and f16; "
                          "quantised formats are described and inferred, not run", moe_format_string(layer->format));
     layout->blocks = layer->parallel.local_experts + (layer->parallel.omit_common ? 0 : routing->extra_slots);
-    moe__block_make(&layout->expert, layer, layer->intermediate_size, layer->gemm1_bias, layer->gemm2_bias,
-                    layout->dtype);
+    moe__block_make(&layout->expert, layer, layer->intermediate_size, layer->gemm1_bias, layer->gemm2_bias, layout);
     if (!moe__mul(layout->expert.bytes, (uint64_t)layout->blocks, &layout->bytes)) ok = 0;
     layout->shared_offset = layout->bytes;
     if (ok && layer->shared.count > 0 && !layer->parallel.omit_common) {
-        moe__block_make(&layout->shared, layer, layer->shared.count * layer->shared.intermediate_size, 0, 0,
-                        layout->dtype);
+        moe__block_make(&layout->shared, layer, layer->shared.count * layer->shared.intermediate_size, 0, 0, layout);
         ok = moe__add(layout->bytes, layout->shared.bytes, &layout->bytes);
     }
+    layout->tables = layout->bytes;
     layout->router_ld = (int32_t)moe__align_up((uint64_t)layer->router.input_size, MOE__ROW_ALIGN);
     ok = ok && moe__layout_table(layout, MOE_TENSOR_ROUTER, width, (uint64_t)layout->router_ld);
     if (layer->router.bias) ok = ok && moe__layout_table(layout, MOE_TENSOR_ROUTER_BIAS, width, 1);
@@ -9331,74 +9438,31 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     return MOE_OK;
 }
 
+// Addresses of the blocks, that of the shared experts behind them, follow the blocks on the device.
+static uint64_t moe__layout_addresses(const moe__layout *layout)
+{
+    return moe__align_up(((uint64_t)layout->blocks + 1) * 8, MOE__LAYOUT_ALIGN);
+}
+
+// What the caller's memory must hold.
+static uint64_t moe__layout_weight_bytes(const moe__layout *layout)
+{
+    return layout->tiled ? layout->tables + moe__layout_addresses(layout) : layout->bytes;
+}
+
+// Whether a context keeps a layer's experts in tiles on its device.
+static int32_t moe__layout_is_tiled(const moe_context *ctx, const moe_layer_desc *layer)
+{
+#if defined(MOE_NO_CUDA)
+    (void)ctx;
+    (void)layer;
+    return 0;
+#else
+    return ctx->desc.backend == MOE_BACKEND_CUDA && moe__products_refusal(layer) == NULL;
+#endif
+}
+
 #if !defined(MOE_NO_CUDA)
-// ---- on the device ---- Matrices of 16 bits lie there in blocks of 128 rows x 64 elements, 16 KB each, [slab of rows]
-// [block of k]; what is beyond the matrix is 0. Inside a block the 16-byte chunk c of row r lies at chunk c ^ (r & 7),
-// so that ldmatrix meets no bank twice. Rows are reordered, 32 at a time, so that what an epilogue needs together comes
-// out of one thread:
-//
-//     gated W1    16 features: row i gate f + 2i, 8 + i gate f + 2i + 1, 16 + i up f + 2i, 24 + i up f + 2i + 1
-//     others      32 rows: row 8q + i is row 4i + q of them
-//     expert      W1   bias1 f32, gates first   W2   bias2 f32     each part 256-aligned
-
-enum { MOE__PACKED_BLOCK = 16384, MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64 };
-
-typedef struct moe__packed_shape {
-    int32_t gated, features, hidden;
-    uint64_t w1, bias1, w2, bias2; // offsets; biases UINT64_MAX when there are none
-    uint64_t bytes;                // 0: not packed
-} moe__packed_shape;
-
-static uint64_t moe__packed_matrix_bytes(int32_t rows, int32_t columns)
-{
-    uint64_t slabs = ((uint64_t)rows + MOE__PACKED_ROWS - 1) / MOE__PACKED_ROWS;
-    return slabs * (((uint64_t)columns + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS) * MOE__PACKED_BLOCK;
-}
-
-static moe__packed_shape moe__packed_shape_make(const moe__block_shape *block, int32_t gated, int32_t hidden)
-{
-    moe__packed_shape p;
-    int32_t rows1 = (gated ? 2 : 1) * block->features;
-    memset(&p, 0, sizeof p);
-    p.gated = gated;
-    p.features = block->features;
-    p.hidden = hidden;
-    p.bytes = moe__packed_matrix_bytes(rows1, hidden);
-    p.bias1 = block->bias1 == UINT64_MAX ? UINT64_MAX : p.bytes;
-    if (p.bias1 != UINT64_MAX) p.bytes = moe__align_up(p.bytes + (uint64_t)rows1 * 4, MOE__LAYOUT_ALIGN);
-    p.w2 = p.bytes;
-    p.bytes += moe__packed_matrix_bytes(hidden, block->features);
-    p.bias2 = block->bias2 == UINT64_MAX ? UINT64_MAX : p.bytes;
-    if (p.bias2 != UINT64_MAX) p.bytes = moe__align_up(p.bytes + (uint64_t)hidden * 4, MOE__LAYOUT_ALIGN);
-    return p;
-}
-
-// Which row of the CPU's block is packed row `row`.
-static int32_t moe__packed_row(int32_t gated, int32_t row)
-{
-    int32_t group = row / 32, q = row % 32 / 8, i = row % 8;
-    if (!gated) return 32 * group + 4 * i + q;
-    return 2 * (16 * group + 2 * i + q % 2) + q / 2;
-}
-
-// from: [rows][ld] elements of 16 bits, zeros from `columns` on, ld a multiple of 8.
-static void moe__packed_matrix(const unsigned char *from, int32_t rows, int32_t columns, int32_t ld, int32_t gated,
-                               unsigned char *to)
-{
-    int32_t blocks = (columns + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS;
-    for (int32_t row = 0; row < (rows + MOE__PACKED_ROWS - 1) / MOE__PACKED_ROWS * MOE__PACKED_ROWS; row++) {
-        int32_t source = moe__packed_row(gated, row), r = row % MOE__PACKED_ROWS;
-        unsigned char *line = to + ((uint64_t)(row / MOE__PACKED_ROWS) * (uint64_t)blocks * MOE__PACKED_ROWS +
-                                    (uint64_t)r) * 128;
-        for (int32_t k = 0; k < blocks * MOE__PACKED_COLUMNS; k += 8) {
-            unsigned char *chunk = line + (uint64_t)(k / MOE__PACKED_COLUMNS) * MOE__PACKED_BLOCK +
-                                   (uint64_t)((k % MOE__PACKED_COLUMNS / 8) ^ (r & 7)) * 16;
-            if (source < rows && k < columns) memcpy(chunk, from + ((int64_t)source * ld + k) * 2, 16);
-            else memset(chunk, 0, 16);
-        }
-    }
-}
-
 // Copies of the tables that the stages read, in one piece of device memory.
 typedef struct moe__device_tables {
     moe__cu_ptr memory; // 0: none
@@ -9407,15 +9471,6 @@ typedef struct moe__device_tables {
     int32_t router_bf16;               // every value of the router's matrix is one
     int32_t reserved;
 } moe__device_tables;
-
-// Packed copies of the experts in one piece of device memory: blocks, shared experts, addresses [blocks], address of
-// the shared ones.
-typedef struct moe__device_experts {
-    moe__cu_ptr memory; // 0: none
-    uint64_t bytes, shared_offset, table_offset;
-    moe__packed_shape expert, shared;
-    int32_t pruned;     // experts that are a constant: there is no kernel for them
-} moe__device_experts;
 #endif
 
 struct moe_weights {
@@ -9424,10 +9479,12 @@ struct moe_weights {
     moe_layer_desc layer;     // resolved; parallel.expert_map points at the copy below
     int32_t *expert_map;      // [num_experts], or NULL
     moe__layout layout;
-    unsigned char *memory;    // layout.bytes: owned, the caller's, or inside the mapping
-    int32_t owns_memory;
+    unsigned char *memory;    // layout.bytes: owned, the caller's, or inside the mapping; NULL: tiles, on the device
+    unsigned char *tables;    // inside `memory`, or owned
+    int32_t owns_memory;      // also of that on the device
     int32_t sealed;
-    unsigned char **expert;   // [blocks] where each block lies: kernels reach experts through this table alone
+    int32_t pruned;           // experts that are a constant, once sealed
+    unsigned char **expert;   // [blocks] where each lies in host memory: the CPU reaches them through this table alone
     uint32_t *expert_set;     // [blocks] bit per role: set; MOE_TENSOR_CONSTANT among them
     uint32_t common_set;      // bit per role of the tables
     uint64_t shared_set[3];   // gate, up, down: bit per shared expert
@@ -9437,7 +9494,7 @@ struct moe_weights {
     uint64_t mapping_bytes;
 #if !defined(MOE_NO_CUDA)
     moe__device_tables device; // made when sealed in a CUDA context
-    moe__device_experts packed; // also, where products run there
+    moe__cu_ptr device_blocks; // layout.tables bytes of blocks, then their addresses; 0: they are in host memory
 #endif
 };
 
@@ -9459,36 +9516,6 @@ static moe__block moe__block_at(const moe__block_shape *shape, const unsigned ch
     return block;
 }
 
-#if !defined(MOE_NO_CUDA)
-static void moe__packed_make(const moe__packed_shape *p, moe__block block, unsigned char *to)
-{
-    int32_t rows1 = (p->gated ? 2 : 1) * p->features;
-    memset(to, 0, (size_t)p->bytes);
-    moe__packed_matrix(block.w1, rows1, p->hidden, block.shape->ld1, p->gated, to + p->w1);
-    moe__packed_matrix(block.w2, p->hidden, p->features, block.shape->ld2, 0, to + p->w2);
-    if (p->bias1 != UINT64_MAX)
-        for (int32_t i = 0; i < rows1; i++) // a gated block's biases alternate
-            memcpy(to + p->bias1 + 4 * (uint64_t)(p->gated ? i / 2 + i % 2 * p->features : i), block.bias1 + i, 4);
-    if (p->bias2 != UINT64_MAX) memcpy(to + p->bias2, block.bias2, (size_t)p->hidden * 4);
-}
-
-// Why the CUDA back end does not run this layer's products; NULL: it does.
-static const char *moe__products_refusal(const moe_layer_desc *layer)
-{
-    int32_t first, features, shared = layer->shared.count * layer->shared.intermediate_size;
-    if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
-    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &features);
-    if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
-    if (features == 0) return "this rank's slice of layer.intermediate_size is empty";
-    if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
-    if (shared > 0) {
-        moe__parallel_slice(&layer->parallel, shared, moe__format_group(layer), &first, &features);
-        if (features % 8 != 0) return "the shared experts' width is not a multiple of 8";
-    }
-    return NULL;
-}
-#endif
-
 static moe__block moe__weights_expert(const moe_weights *weights, int32_t local)
 {
     return moe__block_at(&weights->layout.expert, weights->expert[local]);
@@ -9499,10 +9526,15 @@ static moe__block moe__weights_shared(const moe_weights *weights)
     return moe__block_at(&weights->layout.shared, weights->memory + weights->layout.shared_offset);
 }
 
+static int32_t moe__weights_is_pruned(const moe_weights *weights, int32_t local)
+{
+    return (int32_t)(weights->expert_set[local] >> MOE_TENSOR_CONSTANT & 1u);
+}
+
 // A pruned expert's constant vector [H], stored at the start of its block; NULL when it has matrices.
 static const float *moe__weights_expert_constant(const moe_weights *weights, int32_t local)
 {
-    if ((weights->expert_set[local] >> MOE_TENSOR_CONSTANT & 1u) == 0) return NULL;
+    if (!moe__weights_is_pruned(weights, local)) return NULL;
     return (const float *)(const void *)weights->expert[local];
 }
 
@@ -9510,7 +9542,7 @@ static const float *moe__weights_expert_constant(const moe_weights *weights, int
 static const float *moe__weights_table(const moe_weights *weights, int32_t role)
 {
     uint64_t offset = weights->layout.table_offset[role];
-    return offset == UINT64_MAX ? NULL : (const float *)(const void *)(weights->memory + offset);
+    return offset == UINT64_MAX ? NULL : (const float *)(const void *)(weights->tables + offset);
 }
 
 static const int32_t *moe__weights_forced_ids(const moe_weights *weights)
@@ -9518,9 +9550,26 @@ static const int32_t *moe__weights_forced_ids(const moe_weights *weights)
     return (const int32_t *)(const void *)moe__weights_table(weights, MOE_TENSOR_FORCED_IDS);
 }
 
+#if !defined(MOE_NO_CUDA)
+// Where a block lies on the device; number `blocks`: the shared experts.
+static moe__cu_ptr moe__device_block(const moe_weights *weights, int32_t local)
+{
+    const moe__layout *layout = &weights->layout;
+    return weights->device_blocks +
+           (local < layout->blocks ? (uint64_t)local * layout->expert.bytes : layout->shared_offset);
+}
+
+// The table of all these.
+static const uint64_t *moe__device_addresses(const moe_weights *weights)
+{
+    return (const uint64_t *)(uintptr_t)(weights->device_blocks + weights->layout.tables);
+}
+#endif
+
 // >>weights  tensors into packed memory  A tensor is checked against the layer, then copied element by element into its
-// final place: no second copy of a matrix exists at any time. A tensor that is refused changes nothing. Flags of one
-// expert share a word with no other, so that several threads may fill different experts.
+// final place: no second copy of a matrix exists at any time. For a block on the device that place is a copy of the
+// block's part in host memory, which then goes there. A tensor that is refused changes nothing. Flags of one expert
+// share a word with no other, so that several threads may fill different experts.
 
 enum { MOE__TILE_ROWS = 128, MOE__TILE_COLUMNS = 32, MOE__RUN = 128 }; // elements copied at a time
 
@@ -9714,7 +9763,7 @@ static int32_t moe__check_dtype(const moe_tensor *t, int32_t kind, moe_error *er
 }
 
 // How the source lies: layout, halves, row order, where its bytes come from.
-static int32_t moe__check_storage(const moe_tensor *t, int32_t kind, moe_error *err)
+static int32_t moe__check_storage(const moe_context *ctx, const moe_tensor *t, int32_t kind, moe_error *err)
 {
     if (t->layout < MOE_LAYOUT_UNSET || t->layout > MOE_LAYOUT_BLOCK_MAJOR_K)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t, "is %d: it must be a moe_weight_layout",
@@ -9733,10 +9782,10 @@ static int32_t moe__check_storage(const moe_tensor *t, int32_t kind, moe_error *
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.halves", t,
                                 "is %d: the tensor is not fused, leave it 0", t->halves);
     }
-    if (t->memory == MOE_MEMORY_DEVICE)
+    if (t->memory == MOE_MEMORY_DEVICE && ctx->desc.backend != MOE_BACKEND_CUDA)
         return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.memory", t,
                                 "is MOE_MEMORY_DEVICE: the CPU back end reads host memory only");
-    if (t->memory != MOE_MEMORY_HOST)
+    if (t->memory != MOE_MEMORY_HOST && t->memory != MOE_MEMORY_DEVICE)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.memory", t, "is %d: it must be a moe_memory",
                                 t->memory);
     if (t->rows == NULL) {
@@ -9934,8 +9983,9 @@ static int32_t moe__check_dims(moe__checked *c, const moe_layer_desc *layer, moe
 }
 
 // The gate that every tensor passes: behind it nothing is checked again.
-static int32_t moe__tensor_check(moe__checked *c, const moe_layer_desc *layer, const moe_tensor *tensor, moe_error *err)
+static int32_t moe__tensor_check(moe__checked *c, const moe_weights *weights, const moe_tensor *tensor, moe_error *err)
 {
+    const moe_layer_desc *layer = &weights->layer;
     int32_t result;
     if ((result = moe__copy_desc(&c->tensor, sizeof c->tensor, tensor, "tensor", err)) != MOE_OK) return result;
     if ((result = moe__check_role(&c->tensor, layer, err)) != MOE_OK) return result;
@@ -9943,7 +9993,7 @@ static int32_t moe__tensor_check(moe__checked *c, const moe_layer_desc *layer, c
     c->index = -1;
     if (c->tensor.expert == 0 && c->shape.kind != MOE__KIND_EXPERT && c->shape.kind != MOE__KIND_CONSTANT)
         c->tensor.expert = -1; // zero-initialised
-    if ((result = moe__check_storage(&c->tensor, c->shape.kind, err)) != MOE_OK ||
+    if ((result = moe__check_storage(weights->ctx, &c->tensor, c->shape.kind, err)) != MOE_OK ||
         (result = moe__check_expert(&c->tensor, layer, c->shape.kind, err)) != MOE_OK)
         return result;
     c->stacked = c->shape.kind == MOE__KIND_EXPERT && c->tensor.expert < 0;
@@ -9953,7 +10003,7 @@ static int32_t moe__tensor_check(moe__checked *c, const moe_layer_desc *layer, c
 // ---- copying ----
 
 // One matrix or vector on its way into packed memory. A row of the source belongs to a half and a feature; the features
-// first_row .. first_row + count_rows - 1 of a half go to rows out_row + feature * out_step + half of `out`.
+// first_row .. first_row + count_rows - 1 of a half go to rows out_row + feature * out_step + half * out_half of `out`.
 typedef struct moe__pack {
     const moe_tensor *tensor;
     int32_t expert;                       // told to tensor->rows
@@ -9964,7 +10014,8 @@ typedef struct moe__pack {
     int64_t first_row, count_rows, first_column, count_columns;
     unsigned char *out;
     int32_t out_dtype;
-    int64_t out_ld, out_row, out_step, out_column, out_end; // zeros behind the columns, up to out_end
+    int32_t tiled;                        // where those rows lie: 0 one after the other, 1 in tiles, 2 in gated ones
+    int64_t out_ld, out_row, out_step, out_half, out_column, out_end; // zeros behind the columns, up to out_end
 } moe__pack;
 
 // Where natural row `row` of the source goes: a row of `out`, or -1.
@@ -9980,7 +10031,7 @@ static int64_t moe__pack_target(const moe__pack *p, int64_t row)
     }
     feature -= p->first_row;
     if (feature < 0 || feature >= p->count_rows) return -1;
-    return p->out_row + feature * p->out_step + half;
+    return p->out_row + feature * p->out_step + half * p->out_half;
 }
 
 // Where natural row `row` lies in the source. TRTLLM-Gen's shuffle of a block of 8 s rows takes row j to
@@ -10048,16 +10099,29 @@ static void moe__convert_run(const unsigned char *in, int32_t dtype, int64_t str
     }
 }
 
-// Where the first of the columns of row `target` goes.
-static unsigned char *moe__pack_out(const moe__pack *p, int64_t target)
+// n elements `stride` apart to row `target`, `done` columns behind its first.
+static void moe__pack_store(const moe__pack *p, int64_t target, int64_t done, const unsigned char *in, int32_t dtype,
+                            int64_t stride, int64_t n)
 {
-    return p->out + (target * p->out_ld + p->out_column) * (moe_dtype_bits(p->out_dtype) / 8);
+    int64_t column = p->out_column + done, element = moe_dtype_bits(dtype) / 8;
+    if (!p->tiled) {
+        moe__convert_run(in, dtype, stride,
+                         p->out + (target * p->out_ld + column) * (moe_dtype_bits(p->out_dtype) / 8), p->out_dtype, n);
+        return;
+    }
+    target = moe__packed_row(p->tiled == 2, target);
+    for (int64_t end = column + n, run; column < end; column += run) { // 16 bytes at a time
+        run = 8 - column % 8 < end - column ? 8 - column % 8 : end - column;
+        moe__convert_run(in, dtype, stride, p->out + moe__packed_at(p->out_ld, target, column), p->out_dtype, run);
+        in += run * stride * element;
+    }
 }
 
+// Tiles are all zeros before anything is packed.
 static void moe__pack_pad(const moe__pack *p, int64_t target)
 {
     int64_t element = moe_dtype_bits(p->out_dtype) / 8, end = p->out_column + p->count_columns;
-    if (end < p->out_end)
+    if (end < p->out_end && !p->tiled)
         memset(p->out + (target * p->out_ld + end) * element, 0, (size_t)((p->out_end - end) * element));
 }
 
@@ -10067,12 +10131,11 @@ static void moe__pack_row(const moe__pack *p, int64_t row, int64_t target)
     int64_t element = moe_dtype_bits(p->dtype) / 8, stored = moe__pack_stored_row(p, row);
     int64_t block = p->layout == MOE_LAYOUT_BLOCK_MAJOR_K ? 128 / element : p->columns;
     int64_t column = p->first_column, end = column + p->count_columns;
-    unsigned char *out = moe__pack_out(p, target);
     while (column < end) {
         int64_t run = block - column % block < end - column ? block - column % block : end - column;
-        moe__convert_run(p->data + ((column / block * p->rows + stored) * block + column % block) * element, p->dtype,
-                         1, out, p->out_dtype, run);
-        out += run * (moe_dtype_bits(p->out_dtype) / 8);
+        moe__pack_store(p, target, column - p->first_column,
+                        p->data + ((column / block * p->rows + stored) * block + column % block) * element, p->dtype, 1,
+                        run);
         column += run;
     }
 }
@@ -10081,14 +10144,14 @@ static void moe__pack_row(const moe__pack *p, int64_t row, int64_t target)
 // share the source's cache lines and pages.
 static void moe__pack_across(const moe__pack *p, int64_t first, int64_t count)
 {
-    int64_t element = moe_dtype_bits(p->dtype) / 8, out_element = moe_dtype_bits(p->out_dtype) / 8;
+    int64_t element = moe_dtype_bits(p->dtype) / 8;
     for (int64_t done = 0, n = MOE__TILE_COLUMNS; done < p->count_columns; done += n) {
         if (p->count_columns - done < n) n = p->count_columns - done;
         for (int64_t row = first; row < first + count; row++) {
             int64_t target = moe__pack_target(p, row), stored = moe__pack_stored_row(p, row);
             if (target < 0) continue;
-            moe__convert_run(p->data + ((p->first_column + done) * p->rows + stored) * element, p->dtype, p->rows,
-                             moe__pack_out(p, target) + done * out_element, p->out_dtype, n);
+            moe__pack_store(p, target, done, p->data + ((p->first_column + done) * p->rows + stored) * element,
+                            p->dtype, p->rows, n);
         }
     }
 }
@@ -10130,8 +10193,8 @@ static int32_t moe__pack_rows(const moe_allocator *allocator, moe__pack *p, int3
         if (target < 0) continue;
         result = moe__pack_call(p, row, buffer, err);
         if (result != MOE_OK) break;
-        moe__convert_run((const unsigned char *)(buffer + p->first_column), MOE_DTYPE_F32, 1, moe__pack_out(p, target),
-                         p->out_dtype, p->count_columns);
+        moe__pack_store(p, target, 0, (const unsigned char *)(buffer + p->first_column), MOE_DTYPE_F32, 1,
+                        p->count_columns);
         moe__pack_pad(p, target);
     }
     p->data = NULL;
@@ -10139,14 +10202,50 @@ static int32_t moe__pack_rows(const moe_allocator *allocator, moe__pack *p, int3
     return result;
 }
 
-static int32_t moe__pack_run(const moe_allocator *allocator, moe__pack *p, int32_t matrix, moe_error *err)
+static void moe__pack_data(const moe__pack *p)
 {
-    if (p->data == NULL) return moe__pack_rows(allocator, p, matrix, err);
     for (int64_t row = 0, n = MOE__TILE_ROWS; row < p->rows; row += n) {
         if (p->rows - row < n) n = p->rows - row;
         moe__pack_tile(p, row, n);
     }
+}
+
+// A source as the host reads it: itself, or a copy of what lies on the device.
+static int32_t moe__source_begin(const moe_context *ctx, const moe_tensor *t, uint64_t bytes,
+                                 const unsigned char **data, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (t->memory == MOE_MEMORY_DEVICE) {
+        moe__cu_ptr from = (moe__cu_ptr)(uintptr_t)*data;
+        unsigned char *copy = (unsigned char *)moe__alloc(&ctx->desc.allocator, bytes);
+        if ((*data = copy) == NULL) return moe__fail_memory(err, bytes);
+        return moe__device_get(ctx, copy, from, bytes, err);
+    }
+#endif
+    (void)ctx;
+    (void)t;
+    (void)bytes;
+    (void)data;
+    (void)err;
     return MOE_OK;
+}
+
+static void moe__source_end(const moe_context *ctx, const moe_tensor *t, uint64_t bytes, const unsigned char *data)
+{
+    void *copy;
+    memcpy(&copy, &data, sizeof copy);
+    if (t->memory == MOE_MEMORY_DEVICE) moe__free(&ctx->desc.allocator, copy, bytes);
+}
+
+static int32_t moe__pack_run(const moe_context *ctx, moe__pack *p, int32_t matrix, moe_error *err)
+{
+    uint64_t bytes = (uint64_t)(p->rows * p->columns) * (uint64_t)(moe_dtype_bits(p->dtype) / 8);
+    int32_t result;
+    if (p->data == NULL) return moe__pack_rows(&ctx->desc.allocator, p, matrix, err);
+    result = moe__source_begin(ctx, p->tensor, bytes, &p->data, err);
+    if (result == MOE_OK) moe__pack_data(p);
+    moe__source_end(ctx, p->tensor, bytes, p->data);
+    return result;
 }
 
 // The source side; `position` is the place in a stack. The whole matrix goes to `out`, one row after the other.
@@ -10172,7 +10271,7 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     p.out = out;
     p.out_dtype = out_dtype;
     p.out_ld = p.out_end = out_ld;
-    p.out_step = 1;
+    p.out_step = p.out_half = 1;
     return p;
 }
 
@@ -10181,11 +10280,12 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
                                int32_t base, int32_t expert, int32_t position, unsigned char *block, moe_error *err)
 {
     int32_t role = c->tensor.role, gated = moe__layer_is_gated(&weights->layer), dtype = weights->layout.dtype;
-    int32_t first = shape->first_feature - base;
+    int32_t first = shape->first_feature - base, tiled = weights->layout.tiled;
     moe__pack p;
     switch (role) {
     case MOE_TENSOR_DOWN: case MOE_TENSOR_SHARED_DOWN:
         p = moe__pack_make(c, expert, position, block + shape->w2, dtype, shape->ld2);
+        p.tiled = tiled;
         p.first_column = moe__max32(first, 0);
         p.out_column = first > 0 ? 0 : -first;
         p.count_columns = moe__min32(first + shape->features, (int32_t)p.columns) - p.first_column;
@@ -10196,17 +10296,23 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
         p = moe__pack_make(c, expert, position, block + shape->bias2, MOE_DTYPE_F32, 1);
         break;
     default:
-        if (moe__role_is_bias(role)) p = moe__pack_make(c, expert, position, block + shape->bias1, MOE_DTYPE_F32, 1);
-        else p = moe__pack_make(c, expert, position, block + shape->w1, dtype, shape->ld1);
+        if (moe__role_is_bias(role)) {
+            p = moe__pack_make(c, expert, position, block + shape->bias1, MOE_DTYPE_F32, 1);
+            p.out_half = tiled ? shape->features : 1;
+            p.out_step = gated && !tiled ? 2 : 1;
+        } else {
+            p = moe__pack_make(c, expert, position, block + shape->w1, dtype, shape->ld1);
+            p.tiled = tiled ? 1 + gated : 0;
+            p.out_step = gated ? 2 : 1;
+        }
         p.half = gated && !moe__role_is_gate(role);
-        p.out_step = gated ? 2 : 1;
         p.first_row = moe__max32(first, 0);
         p.out_row = first > 0 ? 0 : -(int64_t)first * p.out_step;
         p.count_rows = moe__min32(first + shape->features, (int32_t)(p.rows / (p.fused ? 2 : 1))) - p.first_row;
         if (p.count_rows <= 0) return MOE_OK;
         break;
     }
-    return moe__pack_run(&weights->ctx->desc.allocator, &p, c->shape.matrix, err);
+    return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
 }
 
 // ---- setting ----
@@ -10247,7 +10353,7 @@ static int32_t moe__set_in_block(const moe_weights *weights, const moe__checked 
     if (c->tensor.role == MOE_TENSOR_CONSTANT) {
         moe__pack p = moe__pack_make(c, expert, 0, block, MOE_DTYPE_F32, c->shape.columns);
         memset(block, 0, (size_t)weights->layout.expert.bytes);
-        result = moe__pack_run(&weights->ctx->desc.allocator, &p, 0, err);
+        result = moe__pack_run(weights->ctx, &p, 0, err);
     } else {
         result = moe__pack_block(weights, c, &weights->layout.expert, 0, expert, position, block, err);
     }
@@ -10255,11 +10361,82 @@ static int32_t moe__set_in_block(const moe_weights *weights, const moe__checked 
     return result;
 }
 
+static int32_t moe__set_in_shared(const moe_weights *weights, const moe__checked *c, unsigned char *block,
+                                  moe_error *err)
+{
+    int32_t base = c->index < 0 ? 0 : c->index * weights->layer.shared.intermediate_size;
+    return moe__pack_block(weights, c, &weights->layout.shared, base, -1, 0, block, err);
+}
+
+#if !defined(MOE_NO_CUDA)
+// The bytes of a block that a tensor belongs to.
+typedef struct moe__part {
+    uint64_t begin, end;
+    int32_t alone; // nothing else has been set of them
+} moe__part;
+
+static moe__part moe__part_of(const moe_weights *weights, const moe__checked *c, const moe__block_shape *shape,
+                              int32_t local)
+{
+    const uint32_t biases = 1u << MOE_TENSOR_GATE_BIAS | 1u << MOE_TENSOR_UP_BIAS;
+    const uint32_t matrices = 1u << MOE_TENSOR_GATE | 1u << MOE_TENSOR_UP;
+    const uint64_t begins[] = { shape->w1, shape->bias1, shape->w2, shape->bias2, shape->bytes };
+    int32_t role = c->tensor.role, i = 0;
+    moe__part part;
+    if (role == MOE_TENSOR_DOWN_BIAS) i = 3;
+    else if (role == MOE_TENSOR_DOWN || role == MOE_TENSOR_SHARED_DOWN) i = 2;
+    else if (moe__role_is_bias(role)) i = 1;
+    if (c->shape.kind == MOE__KIND_SHARED)
+        part.alone = (i == 2 ? weights->shared_set[2] : weights->shared_set[0] | weights->shared_set[1]) == 0;
+    else
+        part.alone = i >= 2 || (weights->expert_set[local] & (i == 1 ? biases : matrices)) == 0;
+    part.begin = begins[i++];
+    while (begins[i] == UINT64_MAX) i++; // no such bias
+    part.end = role == MOE_TENSOR_CONSTANT ? shape->bytes : begins[i];
+    return part;
+}
+
+// A tensor into a block on the device; number `blocks`: the shared experts. What others have set of its part is read
+// back.
+static int32_t moe__device_set(const moe_weights *weights, const moe__checked *c, int32_t expert, int32_t position,
+                               int32_t local, uint32_t *set, moe_error *err)
+{
+    const moe_context *ctx = weights->ctx;
+    int32_t shared = local == weights->layout.blocks, result = MOE_OK;
+    const moe__block_shape *shape = shared ? &weights->layout.shared : &weights->layout.expert;
+    moe__part part = moe__part_of(weights, c, shape, local);
+    moe__cu_ptr to = moe__device_block(weights, local) + part.begin;
+    uint64_t bytes = part.end - part.begin;
+    uint32_t flags = set == NULL ? 0 : *set;
+    unsigned char *staging = (unsigned char *)moe__alloc(&ctx->desc.allocator, shape->bytes);
+    if (staging == NULL) return moe__fail_memory(err, shape->bytes);
+    if (part.alone) memset(staging + part.begin, 0, (size_t)bytes);
+    else result = moe__device_get(ctx, staging + part.begin, to, bytes, err);
+    if (result == MOE_OK)
+        result = shared ? moe__set_in_shared(weights, c, staging, err)
+                        : moe__set_in_block(weights, c, expert, position, staging, &flags, err);
+    if (result == MOE_OK)
+        result = moe__device_put(ctx, to, staging + part.begin, bytes, ctx->cuda->stream, err);
+    moe__free(&ctx->desc.allocator, staging, shape->bytes);
+    if (result == MOE_OK && set != NULL) *set = flags;
+    return result;
+}
+#endif
+
+static int32_t moe__set_local(const moe_weights *weights, const moe__checked *c, int32_t expert, int32_t position,
+                              int32_t local, uint32_t *set, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) return moe__device_set(weights, c, expert, position, local, set, err);
+#endif
+    return moe__set_in_block(weights, c, expert, position, weights->expert[local], set, err);
+}
+
 static int32_t moe__set_expert(moe_weights *weights, const moe__checked *c, moe_error *err)
 {
     int32_t local = moe__layer_local(&weights->layer, c->tensor.expert);
     if (local < 0) return MOE_OK; // another rank's
-    return moe__set_in_block(weights, c, c->tensor.expert, 0, weights->expert[local], &weights->expert_set[local], err);
+    return moe__set_local(weights, c, c->tensor.expert, 0, local, &weights->expert_set[local], err);
 }
 
 static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe_error *err)
@@ -10273,7 +10450,7 @@ static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe
     for (int32_t e = 0; e < experts && result == MOE_OK; e++) {
         int32_t local = moe__layer_local(&weights->layer, e);
         uint32_t set = 0; // the flags are written last: a stack that fails is not set at all
-        if (local >= 0) result = moe__set_in_block(weights, c, e, e, weights->expert[local], &set, err);
+        if (local >= 0) result = moe__set_local(weights, c, e, e, local, &set, err);
     }
     for (int32_t e = 0; e < experts && result == MOE_OK; e++) {
         int32_t local = moe__layer_local(&weights->layer, e);
@@ -10282,12 +10459,15 @@ static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe
     return result;
 }
 
+static uint64_t moe__shared_bits(const moe_layer_desc *layer)
+{
+    return layer->shared.count == 64 ? UINT64_MAX : ((uint64_t)1 << layer->shared.count) - 1;
+}
+
 static int32_t moe__set_shared(moe_weights *weights, const moe__checked *c, moe_error *err)
 {
-    const moe_shared_desc *shared = &weights->layer.shared;
     int32_t role = c->tensor.role, result;
-    uint64_t all = shared->count == 64 ? UINT64_MAX : ((uint64_t)1 << shared->count) - 1;
-    uint64_t bits = c->index < 0 ? all : (uint64_t)1 << c->index;
+    uint64_t bits = c->index < 0 ? moe__shared_bits(&weights->layer) : (uint64_t)1 << c->index;
     int32_t gate = role != MOE_TENSOR_SHARED_UP && role != MOE_TENSOR_SHARED_DOWN,
             down = role == MOE_TENSOR_SHARED_DOWN;
     int32_t up = role == MOE_TENSOR_SHARED_UP || role == MOE_TENSOR_SHARED_GATE_UP;
@@ -10295,9 +10475,11 @@ static int32_t moe__set_shared(moe_weights *weights, const moe__checked *c, moe_
     if ((gate && (weights->shared_set[0] & bits) != 0) || (up && (weights->shared_set[1] & bits) != 0) ||
         (down && (weights->shared_set[2] & bits) != 0))
         return moe__fail_doubled(&c->tensor, err);
-    result =
-        moe__pack_block(weights, c, &weights->layout.shared, c->index < 0 ? 0 : c->index * shared->intermediate_size,
-                        -1, 0, weights->memory + weights->layout.shared_offset, err);
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) result = moe__device_set(weights, c, -1, 0, weights->layout.blocks, NULL, err);
+    else
+#endif
+        result = moe__set_in_shared(weights, c, weights->memory + weights->layout.shared_offset, err);
     if (result != MOE_OK) return result;
     if (gate) weights->shared_set[0] |= bits;
     if (up) weights->shared_set[1] |= bits;
@@ -10305,7 +10487,9 @@ static int32_t moe__set_shared(moe_weights *weights, const moe__checked *c, moe_
     return MOE_OK;
 }
 
-static int32_t moe__set_ids(moe_weights *weights, const moe__checked *c, unsigned char *out, moe_error *err)
+// The caller's ids into `out`; those that are no ids are refused.
+static int32_t moe__pack_ids(const moe_weights *weights, const moe__checked *c, const unsigned char *data,
+                             unsigned char *out, moe_error *err)
 {
     int64_t n = c->shape.rows * c->shape.columns;
     int32_t legal = weights->layer.num_experts + weights->layer.routing.special_experts;
@@ -10314,9 +10498,9 @@ static int32_t moe__set_ids(moe_weights *weights, const moe__checked *c, unsigne
         int64_t column = c->tensor.layout == MOE_LAYOUT_MAJOR_MN ? i / c->shape.rows : i % c->shape.columns, id = 0;
         int32_t narrow = 0;
         if (c->tensor.dtype == MOE_DTYPE_I64) {
-            memcpy(&id, (const unsigned char *)c->tensor.data + i * 8, 8);
+            memcpy(&id, data + i * 8, 8);
         } else {
-            memcpy(&narrow, (const unsigned char *)c->tensor.data + i * 4, 4);
+            memcpy(&narrow, data + i * 4, 4);
             id = narrow;
         }
         if (id < 0 || id >= legal)
@@ -10326,6 +10510,15 @@ static int32_t moe__set_ids(moe_weights *weights, const moe__checked *c, unsigne
         memcpy(out + (row * c->shape.columns + column) * 4, &narrow, 4);
     }
     return MOE_OK;
+}
+
+static int32_t moe__set_ids(const moe_weights *weights, const moe__checked *c, unsigned char *out, moe_error *err)
+{
+    const unsigned char *data = (const unsigned char *)c->tensor.data;
+    int32_t result = moe__source_begin(weights->ctx, &c->tensor, c->tensor.data_bytes, &data, err);
+    if (result == MOE_OK) result = moe__pack_ids(weights, c, data, out, err);
+    moe__source_end(weights->ctx, &c->tensor, c->tensor.data_bytes, data);
+    return result;
 }
 
 // Flags of a table: one, or one for each row of the selection bias.
@@ -10342,7 +10535,7 @@ static int32_t moe__set_table(moe_weights *weights, const moe__checked *c, moe_e
     int32_t role = c->tensor.role, result;
     unsigned char *out;
     if (weights->layout.table_offset[role] == UINT64_MAX) return MOE_OK; // another rank's
-    out = weights->memory + weights->layout.table_offset[role];
+    out = weights->tables + weights->layout.table_offset[role];
     if (moe__table_is_set(weights, role, c->index)) return moe__fail_doubled(&c->tensor, err);
     if (role == MOE_TENSOR_FORCED_IDS) {
         result = moe__set_ids(weights, c, out, err);
@@ -10352,7 +10545,7 @@ static int32_t moe__set_table(moe_weights *weights, const moe__checked *c, moe_e
                                                             : c->shape.columns;
         moe__pack p = moe__pack_make(c, -1, 0, out, MOE_DTYPE_F32, ld);
         if (c->index > 0) p.out_row = c->index;
-        result = moe__pack_run(&weights->ctx->desc.allocator, &p, c->shape.matrix, err);
+        result = moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
     }
     if (result != MOE_OK) return result;
     weights->common_set |= 1u << role;
@@ -10368,10 +10561,10 @@ static int32_t moe__set_constant(moe_weights *weights, const moe__checked *c, mo
     moe__pack p;
     if (special < 0 || special >= weights->layer.routing.special_experts) return moe__set_expert(weights, c, err);
     if (weights->constant_set[special]) return moe__fail_doubled(&c->tensor, err);
-    p = moe__pack_make(c, c->tensor.expert, 0, weights->memory + weights->layout.table_offset[MOE_TENSOR_CONSTANT],
+    p = moe__pack_make(c, c->tensor.expert, 0, weights->tables + weights->layout.table_offset[MOE_TENSOR_CONSTANT],
                        MOE_DTYPE_F32, c->shape.columns);
     p.out_row = special;
-    result = moe__pack_run(&weights->ctx->desc.allocator, &p, 0, err);
+    result = moe__pack_run(weights->ctx, &p, 0, err);
     if (result == MOE_OK) weights->constant_set[special] = 1;
     return result;
 }
@@ -10382,7 +10575,7 @@ MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *t
     int32_t result;
     if (weights == NULL) return moe__fail_null(err, "weights");
     if (tensor == NULL) return moe__fail_null(err, "tensor");
-    if ((result = moe__tensor_check(&c, &weights->layer, tensor, err)) != MOE_OK) return result;
+    if ((result = moe__tensor_check(&c, weights, tensor, err)) != MOE_OK) return result;
     if (weights->sealed)
         return moe__fail_tensor(err, MOE_ERROR_STATE, "weights", &c.tensor, "are sealed: set every tensor before "
                                 "moe_weights_seal(), or use moe_weights_replace_expert()");
@@ -10493,7 +10686,7 @@ static void moe__device_tables_make(const moe_weights *weights, moe__device_tabl
     memset(device->offset, 0xff, sizeof device->offset);
     for (int32_t i = 0; i < MOE__ARRAY_COUNT(roles); i++) {
         uint64_t count = weights->layout.table_count[roles[i]];
-        const float *table = (const float *)(const void *)(weights->memory + weights->layout.table_offset[roles[i]]);
+        const float *table = (const float *)(const void *)(weights->tables + weights->layout.table_offset[roles[i]]);
         if (weights->layout.table_offset[roles[i]] == UINT64_MAX ||
             (roles[i] != MOE_TENSOR_CONSTANT && (weights->common_set >> roles[i] & 1u) == 0))
             continue;
@@ -10521,7 +10714,7 @@ static int32_t moe__device_tables_upload(moe_weights *weights, moe_error *err)
     if (staging == NULL) return moe__fail_memory(err, device->bytes);
     memset(staging, 0, (size_t)device->bytes);
     for (int32_t role = 0; role < MOE_TENSOR_ROLES; role++) {
-        const unsigned char *table = weights->memory + weights->layout.table_offset[role];
+        const unsigned char *table = weights->tables + weights->layout.table_offset[role];
         uint64_t count = weights->layout.table_count[role];
         if (device->offset[role] == UINT64_MAX) continue;
         if (role != MOE_TENSOR_ROUTER || !device->router_bf16) {
@@ -10538,120 +10731,6 @@ static int32_t moe__device_tables_upload(moe_weights *weights, moe_error *err)
     return result;
 }
 
-// Address of a local expert's packed copy; `blocks` of them: that of the shared experts.
-static uint64_t moe__device_expert(const moe_weights *weights, int32_t local)
-{
-    const moe__device_experts *p = &weights->packed;
-    return (uint64_t)p->memory +
-           (local < weights->layout.blocks ? (uint64_t)local * p->expert.bytes : p->shared_offset);
-}
-
-// Packs one into host memory of its size, copies it and waits, on a stream of the context's or the caller's.
-static int32_t moe__device_expert_copy(const moe_weights *weights, int32_t local, unsigned char *staging,
-                                       moe__cu_stream stream, moe_error *err)
-{
-    const moe__cuda *cuda = weights->ctx->cuda;
-    int32_t shared = local == weights->layout.blocks;
-    const moe__packed_shape *shape = shared ? &weights->packed.shared : &weights->packed.expert;
-    moe__cu_result result;
-    if (!shared && moe__weights_expert_constant(weights, local) != NULL) memset(staging, 0, (size_t)shape->bytes);
-    else moe__packed_make(shape, shared ? moe__weights_shared(weights) : moe__weights_expert(weights, local), staging);
-    result = cuda->cuMemcpyHtoDAsync((moe__cu_ptr)moe__device_expert(weights, local), staging, (size_t)shape->bytes,
-                                     stream);
-    if (result == 0) result = cuda->cuStreamSynchronize(stream);
-    if (result == 0) return MOE_OK;
-    return moe__cuda_fail(weights->ctx, err, MOE_ERROR_DRIVER, "copying an expert to the device", result);
-}
-
-// Host memory beside the weights: one expert, or the addresses.
-static int32_t moe__device_experts_fill(moe_weights *weights, moe_error *err)
-{
-    const moe_allocator *allocator = &weights->ctx->desc.allocator;
-    moe__device_experts *p = &weights->packed;
-    const moe__cuda *cuda = weights->ctx->cuda;
-    uint64_t addresses = ((uint64_t)weights->layout.blocks + 1) * 8, bytes = addresses;
-    unsigned char *staging;
-    int32_t result = MOE_OK, blocks = weights->layout.blocks;
-    if (p->expert.bytes > bytes) bytes = p->expert.bytes;
-    if (p->shared.bytes > bytes) bytes = p->shared.bytes;
-    if ((staging = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
-    for (int32_t i = 0; i < blocks + (p->shared.bytes > 0) && result == MOE_OK; i++)
-        result = moe__device_expert_copy(weights, i, staging, cuda->stream, err);
-    if (result == MOE_OK) {
-        moe__cu_result copied;
-        for (int32_t i = 0; i <= blocks; i++) {
-            uint64_t address = moe__device_expert(weights, i);
-            memcpy(staging + 8 * (uint64_t)i, &address, 8);
-        }
-        copied = cuda->cuMemcpyHtoDAsync(p->memory + p->table_offset, staging, (size_t)addresses, cuda->stream);
-        if (copied == 0) copied = cuda->cuStreamSynchronize(cuda->stream);
-        if (copied != 0)
-            result = moe__cuda_fail(weights->ctx, err, MOE_ERROR_DRIVER, "copying addresses to the device", copied);
-    }
-    moe__free(allocator, staging, bytes);
-    return result;
-}
-
-// Nothing where products do not run on the device.
-static int32_t moe__device_experts_upload(moe_weights *weights, moe_error *err)
-{
-    moe__device_experts *p = &weights->packed;
-    const moe_layer_desc *layer = &weights->layer;
-    int32_t gated = moe__layer_is_gated(layer), result;
-    moe__cuda_scope scope;
-    if (weights->ctx->desc.backend != MOE_BACKEND_CUDA || moe__products_refusal(layer) != NULL) return MOE_OK;
-    p->expert = moe__packed_shape_make(&weights->layout.expert, gated, layer->hidden_size);
-    if (weights->layout.shared.bytes != 0)
-        p->shared = moe__packed_shape_make(&weights->layout.shared, gated, layer->hidden_size);
-    p->shared_offset = (uint64_t)weights->layout.blocks * p->expert.bytes;
-    p->table_offset = p->shared_offset + p->shared.bytes;
-    p->bytes = p->table_offset + ((uint64_t)weights->layout.blocks + 1) * 8;
-    if ((result = moe__cuda_begin(weights->ctx, &scope, err)) != MOE_OK) return result;
-    if ((result = moe__device_alloc(weights->ctx, p->bytes, &p->memory, err)) == MOE_OK &&
-        (result = moe__device_experts_fill(weights, err)) != MOE_OK) {
-        moe__device_release(weights->ctx, p->memory, p->bytes);
-        p->memory = 0;
-    }
-    moe__cuda_end(weights->ctx, &scope);
-    return result;
-}
-
-static void moe__device_count_pruned(moe_weights *weights)
-{
-    weights->packed.pruned = 0;
-    for (int32_t i = 0; i < weights->layout.blocks; i++)
-        weights->packed.pruned += moe__weights_expert_constant(weights, i) != NULL;
-}
-
-static int32_t moe__device_upload(moe_weights *weights, moe_error *err)
-{
-    int32_t result = moe__device_tables_upload(weights, err);
-    moe__device_count_pruned(weights);
-    if (result != MOE_OK || (result = moe__device_experts_upload(weights, err)) == MOE_OK) return result;
-    if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
-    weights->device.memory = 0;
-    return result;
-}
-
-// A replaced expert, in the order of the caller's stream.
-static int32_t moe__device_expert_replace(moe_weights *weights, int32_t local, void *stream, moe_error *err)
-{
-    const moe_allocator *allocator = &weights->ctx->desc.allocator;
-    uint64_t bytes = weights->packed.expert.bytes;
-    moe__cuda_scope scope;
-    unsigned char *staging;
-    int32_t result;
-    moe__device_count_pruned(weights);
-    if (weights->packed.memory == 0) return MOE_OK;
-    if ((staging = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
-    if ((result = moe__cuda_begin(weights->ctx, &scope, err)) == MOE_OK) {
-        result = moe__device_expert_copy(weights, local, staging, (moe__cu_stream)stream, err);
-        moe__cuda_end(weights->ctx, &scope);
-    }
-    moe__free(allocator, staging, bytes);
-    return result;
-}
-
 // A table on the device, or NULL.
 static const void *moe__device_table(const moe_weights *weights, int32_t role)
 {
@@ -10659,6 +10738,12 @@ static const void *moe__device_table(const moe_weights *weights, int32_t role)
     return offset == UINT64_MAX ? NULL : (const void *)(uintptr_t)(weights->device.memory + offset);
 }
 #endif
+
+static void moe__weights_count_pruned(moe_weights *weights)
+{
+    weights->pruned = 0;
+    for (int32_t i = 0; i < weights->layout.blocks; i++) weights->pruned += moe__weights_is_pruned(weights, i);
+}
 
 MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
 {
@@ -10674,13 +10759,14 @@ MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err)
     }
 #if !defined(MOE_NO_CUDA)
     {
-        int32_t result = moe__device_upload(weights, err);
+        int32_t result = moe__device_tables_upload(weights, err);
         if (result != MOE_OK) return result;
     }
 #endif
+    moe__weights_count_pruned(weights);
     weights->sealed = 1;
     moe__log(weights->ctx, MOE_LOG_INFO, "weights of layer %d: %d experts, %U bytes", weights->layer.layer_index,
-             weights->layout.blocks, weights->layout.bytes);
+             weights->layout.blocks, moe__layout_weight_bytes(&weights->layout));
     return moe__ok(err);
 }
 
@@ -10693,7 +10779,7 @@ static int32_t moe__weights_new(moe_context *ctx, const moe_layer_desc *layer, m
     moe_weights *weights = NULL;
     uint64_t blocks, experts = (uint64_t)layer->num_experts, bytes;
     unsigned char *at;
-    int32_t result = moe__layout_make(&layout, layer, err);
+    int32_t result = moe__layout_make(&layout, layer, moe__layout_is_tiled(ctx, layer), err);
     if (result != MOE_OK) return result;
     blocks = (uint64_t)layout.blocks;
     bytes = moe__align_up(sizeof *weights, 16) + blocks * (sizeof *weights->expert + sizeof *weights->expert_set);
@@ -10727,6 +10813,7 @@ static int32_t moe__weights_new(moe_context *ctx, const moe_layer_desc *layer, m
 static void moe__weights_place(moe_weights *weights, unsigned char *memory)
 {
     weights->memory = memory;
+    weights->tables = memory + weights->layout.tables;
     for (int32_t i = 0; i < weights->layout.blocks; i++)
         weights->expert[i] = memory + (uint64_t)i * weights->layout.expert.bytes;
 }
@@ -10752,33 +10839,36 @@ static void moe__weights_clear(moe_weights *weights)
     const moe__layout *layout = &weights->layout;
     const moe_activation_desc *act = &weights->layer.activation;
     float values[3];
-    uint64_t tables = layout->shared_offset + layout->shared.bytes;
-    for (int32_t i = 0; i < layout->blocks; i++)
+    for (int32_t i = 0; i < layout->blocks && !layout->tiled; i++)
         moe__block_clear(&layout->expert, &weights->layer, layout->dtype, weights->expert[i]);
-    if (layout->shared.bytes != 0)
+    if (layout->shared.bytes != 0 && !layout->tiled)
         moe__block_clear(&layout->shared, &weights->layer, layout->dtype, weights->memory + layout->shared_offset);
-    memset(weights->memory + tables, 0, (size_t)(layout->bytes - tables));
+    memset(weights->tables, 0, (size_t)(layout->bytes - layout->tables));
     values[0] = act->alpha;
     values[1] = act->beta;
     values[2] = act->limit;
     for (int32_t i = 0; i < 3 && act->per_expert; i++) // tables that are not set keep the layer's value
         for (uint64_t e = 0; e < layout->table_count[roles[i]]; e++)
-            memcpy(weights->memory + layout->table_offset[roles[i]] + e * 4, &values[i], 4);
+            memcpy(weights->tables + layout->table_offset[roles[i]] + e * 4, &values[i], 4);
 }
 
-static int32_t moe__weights_check_memory(const moe_weights_desc *desc, uint64_t bytes, moe_error *err)
+static int32_t moe__weights_check_memory(const moe_weights_desc *desc, const moe__layout *layout, moe_error *err)
 {
-    if (desc->memory_kind == MOE_MEMORY_DEVICE)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
-                         "is MOE_MEMORY_DEVICE: this version packs weights in host memory only");
-    if (desc->memory_kind != MOE_MEMORY_HOST)
+    uint64_t bytes = moe__layout_weight_bytes(layout);
+    if (desc->memory_kind != MOE_MEMORY_HOST && desc->memory_kind != MOE_MEMORY_DEVICE)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory_kind", "is %d: it must be a moe_memory",
                          desc->memory_kind);
+    if (desc->memory_kind == MOE_MEMORY_DEVICE && !layout->tiled)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
+                         "is MOE_MEMORY_DEVICE: these weights are packed in host memory");
     if (desc->memory == NULL) {
         if (desc->memory_bytes == 0) return MOE_OK;
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory", "is NULL, but desc.memory_bytes is %U",
                          desc->memory_bytes);
     }
+    if (desc->memory_kind == MOE_MEMORY_HOST && layout->tiled)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
+                         "is MOE_MEMORY_HOST: these weights are packed in device memory");
     if ((uintptr_t)desc->memory % MOE__LAYOUT_ALIGN != 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory", "is not aligned to %d bytes",
                          (int32_t)MOE__LAYOUT_ALIGN);
@@ -10798,6 +10888,18 @@ static int32_t moe__weights_layer(moe_context *ctx, const moe_layer_desc *layer,
     return moe__layer_resolve(out, err);
 }
 
+#ifndef MOE_NO_FILES
+static void moe__weights_unmap(moe_weights *weights)
+{
+    moe__file file;
+    file.data = (const unsigned char *)weights->mapping;
+    file.size = weights->mapping_bytes;
+    file.mapped = 1;
+    moe__file_close(&weights->ctx->desc.allocator, &file);
+    weights->mapping = NULL;
+}
+#endif
+
 MOE_API void moe_weights_destroy(moe_weights *weights)
 {
     const moe_allocator *allocator;
@@ -10805,22 +10907,60 @@ MOE_API void moe_weights_destroy(moe_weights *weights)
     allocator = &weights->ctx->desc.allocator;
 #ifndef MOE_NO_FILES
     if (weights->mapping != NULL) {
-        moe__file file;
-        file.data = (const unsigned char *)weights->mapping;
-        file.size = weights->mapping_bytes;
-        file.mapped = 1;
         for (int32_t i = 0; weights->memory != NULL && i < weights->layout.blocks; i++)
             if (weights->expert[i] != weights->memory + (uint64_t)i * weights->layout.expert.bytes)
                 moe__free(allocator, weights->expert[i], weights->layout.expert.bytes); // replaced
-        moe__file_close(allocator, &file);
+        moe__weights_unmap(weights);
     }
 #endif
 #if !defined(MOE_NO_CUDA)
     if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
-    if (weights->packed.memory != 0) moe__device_free(weights->ctx, weights->packed.memory, weights->packed.bytes);
+    if (weights->device_blocks != 0 && weights->owns_memory)
+        moe__device_free(weights->ctx, weights->device_blocks, moe__layout_weight_bytes(&weights->layout));
 #endif
-    if (weights->owns_memory) moe__free(allocator, weights->memory, weights->layout.bytes);
+    if (weights->layout.tiled)
+        moe__free(allocator, weights->tables, weights->layout.bytes - weights->layout.tables);
+    else if (weights->owns_memory) moe__free(allocator, weights->memory, weights->layout.bytes);
     moe__free(allocator, weights, weights->self_bytes);
+}
+
+#if !defined(MOE_NO_CUDA)
+// Blocks of zeros and the table of their addresses in memory of the device, the caller's or new; tables in host memory.
+static int32_t moe__device_place(moe_weights *weights, void *memory, moe_error *err)
+{
+    const moe__layout *layout = &weights->layout;
+    const moe_context *ctx = weights->ctx;
+    const moe_allocator *allocator = &ctx->desc.allocator;
+    uint64_t bytes = moe__layout_weight_bytes(layout), table_bytes = ((uint64_t)layout->blocks + 1) * 8, *table;
+    int32_t result = MOE_OK;
+    weights->tables = (unsigned char *)moe__alloc(allocator, layout->bytes - layout->tables);
+    if (weights->tables == NULL) return moe__fail_memory(err, layout->bytes - layout->tables);
+    weights->device_blocks = (moe__cu_ptr)(uintptr_t)memory;
+    weights->owns_memory = memory == NULL;
+    if (memory == NULL) result = moe__device_new(ctx, bytes, &weights->device_blocks, err);
+    if (result != MOE_OK || (result = moe__device_clear(ctx, weights->device_blocks, bytes, err)) != MOE_OK)
+        return result;
+    if ((table = (uint64_t *)moe__alloc(allocator, table_bytes)) == NULL) return moe__fail_memory(err, table_bytes);
+    for (int32_t i = 0; i <= layout->blocks; i++) table[i] = (uint64_t)moe__device_block(weights, i);
+    result = moe__device_put(ctx, weights->device_blocks + layout->tables, table, table_bytes, ctx->cuda->stream, err);
+    moe__free(allocator, table, table_bytes);
+    return result;
+}
+#endif
+
+// Memory of the weights' size; that of desc, where there is one.
+static int32_t moe__weights_allocate(moe_weights *weights, void *memory, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) return moe__device_place(weights, memory, err);
+#endif
+    if (memory == NULL) {
+        memory = moe__alloc(&weights->ctx->desc.allocator, weights->layout.bytes);
+        if (memory == NULL) return moe__fail_memory(err, weights->layout.bytes);
+        weights->owns_memory = 1;
+    }
+    moe__weights_place(weights, (unsigned char *)memory);
+    return MOE_OK;
 }
 
 MOE_API int32_t moe_weights_create(moe_context *ctx, const moe_layer_desc *layer, const moe_weights_desc *desc,
@@ -10836,17 +10976,11 @@ MOE_API int32_t moe_weights_create(moe_context *ctx, const moe_layer_desc *layer
         (result = moe__copy_desc(&checked, sizeof checked, desc, "desc", err)) != MOE_OK ||
         (result = moe__weights_new(ctx, &resolved, &weights, err)) != MOE_OK)
         return result;
-    result = moe__weights_check_memory(&checked, weights->layout.bytes, err);
-    if (result == MOE_OK && checked.memory == NULL) {
-        checked.memory = moe__alloc(&ctx->desc.allocator, weights->layout.bytes);
-        weights->owns_memory = 1;
-        if (checked.memory == NULL) result = moe__fail_memory(err, weights->layout.bytes);
-    }
-    if (result != MOE_OK) {
-        moe_weights_destroy(weights); // memory is still NULL
+    if ((result = moe__weights_check_memory(&checked, &weights->layout, err)) != MOE_OK ||
+        (result = moe__weights_allocate(weights, checked.memory, err)) != MOE_OK) {
+        moe_weights_destroy(weights);
         return result;
     }
-    moe__weights_place(weights, (unsigned char *)checked.memory);
     moe__weights_clear(weights);
     *out = weights;
     return moe__ok(err);
@@ -10871,7 +11005,7 @@ MOE_API int32_t moe_weights_get_info(const moe_weights *weights, moe_weights_inf
     info->sealed = weights->sealed;
     info->layout_id = weights->layout.id;
     info->local_experts = weights->layout.blocks;
-    info->weight_bytes = weights->layout.bytes;
+    info->weight_bytes = moe__layout_weight_bytes(&weights->layout);
     info->expert_bytes = weights->layout.expert.bytes;
     info->tensors_set = set;
     info->tensors_missing = moe__weights_missing(weights).count;
@@ -10891,21 +11025,79 @@ static int32_t moe__fail_row(moe_error *err, int32_t row, int64_t rows, int32_t 
                      rows - 1);
 }
 
+// Bytes of a block, number `blocks` the shared experts', for reading: in place, or a copy of what lies on the device.
+static int32_t moe__block_open(const moe_weights *weights, int32_t local, uint64_t at, uint64_t bytes,
+                               const unsigned char **data, moe_error *err)
+{
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) {
+        unsigned char *copy = (unsigned char *)moe__alloc(&weights->ctx->desc.allocator, bytes);
+        if ((*data = copy) == NULL) return moe__fail_memory(err, bytes);
+        return moe__device_get(weights->ctx, copy, moe__device_block(weights, local) + at, bytes, err);
+    }
+#endif
+    (void)bytes;
+    (void)err;
+    *data = at + (local < weights->layout.blocks ? weights->expert[local]
+                                                 : weights->memory + weights->layout.shared_offset);
+    return MOE_OK;
+}
+
+static void moe__block_shut(const moe_weights *weights, uint64_t bytes, const unsigned char *data)
+{
+    void *copy;
+    memcpy(&copy, &data, sizeof copy);
+    if (weights->layout.tiled) moe__free(&weights->ctx->desc.allocator, copy, bytes);
+}
+
+static int32_t moe__read_vector(const moe_weights *weights, int32_t local, uint64_t part, int64_t first, int64_t stride,
+                                int64_t n, float *out, moe_error *err)
+{
+    const unsigned char *data;
+    uint64_t at = part + 4 * (uint64_t)first, bytes = 4 * (uint64_t)((n - 1) * stride + 1);
+    int32_t result;
+    if (n == 0) return MOE_OK;
+    result = moe__block_open(weights, local, at, bytes, &data, err);
+    if (result == MOE_OK) moe__read_run(data, MOE_DTYPE_F32, 0, stride, n, out);
+    moe__block_shut(weights, bytes, data);
+    return result;
+}
+
+// Row `row`, in the CPU's order, of the matrix that begins at `part`. Of tiles: the slab that it is in.
+static int32_t moe__read_matrix(const moe_weights *weights, int32_t local, uint64_t part, int32_t gated, int64_t row,
+                                int64_t ld, int64_t n, float *out, moe_error *err)
+{
+    const unsigned char *data;
+    int32_t dtype = weights->layout.dtype, tiled = weights->layout.tiled, result;
+    int64_t packed = tiled ? moe__packed_row(gated, row) : row, in_slab = tiled ? packed % MOE__PACKED_ROWS : 0;
+    uint64_t row_bytes = (uint64_t)ld * (uint64_t)(moe_dtype_bits(dtype) / 8);
+    uint64_t bytes = row_bytes * (tiled ? (uint64_t)MOE__PACKED_ROWS : 1u);
+    result = moe__block_open(weights, local, part + (uint64_t)(packed - in_slab) * row_bytes, bytes, &data, err);
+    if (result == MOE_OK && !tiled) moe__read_run(data, dtype, 0, 1, n, out);
+    for (int64_t k = 0; result == MOE_OK && tiled && k < n; k++)
+        out[k] = moe__load(data + moe__packed_at(ld, in_slab, k), dtype, 0);
+    moe__block_shut(weights, bytes, data);
+    return result;
+}
+
 // Matrices and biases of a routed, always-on or shared expert.
-static int32_t moe__read_block(const moe_weights *weights, moe__block block, int32_t role, int32_t row, float *out,
+static int32_t moe__read_block(const moe_weights *weights, int32_t local, int32_t role, int32_t row, float *out,
                                moe_error *err)
 {
-    const moe__block_shape *shape = block.shape;
-    int32_t gated = moe__layer_is_gated(&weights->layer), dtype = weights->layout.dtype,
-            hidden = weights->layer.hidden_size;
+    const moe__layout *layout = &weights->layout;
+    const moe__block_shape *shape = local < layout->blocks ? &layout->expert : &layout->shared;
+    int32_t gated = moe__layer_is_gated(&weights->layer), hidden = weights->layer.hidden_size;
     int32_t down = role == MOE_TENSOR_DOWN || role == MOE_TENSOR_SHARED_DOWN, up = gated && !moe__role_is_gate(role);
     int64_t rows = moe__role_is_bias(role) ? 1 : down ? hidden : shape->features;
     if (row < 0 || row >= rows) return moe__fail_row(err, row, rows, role);
-    if (role == MOE_TENSOR_DOWN_BIAS) moe__read_run(block.bias2, MOE_DTYPE_F32, 0, 1, hidden, out);
-    else if (moe__role_is_bias(role)) moe__read_run(block.bias1, MOE_DTYPE_F32, up, 1 + gated, shape->features, out);
-    else if (down) moe__read_run(block.w2, dtype, (int64_t)row * shape->ld2, 1, shape->features, out);
-    else moe__read_run(block.w1, dtype, ((int64_t)row * (1 + gated) + up) * shape->ld1, 1, hidden, out);
-    return MOE_OK;
+    if (role == MOE_TENSOR_DOWN_BIAS)
+        return moe__read_vector(weights, local, shape->bias2, 0, 1, hidden, out, err);
+    if (moe__role_is_bias(role))
+        return moe__read_vector(weights, local, shape->bias1, layout->tiled ? up * shape->features : up,
+                                layout->tiled ? 1 : 1 + gated, shape->features, out, err);
+    if (down) return moe__read_matrix(weights, local, shape->w2, 0, row, shape->ld2, shape->features, out, err);
+    return moe__read_matrix(weights, local, shape->w1, gated, (int64_t)row * (1 + gated) + up, shape->ld1, hidden, out,
+                            err);
 }
 
 static int32_t moe__read_table(const moe_weights *weights, int32_t role, int32_t row, float *out, moe_error *err)
@@ -10947,10 +11139,9 @@ static int32_t moe__read_expert(const moe_weights *weights, int32_t role, int32_
                          expert);
     if ((weights->expert_set[local] >> role & 1u) == 0) return moe__fail_not_set(err, role, expert);
     if (role != MOE_TENSOR_CONSTANT)
-        return moe__read_block(weights, moe__weights_expert(weights, local), role, row, out, err);
+        return moe__read_block(weights, local, role, row, out, err);
     if (row != 0) return moe__fail_row(err, row, 1, role);
-    moe__read_run(moe__weights_expert_constant(weights, local), MOE_DTYPE_F32, 0, 1, hidden, out);
-    return MOE_OK;
+    return moe__read_vector(weights, local, 0, 0, 1, hidden, out, err);
 }
 
 MOE_API int32_t moe_weights_read_row(const moe_weights *weights, int32_t role, int32_t expert, int32_t row, float *out,
@@ -10972,7 +11163,7 @@ MOE_API int32_t moe_weights_read_row(const moe_weights *weights, int32_t role, i
     } else if (kind == MOE__KIND_SHARED) {
         int32_t part = role == MOE_TENSOR_SHARED_DOWN ? 2 : role == MOE_TENSOR_SHARED_UP;
         if (weights->shared_set[part] == 0) return moe__fail_not_set(err, role, -1);
-        result = moe__read_block(weights, moe__weights_shared(weights), role, row, out, err);
+        result = moe__read_block(weights, weights->layout.blocks, role, row, out, err);
     } else {
         int32_t defaulted = role >= MOE_TENSOR_ALPHA && role <= MOE_TENSOR_LIMIT;
         if (!defaulted && (weights->common_set >> role & 1u) == 0) return moe__fail_not_set(err, role, -1);
@@ -10993,10 +11184,11 @@ static int32_t moe__replace_pack(const moe_weights *weights, int32_t expert, con
                                  unsigned char *block, uint32_t *set, moe_error *err)
 {
     moe__missing missing;
-    moe__block_clear(&weights->layout.expert, &weights->layer, weights->layout.dtype, block);
+    if (weights->layout.tiled) memset(block, 0, (size_t)weights->layout.expert.bytes);
+    else moe__block_clear(&weights->layout.expert, &weights->layer, weights->layout.dtype, block);
     for (int32_t i = 0; i < count; i++) {
         moe__checked c;
-        int32_t result = moe__tensor_check(&c, &weights->layer, &tensors[i], err);
+        int32_t result = moe__tensor_check(&c, weights, &tensors[i], err);
         if (result != MOE_OK) return result;
         if (c.tensor.expert != expert || (c.shape.kind != MOE__KIND_EXPERT && c.shape.kind != MOE__KIND_CONSTANT))
             return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.expert", &c.tensor,
@@ -11014,15 +11206,41 @@ static int32_t moe__replace_pack(const moe_weights *weights, int32_t expert, con
     return MOE_OK;
 }
 
+// A packed block into the place of a local expert; `block` is given away.
+static int32_t moe__replace_place(moe_weights *weights, int32_t local, unsigned char *block, void *stream,
+                                  moe_error *err)
+{
+    const moe_allocator *allocator = &weights->ctx->desc.allocator;
+    uint64_t bytes = weights->layout.expert.bytes;
+    unsigned char *old = weights->expert[local];
+    int32_t result = MOE_OK;
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled) {
+        result = moe__device_put(weights->ctx, moe__device_block(weights, local), block, bytes, (moe__cu_stream)stream,
+                                 err);
+        moe__free(allocator, block, bytes);
+        return result;
+    }
+#endif
+    (void)stream;
+    (void)err;
+    if (weights->mapping == NULL) {
+        memcpy(old, block, (size_t)bytes);
+        moe__free(allocator, block, bytes);
+    } else { // a mapped file is never written: the block takes its place
+        weights->expert[local] = block;
+        if (old != weights->memory + (uint64_t)local * bytes) moe__free(allocator, old, bytes);
+    }
+    return result;
+}
+
 MOE_API int32_t moe_weights_replace_expert(moe_weights *weights, int32_t expert, const moe_tensor *tensors,
                                            int32_t count, void *stream, moe_error *err)
 {
-    const moe_allocator *allocator;
-    unsigned char *block, *old;
+    unsigned char *block;
     uint64_t bytes;
     uint32_t set = 0;
     int32_t local, result;
-    (void)stream;
     if (weights == NULL) return moe__fail_null(err, "weights");
     if (tensors == NULL) return moe__fail_null(err, "tensors");
     if (count < 1) return moe__fail(err, MOE_ERROR_ARGUMENT, "count", "is %d: it must be positive", count);
@@ -11031,26 +11249,17 @@ MOE_API int32_t moe_weights_replace_expert(moe_weights *weights, int32_t expert,
     if ((local = moe__layer_local(&weights->layer, expert)) < 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "expert", "is %d: this rank has no such expert with matrices",
                          expert);
-    allocator = &weights->ctx->desc.allocator;
     bytes = weights->layout.expert.bytes;
-    if ((block = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
+    if ((block = (unsigned char *)moe__alloc(&weights->ctx->desc.allocator, bytes)) == NULL)
+        return moe__fail_memory(err, bytes);
     result = moe__replace_pack(weights, expert, tensors, count, block, &set, err);
     if (result != MOE_OK) {
-        moe__free(allocator, block, bytes);
+        moe__free(&weights->ctx->desc.allocator, block, bytes);
         return result;
     }
-    old = weights->expert[local];
-    if (weights->mapping == NULL) {
-        memcpy(old, block, (size_t)bytes);
-        moe__free(allocator, block, bytes);
-    } else { // a mapped file is never written: the block takes its place
-        weights->expert[local] = block;
-        if (old != weights->memory + (uint64_t)local * bytes) moe__free(allocator, old, bytes);
-    }
+    if ((result = moe__replace_place(weights, local, block, stream, err)) != MOE_OK) return result;
     weights->expert_set[local] = set;
-#if !defined(MOE_NO_CUDA)
-    if ((result = moe__device_expert_replace(weights, local, stream, err)) != MOE_OK) return result;
-#endif
+    moe__weights_count_pruned(weights);
     return moe__ok(err);
 }
 
@@ -11249,37 +11458,88 @@ static uint64_t moe__put_header(moe__file_writer *w, const moe_weights *weights,
     return w->at;
 }
 
+// A file's parts: header, blocks, shared experts, tables.
+typedef struct moe__saving {
+    const moe_weights *weights;
+    moe__span *spans;
+    unsigned char *copy; // of a block on the device
+} moe__saving;
+
+#if !defined(MOE_NO_CUDA)
+static const void *moe__save_block(void *user, int32_t span, moe_error *err)
+{
+    const moe__saving *saving = (const moe__saving *)user;
+    if (moe__device_get(saving->weights->ctx, saving->copy, moe__device_block(saving->weights, span - 1),
+                        saving->spans[span].size, err) != MOE_OK)
+        return NULL;
+    return saving->copy;
+}
+#endif
+
+static void moe__save_spans(const moe_weights *weights, moe__span *spans)
+{
+    const moe__layout *layout = &weights->layout;
+    for (int32_t i = 0; i <= layout->blocks; i++) {
+        spans[1 + i].data = layout->tiled ? NULL
+                            : i < layout->blocks ? weights->expert[i]
+                                                 : weights->memory + layout->shared_offset;
+        spans[1 + i].size = i < layout->blocks ? layout->expert.bytes : layout->shared.bytes;
+    }
+    spans[layout->blocks + 2].data = weights->tables;
+    spans[layout->blocks + 2].size = layout->bytes - layout->tables;
+}
+
+static int32_t moe__save_hash(const moe__span *spans, int32_t count, const moe__source *source, uint64_t *out,
+                              moe_error *err)
+{
+    moe__hash hash = moe__hash_begin();
+    for (int32_t i = 1; i < count; i++) {
+        const void *data = spans[i].data;
+        if (data == NULL && spans[i].size > 0 && source != NULL && (data = source->get(source->user, i, err)) == NULL)
+            return MOE_ERROR_DRIVER;
+        moe__hash_add(&hash, data, spans[i].size);
+    }
+    *out = moe__hash_end(&hash);
+    return MOE_OK;
+}
+
+// Blocks on the device come here twice, to be added up and to be written, one after the other.
 MOE_API int32_t moe_weights_save(const moe_weights *weights, const char *path, moe_error *err)
 {
     moe__file_writer writer = { NULL, 0 };
-    moe__hash hash = moe__hash_begin();
-    moe__span *spans;
-    uint64_t header, padded, bytes, blocks, tail;
+    moe__saving saving;
+    moe__source source = { NULL, NULL };
+    uint64_t header, padded, bytes, spans, hash = 0;
     int32_t result;
     if (weights == NULL) return moe__fail_null(err, "weights");
     if (path == NULL) return moe__fail_null(err, "path");
     if (!weights->sealed)
         return moe__fail(err, MOE_ERROR_STATE, "weights", "are not sealed: only complete weights are saved");
-    blocks = (uint64_t)weights->layout.blocks;
     header = moe__put_header(&writer, weights, 0, 0);
     padded = moe__align_up(header, MOE__LAYOUT_ALIGN);
-    bytes = padded + (blocks + 2) * sizeof *spans;
+    spans = (uint64_t)weights->layout.blocks + 3;
+    bytes = padded + spans * sizeof(moe__span);
+    if (weights->layout.tiled)
+        bytes += weights->layout.expert.bytes > weights->layout.shared.bytes ? weights->layout.expert.bytes
+                                                                             : weights->layout.shared.bytes;
     writer.data = (unsigned char *)moe__alloc(&weights->ctx->desc.allocator, bytes);
     if (writer.data == NULL) return moe__fail_memory(err, bytes);
     writer.at = 0;
-    spans = (moe__span *)(void *)(writer.data + padded);
-    spans[0].data = writer.data;
-    spans[0].size = padded;
-    for (uint64_t i = 0; i < blocks; i++) {
-        spans[i + 1].data = weights->expert[i];
-        spans[i + 1].size = weights->layout.expert.bytes;
+    saving.weights = weights;
+    saving.spans = (moe__span *)(void *)(writer.data + padded);
+    saving.copy = writer.data + padded + spans * sizeof(moe__span);
+    saving.spans[0].data = writer.data;
+    saving.spans[0].size = padded;
+    moe__save_spans(weights, saving.spans);
+#if !defined(MOE_NO_CUDA)
+    source.get = moe__save_block;
+#endif
+    source.user = &saving;
+    result = moe__save_hash(saving.spans, (int32_t)spans, &source, &hash, err);
+    if (result == MOE_OK) {
+        moe__put_header(&writer, weights, header, hash);
+        result = moe__file_write_atomic(path, saving.spans, (int32_t)spans, &source, err);
     }
-    tail = weights->layout.shared_offset; // shared experts and tables
-    spans[blocks + 1].data = weights->memory + tail;
-    spans[blocks + 1].size = weights->layout.bytes - tail;
-    for (uint64_t i = 1; i < blocks + 2; i++) moe__hash_add(&hash, spans[i].data, spans[i].size);
-    moe__put_header(&writer, weights, header, moe__hash_end(&hash));
-    result = moe__file_write_atomic(path, spans, (int32_t)blocks + 2, err);
     moe__free(&weights->ctx->desc.allocator, writer.data, bytes);
     return result == MOE_OK ? moe__ok(err) : result;
 }
@@ -11313,6 +11573,11 @@ static int32_t moe__fail_format(moe_error *err, const char *path, const char *wh
     return moe__fail(err, MOE_ERROR_FORMAT, "", "%q %s", path, what);
 }
 
+static const char *moe__layout_reader(uint32_t id)
+{
+    return id == MOE__LAYOUT_CPU_ROWS ? "the CPU" : id == MOE__LAYOUT_TILES_16 ? "CUDA" : "another version";
+}
+
 // The fixed part and both sums. Leaves the reader behind the fixed part, with the header's own end.
 static int32_t moe__load_fixed(moe__file_reader *r, const moe__layout *layout, uint64_t *data_offset, moe_error *err)
 {
@@ -11342,7 +11607,8 @@ static int32_t moe__load_fixed(moe__file_reader *r, const moe__layout *layout, u
     if (moe__hash_end(&hash) != sum)
         return moe__fail_format(err, r->path, "is damaged: the header's checksum is wrong");
     if (id != layout->id)
-        return moe__fail(err, MOE_ERROR_FORMAT, "", "%q has packed layout %u: this back end reads %u", r->path, id,
+        return moe__fail(err, MOE_ERROR_FORMAT, "", "%q has weights packed for %s (layout %u): this context reads "
+                         "those for %s (%u)", r->path, moe__layout_reader(id), id, moe__layout_reader(layout->id),
                          layout->id);
     if (*data_offset != moe__align_up(header, MOE__LAYOUT_ALIGN) || *data_offset > size || bytes != size - *data_offset)
         return moe__fail_format(err, r->path, "is damaged or cut off: its parts do not make up its size");
@@ -11391,7 +11657,8 @@ static int32_t moe__load_flags(moe__file_reader *r, moe_weights *weights, moe_er
     for (int32_t i = 0; i < weights->layout.blocks; i++) weights->expert_set[i] = moe__get_u32(r);
     weights->common_set = moe__get_u32(r);
     if (r->at != r->end) return moe__fail_format(err, r->path, "is damaged: its header has a wrong length");
-    memset(weights->shared_set, 0xff, sizeof weights->shared_set);
+    for (int32_t i = moe__layer_is_gated(&weights->layer) ? 0 : 1; i < 3 && weights->layout.shared.bytes != 0; i++)
+        weights->shared_set[i] = moe__shared_bits(&weights->layer);
     for (int32_t i = 0; i < routing->bias_rows; i++) weights->bias_rows_set[i] = 1;
     for (int32_t i = 0; i < routing->special_experts; i++) weights->constant_set[i] = 1;
     if (moe__weights_missing(weights).count > 0)
@@ -11399,6 +11666,27 @@ static int32_t moe__load_flags(moe__file_reader *r, moe_weights *weights, moe_er
     for (uint64_t i = 0; ids != NULL && i < weights->layout.table_count[MOE_TENSOR_FORCED_IDS]; i++)
         if (ids[i] < 0 || ids[i] >= legal)
             return moe__fail_format(err, r->path, "is damaged: a forced id is out of range");
+    return MOE_OK;
+}
+
+// Blocks and tables of a mapped file that has been checked.
+static int32_t moe__load_data(moe_weights *weights, const unsigned char *data, moe_error *err)
+{
+    void *memory;
+#if !defined(MOE_NO_CUDA)
+    const moe__layout *layout = &weights->layout;
+    if (layout->tiled) { // one copy is enough: the file is closed
+        int32_t result = moe__weights_allocate(weights, NULL, err);
+        if (result == MOE_OK)
+            result = moe__device_put(weights->ctx, weights->device_blocks, data, layout->tables,
+                                     weights->ctx->cuda->stream, err);
+        if (result == MOE_OK) memcpy(weights->tables, data + layout->tables, (size_t)(layout->bytes - layout->tables));
+        return result;
+    }
+#endif
+    (void)err;
+    memcpy(&memory, &data, sizeof memory); // never written: see moe_weights_replace_expert()
+    moe__weights_place(weights, (unsigned char *)memory);
     return MOE_OK;
 }
 
@@ -11410,7 +11698,6 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
     moe__file_reader reader;
     moe__file file;
     uint64_t data_offset = 0;
-    void *memory;
     int32_t result;
     if (out == NULL) return moe__fail_null(err, "out");
     *out = NULL;
@@ -11428,19 +11715,18 @@ MOE_API int32_t moe_weights_load(moe_context *ctx, const moe_layer_desc *layer, 
         if (result == MOE_OK) result = moe__load_layer(&reader, &weights->layer, err);
         if (result == MOE_OK && file.size - data_offset != weights->layout.bytes)
             result = moe__fail_format(err, path, "is damaged: its data has another size than its layer");
-        if (result == MOE_OK) {
-            memcpy(&memory, &file.data, sizeof memory); // never written: see moe_weights_replace_expert()
-            moe__weights_place(weights, (unsigned char *)memory + data_offset);
-            result = moe__load_flags(&reader, weights, err);
-        }
+        if (result == MOE_OK) result = moe__load_data(weights, file.data + data_offset, err);
+        if (result == MOE_OK) result = moe__load_flags(&reader, weights, err);
+        if (result == MOE_OK && weights->layout.tiled) moe__weights_unmap(weights);
     }
 #if !defined(MOE_NO_CUDA)
-    if (result == MOE_OK) result = moe__device_upload(weights, err);
+    if (result == MOE_OK) result = moe__device_tables_upload(weights, err);
 #endif
     if (result != MOE_OK) {
         moe_weights_destroy(weights);
         return result;
     }
+    moe__weights_count_pruned(weights);
     weights->sealed = 1;
     *out = weights;
     return moe__ok(err);
@@ -13624,6 +13910,13 @@ typedef struct moe__sort_args {
     int32_t num_tokens, chunk_tokens, counts_stride, chunks, num_experts, slots, ids_end, special_experts;
 } moe__sort_args;
 
+typedef struct moe__group_args {
+    moe__permute_args permute;
+    const int32_t *table, *padded, *slot_of_row;
+    int32_t *dense_of_slot;
+    int32_t kind, rows_per_expert, rows_limit, reserved;
+} moe__group_args;
+
 typedef struct moe__router_args {
     const void *x, *weight;
     const float *bias, *input_scale;
@@ -13669,16 +13962,16 @@ typedef struct moe__gemm2_args {
 
 typedef struct moe__finalize_args {
     const void *rows, *shared_rows;
-    const int32_t *row_of_slot;
-    const float *weights;
+    const int32_t *row_of_slot, *slot_of_row, *num_tiles;
+    const void *weights;
     const int32_t *ids;
     const void *x;
     const float *constants, *shared_gate, *global_scale, *row_norm;
     const int32_t *num_tokens_dev;
     void *out;
     int64_t x_stride, out_stride;
-    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate,
-        gate_is_logit;
+    int32_t num_tokens, slots, hidden, num_experts, special_experts, special_kind, accumulate, gate_is_logit, tile,
+        plain, weights_dtype, weight_on_input;
     float scale, shared_scale, output_scale, row_norm_epsilon;
 } moe__finalize_args;
 
@@ -13687,8 +13980,9 @@ typedef struct moe__finalize_args {
 enum {
     MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32, MOE__KERNEL_ROUTER_BF16,
     MOE__KERNEL_GEMM1, MOE__KERNEL_GEMM2 = MOE__KERNEL_GEMM1 + 2, MOE__KERNEL_FINALIZE = MOE__KERNEL_GEMM2 + 2,
-    MOE__KERNELS = MOE__KERNEL_FINALIZE + 2
+    MOE__KERNEL_GROUP = MOE__KERNEL_FINALIZE + 2, MOE__KERNELS
 };
+enum { MOE__GROUP_MASKED, MOE__GROUP_SORTED, MOE__GROUP_DENSE, MOE__GROUP_THREADS = 512 };
 enum { MOE__SET_FEW, MOE__SET_MANY, MOE__SETS };
 enum { MOE__FEW_TOKENS = 64 };
 enum { MOE__ROUTE_ANY, MOE__ROUTE_SOFTMAX, MOE__ROUTE_SIGMOID, MOE__ROUTE_TOP_K }; // of programs that route
@@ -13912,6 +14206,14 @@ static void moe__instances_products(const moe_layer_desc *layer, const moe_plan_
     moe__instance_define(finalize, "OUT", desc->out_dtype);
 }
 
+// What groups rows that come in expert order, and those that go out so.
+static void moe__instances_group(const moe_layer_desc *layer, int32_t arch, moe__instance *out)
+{
+    int32_t blocks = layer->parallel.local_experts + (layer->parallel.omit_common ? 0 : layer->routing.extra_slots);
+    moe__instance_make(&out[MOE__KERNEL_GROUP], "moe_k_group", "group", 0, "", arch, sizeof(moe__group_args),
+                       MOE__GROUP_THREADS, moe__sort_smem(blocks));
+}
+
 // The instances that a plan runs on a chip.
 static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t arch,
                                   moe__instance *out)
@@ -13919,8 +14221,10 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     int32_t width = moe__routing_width(&layer->routing, layer->num_experts);
     moe__instances_make(layer, desc, width, moe__route_kind(&layer->routing, width), moe__one_tokens(width, arch), arch,
                         out);
+    if (moe__products_refusal(layer) != NULL) return;
     for (int32_t set = moe__set_of(desc, 1); set <= moe__set_of(desc, desc->max_tokens); set++)
-        if (moe__products_refusal(layer) == NULL) moe__instances_products(layer, desc, set, arch, out);
+        moe__instances_products(layer, desc, set, arch, out);
+    moe__instances_group(layer, arch, out);
 }
 
 // The width whose kernels embedded PTX has for this one: few kernels serve all, always in two launches.
@@ -13951,7 +14255,8 @@ typedef struct moe__workspace {
     uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_rows, mid, mid_shared, rows,
         scratch;
     uint64_t routing, routing_bytes; // per worker
-    uint64_t slot_ranks, chunk_counts, chunk_faults, tile_expert, tile_limit, num_tiles, rows_shared, gate; // CUDA
+    uint64_t slot_ranks, chunk_counts, chunk_faults, counts, tile_expert, tile_limit, num_tiles, rows_shared; // CUDA
+    uint64_t gate;
     uint64_t bytes;
 } moe__workspace;
 
@@ -14090,12 +14395,15 @@ static int32_t moe__chunks_max(int32_t tokens, int32_t slots, int32_t sms)
     return moe__max32(least, moe__min32(most, sms));
 }
 
-// Rows that `tokens` tokens take in expert order.
-static int64_t moe__rows_max(const moe_plan *plan, int32_t tokens, int32_t set)
+// Rows that `slots` slots, or rows that come in expert order, take there.
+static int64_t moe__rows_max(const moe_plan *plan, int64_t slots, int32_t set)
 {
     if (plan->blocks == 0) return 0;
-    return moe_permutation_rows((int64_t)tokens * plan->slots, plan->blocks, moe__gemm_set_of(set).tile);
+    return moe_permutation_rows(slots, plan->blocks, moe__gemm_set_of(set).tile);
 }
+
+// The set of rows that come in expert order: how many there are the device alone knows.
+static int32_t moe__set_of_rows(const moe_plan *plan) { return moe__set_of(&plan->desc, plan->desc.max_tokens); }
 
 // Bytes of an intermediate.
 static uint64_t moe__mid_bytes(int32_t features, uint64_t rows)
@@ -14113,7 +14421,9 @@ static int32_t moe__workspace_products(moe_plan *plan)
         int32_t tokens = set == MOE__SET_FEW ? moe__min32(plan->desc.max_tokens, MOE__FEW_TOKENS)
                                              : plan->desc.max_tokens;
         uint64_t size = (uint64_t)moe_dtype_bits(moe__rows_dtype(&plan->layer, set)) / 8;
-        uint64_t n = (uint64_t)moe__rows_max(plan, tokens, set), h = (uint64_t)plan->layer.hidden_size;
+        int64_t own = (int64_t)tokens * plan->slots;
+        int64_t most = set == moe__set_of_rows(plan) && plan->desc.max_rows > own ? plan->desc.max_rows : own;
+        uint64_t n = (uint64_t)moe__rows_max(plan, most, set), h = (uint64_t)plan->layer.hidden_size;
         uint64_t row_bytes, shared_bytes, mid_bytes = moe__mid_bytes(plan->layout.expert.features, n);
         if (!moe__mul(n * size, h, &row_bytes) || !moe__mul((uint64_t)tokens * size, h, &shared_bytes)) return 0;
         if (n > rows_most) rows_most = n;
@@ -14129,6 +14439,8 @@ static int32_t moe__workspace_products(moe_plan *plan)
     return rows_most <= INT32_MAX && moe__workspace_area(end, &ws->weights, slots, 4, 1) &&
            moe__workspace_area(end, &ws->row_of_slot, slots, 4, 1) &&
            moe__workspace_area(end, &ws->slot_of_row, rows_most, 4, 1) &&
+           moe__workspace_area(end, &ws->offsets, (uint64_t)plan->blocks + 1, 4, 1) &&
+           moe__workspace_area(end, &ws->counts, (uint64_t)plan->blocks, 4, 1) &&
            moe__workspace_area(end, &ws->tile_expert, tiles, 4, 1) &&
            moe__workspace_area(end, &ws->tile_limit, tiles, 4, 1) &&
            moe__workspace_area(end, &ws->num_tiles, 1, 4, 1) && moe__workspace_area(end, &ws->mid, mid, 1, 1) &&
@@ -14168,7 +14480,8 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
     if ((result = moe__copy_desc(&plan->layer, sizeof plan->layer, layer, "layer", err)) != MOE_OK ||
         (result = moe__copy_desc(&plan->desc, sizeof plan->desc, desc, "desc", err)) != MOE_OK ||
         (result = moe__layer_resolve(&plan->layer, err)) != MOE_OK ||
-        (result = moe__layout_make(&plan->layout, &plan->layer, err)) != MOE_OK)
+        (result = moe__layout_make(&plan->layout, &plan->layer, moe__layout_is_tiled(ctx, &plan->layer), err)) !=
+            MOE_OK)
         return result;
     plan->slots = plan->layer.routing.top_k + plan->layer.routing.extra_slots;
     plan->width = moe__routing_width(&plan->layer.routing, plan->layer.num_experts);
@@ -14300,7 +14613,7 @@ static int32_t moe__plan_fill_info(const moe_plan *plan, const moe_plan_info *gi
     info->tiles_tokens = given->tiles_tokens;
     info->struct_size = sizeof *info;
     info->layout_id = plan->layout.id;
-    info->weight_bytes = plan->layout.bytes;
+    info->weight_bytes = moe__layout_weight_bytes(&plan->layout);
     info->workspace_bytes = plan->workspace.bytes;
     info->slots = plan->slots;
     info->router_width = plan->width;
@@ -14871,7 +15184,10 @@ static int32_t moe__check_device(const moe__run *run, moe_error *err)
         (result = moe__check_aligned(a->num_tokens_dev, 4, "args.num_tokens_dev", err)) != MOE_OK ||
         (result = moe__check_aligned(a->out_ids, 4, "args.out_ids", err)) != MOE_OK ||
         (result = moe__check_aligned(a->out_weights, 4, "args.out_weights", err)) != MOE_OK ||
-        (result = moe__check_aligned(a->out_expert_counts, 4, "args.out_expert_counts", err)) != MOE_OK)
+        (result = moe__check_aligned(a->out_expert_counts, 4, "args.out_expert_counts", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->counts_or_offsets, 4, "args.counts_or_offsets", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->shared_gate, 4, "args.shared_gate", err)) != MOE_OK ||
+        (result = moe__check_aligned(a->out_row_of_slot, 4, "args.out_row_of_slot", err)) != MOE_OK)
         return result;
     return moe__check_aligned(a->out_faults, 4, "args.out_faults", err);
 }
@@ -14888,12 +15204,10 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
     if (refusal != NULL)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "is of the CUDA back end, which does not run it: %s",
                          refusal);
-    if (moe__run_rows_mode(run))
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.input_mode", "is %d: in this version CUDA takes LOGITS, IDS "
-                         "and PACKED", a->input_mode);
-    if ((a->flags & MOE_EXECUTE_ROWS_OUT) != 0)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.flags",
-                         "has ROWS_OUT, which in this version the CPU alone does");
+    if (moe__run_rows_mode(run) && plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT && a->weights != NULL &&
+        plan->desc.weights_dtype != MOE_DTYPE_F32)
+        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.weights", "are %s and multiply rows of the input, which in "
+                         "this version CUDA does with f32 alone", moe_dtype_string(plan->desc.weights_dtype));
     if (a->done_signal != NULL)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.done_signal", "is set, which this version does not do");
     if (a->gemm2_start_event != NULL)
@@ -14905,7 +15219,7 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
     if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT && plan->layer.routing.special_experts > 0)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has special experts beside weights on the input, which "
                          "in this version the CPU alone does");
-    if (run->weights->packed.pruned > 0)
+    if (run->weights->pruned > 0)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which in "
                          "this version the CPU alone runs");
     return moe__check_aligned(a->out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", err);
@@ -15381,7 +15695,7 @@ static int32_t moe__gemm_ctas(const moe__run *run, moe__gemm_set shape, int64_t 
 
 typedef struct moe__product {
     moe__rows_args rows;
-    const moe__packed_shape *shape;
+    const moe__block_shape *shape;
     const moe_activation_desc *activation;
     void *mid, *out;
     const float *weight_on_input;
@@ -15403,9 +15717,9 @@ static moe__activation_args moe__activation_args_of(const moe_activation_desc *a
 static moe__cu_result moe__launch_product(const moe__run *run, const moe__product *p, int32_t set, void *stream)
 {
     const moe_plan *plan = run->plan;
-    const moe__packed_shape *shape = p->shape;
+    const moe__block_shape *shape = p->shape;
     moe__gemm_set tile = moe__gemm_set_of(set);
-    int32_t rows1 = (shape->gated ? 2 : 1) * shape->features;
+    int32_t hidden = plan->layer.hidden_size;
     moe__gemm1_args one;
     moe__gemm2_args two;
     moe__cu_result result;
@@ -15428,13 +15742,13 @@ static moe__cu_result moe__launch_product(const moe__run *run, const moe__produc
     one.bias1 = shape->bias1;
     two.w2 = shape->w2;
     two.bias2 = plan->layer.parallel.tp_rank == 0 ? shape->bias2 : UINT64_MAX; // once in the sum of the ranks
-    one.hidden = two.hidden = shape->hidden;
+    one.hidden = two.hidden = hidden;
     one.features = two.features = shape->features;
     one.activation = moe__activation_args_of(p->activation);
-    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile, p->tiles, rows1), 1,
+    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile, p->tiles, shape->rows1), 1,
                                plan->stages.pdl, tile.smem_bytes, &one, stream);
     if (result != 0) return result;
-    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile, p->tiles, shape->hidden), 1,
+    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile, p->tiles, hidden), 1,
                              plan->stages.pdl, tile.smem_bytes, &two, stream);
 }
 
@@ -15442,23 +15756,25 @@ static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutat
 {
     const moe_plan *plan = run->plan;
     const moe__workspace *ws = &plan->workspace;
-    const moe__device_experts *packed = &run->weights->packed;
+    int32_t rows_mode = moe__run_rows_mode(run);
     moe__product p;
     memset(&p, 0, sizeof p);
     p.rows.slot_of_row = t->slot_of_row;
     p.rows.tile_expert = t->tile_expert;
     p.rows.tile_limit = t->tile_limit;
     p.rows.num_tiles = t->num_tiles;
-    p.rows.experts = (const uint64_t *)(uintptr_t)(packed->memory + packed->table_offset);
+    p.rows.experts = moe__device_addresses(run->weights);
     p.rows.num_tokens = run->args.num_tokens;
-    p.rows.slots = plan->slots;
+    p.rows.slots = rows_mode ? 1 : plan->slots;
     p.rows.tile = t->tile;
-    p.rows.rows_max = (int32_t)moe__rows_max(plan, run->args.num_tokens, set);
-    p.shape = &packed->expert;
+    p.rows.rows_max = (int32_t)moe__rows_max(
+        plan, rows_mode ? (int64_t)plan->desc.max_rows : (int64_t)run->args.num_tokens * plan->slots, set);
+    p.shape = &plan->layout.expert;
     p.activation = &plan->layer.activation;
     p.mid = run->memory + ws->mid;
     p.out = run->memory + ws->rows;
-    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT) p.weight_on_input = run->args.out_weights;
+    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT)
+        p.weight_on_input = rows_mode ? (const float *)run->args.weights : run->args.out_weights;
     p.per_expert = plan->layer.activation.per_expert;
     p.tiles = p.rows.rows_max / t->tile;
     return moe__launch_product(run, &p, set, stream);
@@ -15468,17 +15784,16 @@ static moe__cu_result moe__launch_shared(const moe__run *run, int32_t set, void 
 {
     const moe_plan *plan = run->plan;
     const moe__workspace *ws = &plan->workspace;
-    const moe__device_experts *packed = &run->weights->packed;
     int32_t tile = moe__gemm_set_of(set).tile;
     moe__product p;
     memset(&p, 0, sizeof p);
-    p.rows.experts = (const uint64_t *)(uintptr_t)(packed->memory + packed->table_offset) + plan->blocks;
+    p.rows.experts = moe__device_addresses(run->weights) + plan->blocks;
     p.rows.num_tokens_dev = run->args.num_tokens_dev;
     p.rows.num_tokens = run->args.num_tokens;
     p.rows.slots = 1;
     p.rows.tile = tile;
     p.rows.rows_max = (int32_t)moe__align_up((uint64_t)run->args.num_tokens, 8);
-    p.shape = &packed->shared;
+    p.shape = &plan->layout.shared;
     p.activation = &plan->layer.shared.activation;
     p.mid = run->memory + ws->mid_shared;
     p.out = run->memory + ws->rows_shared;
@@ -15509,83 +15824,230 @@ static moe__cu_result moe__launch_gate(const moe__run *run, float *out, void *st
                              moe__router_smem(shape, 0), &a, stream);
 }
 
-static moe__cu_result moe__launch_finalize(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+// What every form of finalize takes.
+static moe__finalize_args moe__finalize_args_of(const moe__run *run)
 {
-    const moe_plan *plan = run->plan;
-    const moe_layer_desc *layer = &plan->layer;
-    const moe_routing_desc *r = &layer->routing;
-    const moe__workspace *ws = &plan->workspace;
-    int32_t special = r->special_experts > 0 && !layer->parallel.omit_common && layer->parallel.tp_rank == 0 &&
-                      (r->special_kind == MOE_SPECIAL_IDENTITY || r->special_kind == MOE_SPECIAL_CONSTANT);
-    int32_t shared = plan->layout.shared.bytes != 0;
+    const moe_layer_desc *layer = &run->plan->layer;
     moe__finalize_args a;
     memset(&a, 0, sizeof a);
-    if (plan->blocks > 0) a.rows = run->memory + ws->rows;
-    if (shared) a.shared_rows = run->memory + ws->rows_shared;
-    a.row_of_slot = t->row_of_slot;
-    if (r->weight_on != MOE_WEIGHT_ON_INPUT) a.weights = run->args.out_weights;
-    if (special) {
-        a.ids = run->args.out_ids;
-        a.x = run->args.x;
-        a.x_stride = run->args.x_stride;
-        a.constants = (const float *)moe__device_table(run->weights, MOE_TENSOR_CONSTANT);
-    }
-    if (shared && run->args.shared_gate != NULL) {
-        a.shared_gate = run->args.shared_gate;
-    } else if (shared && layer->shared.gate) {
-        a.shared_gate = (const float *)(const void *)(run->memory + ws->gate);
-        a.gate_is_logit = 1;
-    }
+    a.weights_dtype = MOE_DTYPE_F32;
+    a.weight_on_input = layer->routing.weight_on == MOE_WEIGHT_ON_INPUT;
     a.scale = 1;
-    if (r->scale_on == MOE_SCALE_ON_OUTPUT) {
-        a.scale = r->scale;
+    if (layer->routing.scale_on == MOE_SCALE_ON_OUTPUT) {
+        a.scale = layer->routing.scale;
         a.global_scale = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROUTER_GLOBAL_SCALE);
     }
-    if (layer->row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
     a.num_tokens_dev = run->args.num_tokens_dev;
     a.out = run->args.out;
     a.out_stride = run->args.out_stride;
     a.num_tokens = run->args.num_tokens;
-    a.slots = plan->slots;
+    a.slots = run->plan->slots;
     a.hidden = layer->hidden_size;
-    a.num_experts = layer->num_experts;
-    a.special_experts = r->special_experts;
-    a.special_kind = r->special_kind;
     a.accumulate = (run->args.flags & MOE_EXECUTE_ACCUMULATE) != 0;
-    a.shared_scale = layer->shared.scale;
     a.output_scale = layer->output_scale;
-    a.row_norm_epsilon = layer->row_norm_epsilon;
+    return a;
+}
+
+// Ids, weights, and what special experts need.
+static void moe__finalize_routing(const moe__run *run, moe__finalize_args *a)
+{
+    const moe_layer_desc *layer = &run->plan->layer;
+    const moe_routing_desc *r = &layer->routing;
+    a->weights = run->args.out_weights;
+    if (r->special_experts == 0 || layer->parallel.omit_common || layer->parallel.tp_rank != 0 ||
+        (r->special_kind != MOE_SPECIAL_IDENTITY && r->special_kind != MOE_SPECIAL_CONSTANT))
+        return;
+    a->ids = run->args.out_ids;
+    a->x = run->args.x;
+    a->x_stride = run->args.x_stride;
+    a->constants = (const float *)moe__device_table(run->weights, MOE_TENSOR_CONSTANT);
+    a->num_experts = layer->num_experts;
+    a->special_experts = r->special_experts;
+    a->special_kind = r->special_kind;
+}
+
+static moe__cu_result moe__launch_finalize(const moe_plan *plan, moe__finalize_args *a, int32_t set, void *stream)
+{
     return moe__stage_launch(plan, MOE__KERNEL_FINALIZE + set, 8 * plan->ctx->cuda->sms, 1, plan->stages.pdl,
-                             4 * plan->slots, &a, stream);
+                             4 * a->slots, a, stream);
+}
+
+// Tokens from rows of slots, and of the shared experts.
+static moe__cu_result moe__launch_tokens(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe_layer_desc *layer = &plan->layer;
+    const moe__workspace *ws = &plan->workspace;
+    moe__finalize_args a = moe__finalize_args_of(run);
+    moe__finalize_routing(run, &a);
+    if (plan->blocks > 0) a.rows = run->memory + ws->rows;
+    a.row_of_slot = t->row_of_slot;
+    if (plan->layout.shared.bytes != 0) {
+        a.shared_rows = run->memory + ws->rows_shared;
+        a.shared_scale = layer->shared.scale;
+        a.gate_is_logit = run->args.shared_gate == NULL && layer->shared.gate;
+        a.shared_gate = a.gate_is_logit ? (const float *)(const void *)(run->memory + ws->gate) : run->args.shared_gate;
+    }
+    if (layer->row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
+    a.row_norm_epsilon = layer->row_norm_epsilon;
+    return moe__launch_finalize(plan, &a, set, stream);
+}
+
+// Rows to rows of their own: of the input, or dense ones in expert order.
+static moe__cu_result moe__launch_rows(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    moe__finalize_args a = moe__finalize_args_of(run);
+    a.rows = run->memory + plan->workspace.rows;
+    a.slot_of_row = t->slot_of_row;
+    a.num_tiles = t->num_tiles;
+    a.tile = t->tile;
+    a.slots = 1;
+    a.plain = (run->args.flags & MOE_EXECUTE_ROWS_OUT) != 0;
+    if (moe__run_rows_mode(run)) {
+        a.weights = run->args.weights;
+        a.weights_dtype = plan->desc.weights_dtype;
+    } else {
+        a.row_of_slot = run->args.out_row_of_slot;
+    }
+    if (plan->layer.row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
+    a.row_norm_epsilon = plan->layer.row_norm_epsilon;
+    return moe__launch_finalize(plan, &a, set, stream);
+}
+
+// Tables of rows that come in expert order, or rows without padding of those that were sorted.
+static moe__cu_result moe__launch_group(const moe__run *run, const moe_permutation *t, int32_t kind, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t dense = kind == MOE__GROUP_DENSE, rows = dense ? run->args.num_tokens * plan->slots : plan->desc.max_rows;
+    int32_t ctas = moe__max32(1, moe__min32(plan->ctx->cuda->sms, rows / MOE__GROUP_THREADS));
+    moe__group_args a;
+    moe_permutation tables;
+    memset(&a, 0, sizeof a);
+    memset(&tables, 0, sizeof tables);
+    tables.tile = 1;
+    moe__stage_permute(run, dense ? &tables : t, &a.permute);
+    a.permute.id_of_local = NULL; // ids are local
+    a.permute.local_first = 0;
+    a.permute.local_routed = plan->blocks;
+    a.permute.out_expert_counts = NULL;
+    if (dense) a.permute.out_faults = NULL; // routing's
+    else a.permute.rows_max = (int32_t)moe__rows_max(plan, plan->desc.max_rows, moe__set_of_rows(plan));
+    a.table = dense ? t->expert_counts : run->args.counts_or_offsets;
+    a.padded = t->expert_offsets;
+    a.slot_of_row = t->slot_of_row;
+    a.dense_of_slot = run->args.out_row_of_slot;
+    a.kind = kind;
+    a.rows_per_expert = run->args.rows_per_expert;
+    a.rows_limit = plan->desc.max_rows;
+    return moe__stage_launch(plan, MOE__KERNEL_GROUP, ctas, 1,
+                             (dense || (run->args.flags & MOE_EXECUTE_PDL_IN) != 0) && plan->stages.pdl,
+                             moe__sort_smem(plan->blocks), &a, stream);
+}
+
+// Where a call's tables lie.
+static void moe__stage_tables(const moe__run *run, int32_t set, moe_permutation *t)
+{
+    const moe__workspace *ws = &run->plan->workspace;
+    memset(t, 0, sizeof *t);
+    t->tile = moe__gemm_set_of(set).tile;
+    t->slot_of_row = run->slot_of_row;
+    t->tile_expert = (int32_t *)(void *)(run->memory + ws->tile_expert);
+    t->tile_limit = (int32_t *)(void *)(run->memory + ws->tile_limit);
+    t->num_tiles = (int32_t *)(void *)(run->memory + ws->num_tiles);
+}
+
+// Kernels behind routing. Rows of slots without padding come first where the output has them, else last, since finalize
+// reads the padded ones.
+static moe__cu_result moe__launch_layer(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t rows_out = (run->args.flags & MOE_EXECUTE_ROWS_OUT) != 0, shared = plan->layout.shared.bytes != 0;
+    int32_t dense = run->args.out_row_of_slot != NULL && plan->blocks > 0;
+    moe__cu_result result = 0;
+    if (dense && rows_out) result = moe__launch_group(run, t, MOE__GROUP_DENSE, stream);
+    if (result == 0 && plan->blocks > 0) result = moe__launch_routed(run, t, set, stream);
+    if (rows_out) return result == 0 && plan->blocks > 0 ? moe__launch_rows(run, t, set, stream) : result;
+    if (result == 0 && shared) result = moe__launch_shared(run, set, stream);
+    if (result == 0 && shared && plan->layer.shared.gate && run->args.shared_gate == NULL)
+        result = moe__launch_gate(run, (float *)(void *)(run->memory + plan->workspace.gate), stream);
+    if (result == 0) result = moe__launch_tokens(run, t, set, stream);
+    if (result == 0 && dense) result = moe__launch_group(run, t, MOE__GROUP_DENSE, stream);
+    return result;
+}
+
+// Ids and weights go where somebody wants them, else into the workspace.
+static void moe__stage_place_routing(moe__run *run)
+{
+    if (run->args.out_ids == NULL) run->args.out_ids = run->ids;
+    if (run->args.out_weights == NULL) run->args.out_weights = run->slot_weights;
 }
 
 static int32_t moe__stage_execute(moe__run *run, void *stream)
 {
     const moe_plan *plan = run->plan;
-    const moe__workspace *ws = &plan->workspace;
-    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), shared = plan->layout.shared.bytes != 0;
-    int32_t entered, result;
+    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), entered, result;
     moe_permutation t;
-    moe__cu_result launched = 0;
+    moe__cu_result launched;
     if ((result = moe__check_cuda(run, NULL)) != MOE_OK) return result;
-    if (run->args.out_ids == NULL) run->args.out_ids = run->ids;
-    if (run->args.out_weights == NULL) run->args.out_weights = run->slot_weights;
-    memset(&t, 0, sizeof t);
-    t.tile = moe__gemm_set_of(set).tile;
+    moe__stage_place_routing(run);
+    moe__stage_tables(run, set, &t);
     t.row_of_slot = run->args.out_row_of_slot != NULL ? run->args.out_row_of_slot : run->row_of_slot;
-    t.slot_of_row = run->slot_of_row;
-    t.tile_expert = (int32_t *)(void *)(run->memory + ws->tile_expert);
-    t.tile_limit = (int32_t *)(void *)(run->memory + ws->tile_limit);
-    t.num_tiles = (int32_t *)(void *)(run->memory + ws->num_tiles);
+    if (run->args.out_row_of_slot != NULL) {
+        t.expert_offsets = run->offsets;
+        t.expert_counts = (int32_t *)(void *)(run->memory + plan->workspace.counts);
+    }
     if ((result = moe__stage_route(run, &t, stream)) != MOE_OK) return result;
     if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
-    if (plan->blocks > 0) launched = moe__launch_routed(run, &t, set, stream);
-    if (launched == 0 && shared) launched = moe__launch_shared(run, set, stream);
-    if (launched == 0 && shared && plan->layer.shared.gate && run->args.shared_gate == NULL)
-        launched = moe__launch_gate(run, (float *)(void *)(run->memory + ws->gate), stream);
-    if (launched == 0) launched = moe__launch_finalize(run, &t, set, stream);
+    launched = moe__launch_layer(run, &t, set, stream);
     moe__cuda_leave(plan->ctx, entered);
     return moe__cuda_result(launched);
+}
+
+// Rows in, rows out.
+static int32_t moe__stage_execute_rows(moe__run *run, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t set = moe__set_of_rows(plan), masked = run->args.input_mode == MOE_INPUT_MASKED, entered, result;
+    moe_permutation t;
+    moe__cu_result launched;
+    if ((result = moe__check_cuda(run, NULL)) != MOE_OK) return result;
+    moe__stage_tables(run, set, &t);
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    launched = moe__launch_group(run, &t, masked ? MOE__GROUP_MASKED : MOE__GROUP_SORTED, stream);
+    if (launched == 0 && plan->blocks > 0) launched = moe__launch_routed(run, &t, set, stream);
+    if (launched == 0 && plan->blocks > 0) launched = moe__launch_rows(run, &t, set, stream);
+    moe__cuda_leave(plan->ctx, entered);
+    return moe__cuda_result(launched);
+}
+
+// The weighted sum alone. rows_dtype says which of the plan's kernels: that of few tokens takes f32, that of many the
+// layer's type.
+static int32_t moe__stage_finalize(moe__run *run, const void *rows, int32_t rows_dtype, const int32_t *row_of_slot,
+                                   void *stream)
+{
+    const moe_plan *plan = run->plan;
+    int32_t set = rows_dtype == MOE_DTYPE_F32 ? MOE__SET_FEW : MOE__SET_MANY, entered, result;
+    moe_permutation none;
+    moe__finalize_args a;
+    if (rows_dtype != moe__rows_dtype(&plan->layer, set) || plan->stages.kernel[MOE__KERNEL_FINALIZE + set] == NULL)
+        return MOE_ERROR_UNSUPPORTED;
+    if ((uintptr_t)rows % 16 != 0 || (uintptr_t)row_of_slot % 4 != 0) return MOE_ERROR_ARGUMENT;
+    if ((result = moe__check_aligned(run->args.out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", NULL)) !=
+        MOE_OK)
+        return result;
+    moe__stage_place_routing(run);
+    memset(&none, 0, sizeof none);
+    none.tile = 1;
+    if ((result = moe__stage_route(run, &none, stream)) != MOE_OK) return result;
+    a = moe__finalize_args_of(run);
+    moe__finalize_routing(run, &a);
+    a.rows = rows;
+    a.row_of_slot = row_of_slot;
+    if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
+    result = moe__cuda_result(moe__launch_finalize(plan, &a, set, stream));
+    moe__cuda_leave(plan->ctx, entered);
+    return result;
 }
 #endif
 
@@ -15600,7 +16062,9 @@ MOE_API int32_t moe_execute(const moe_plan *plan, const moe_weights *weights, co
         return result;
 #if !defined(MOE_NO_CUDA)
     if (plan->ctx->desc.backend == MOE_BACKEND_CUDA)
-        return run.args.num_tokens == 0 && !moe__run_rows_mode(&run) ? MOE_OK : moe__stage_execute(&run, stream);
+        return moe__run_rows_mode(&run)    ? moe__stage_execute_rows(&run, stream)
+               : run.args.num_tokens == 0 ? (int32_t)MOE_OK
+                                           : moe__stage_execute(&run, stream);
 #endif
     return moe__run_rows_mode(&run) ? moe__execute_rows(&run) : moe__execute_tokens(&run);
 }
@@ -15863,7 +16327,6 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
     hidden = plan->layer.hidden_size;
     if (run.args.input_mode != MOE_INPUT_IDS && run.args.input_mode != MOE_INPUT_PACKED) return MOE_ERROR_ARGUMENT;
     if ((run.args.flags & MOE_EXECUTE_ROWS_OUT) != 0 || !moe__is_float_dtype(rows_dtype)) return MOE_ERROR_ARGUMENT;
-    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA) return MOE_ERROR_UNSUPPORTED;
     if (run.tokens == 0) return MOE_OK;
     if (rows == NULL || row_of_slot == NULL) return MOE_ERROR_ARGUMENT;
     if ((result = moe__check_routing_input(&run, NULL)) != MOE_OK ||
@@ -15872,6 +16335,10 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
         return result;
     if (plan->layer.routing.special_kind != MOE_SPECIAL_IDENTITY) run.args.x = NULL;
     else if ((result = moe__check_x(&run, hidden, NULL)) != MOE_OK) return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA)
+        return moe__stage_finalize(&run, rows, rows_dtype, row_of_slot, stream);
+#endif
     if ((result = moe__run_route_phase(&run)) != MOE_OK || run.tokens == 0) return result;
     moe__run_finalize(&run, &f);
     f.row_of_slot = row_of_slot;
@@ -16088,7 +16555,7 @@ static int32_t moe__export_write(const moe__ahead *ahead, const char *path, cons
     moe__export_table(&text, name, ahead);
     span.data = data;
     span.size = text.length;
-    result = moe__file_write_atomic(path, &span, 1, err);
+    result = moe__file_write_atomic(path, &span, 1, NULL, err);
     moe__free(allocator, data, capacity);
     return result;
 }
@@ -16471,10 +16938,11 @@ static const char *const moe__kernel_text[] = {
 "// defined:\n"
 "//\n"
 "//   MOE_K_ROUTE_ONE, _ROUTE     MOE_P_EXPERTS_PER_LANE 2, 4, 8, 12, 16, 32, 64   MOE_P_ROUTE 0..3 (>>routing)\n"
-"//   MOE_K_SORT\n"
+"//   MOE_K_SORT, _GROUP\n"
 "//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights)\n"
-"//   MOE_K_GEMM1, _GEMM2         MOE_P_TILE 8, 16, 32, 64, 128; MOE_P_DTYPE; and MOE_P_X, MOE_P_GATED or MOE_P_ROWS\n"
-"//   MOE_K_FINALIZE              MOE_P_ROWS, MOE_P_X, MOE_P_OUT\n"
+"//   MOE_K_GEMM1                 MOE_P_TILE 8, 16, 32, 64, 128   MOE_P_DTYPE 2, 3   MOE_P_X 1, 2, 3   MOE_P_GATED 0, 1\n"
+"//   MOE_K_GEMM2                 MOE_P_TILE   MOE_P_DTYPE   MOE_P_ROWS 1, 2, 3\n"
+"//   MOE_K_FINALIZE              MOE_P_ROWS   MOE_P_X   MOE_P_OUT 1, 2, 3\n"
 "//   MOE_K_ALL                   every entry, for editors and other compilers; none of them: types and wrappers alone\n"
 "\n"
 "// >>types  fixed-width integers, small vectors\n"
@@ -16552,7 +17020,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 shfl_down(u32 v, u32 d) { return __shfl_down_sync(~0u, v, d); }\n"
 "DI f32 shfl(f32 v, u32 lane) { return from_bits(shfl(bits(v), lane)); }\n"
 "DI f32 shfl_xor(f32 v, u32 m) { return from_bits(shfl_xor(bits(v), m)); }\n"
-"DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n"
+"DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n",
 "DI f32 shfl_down(f32 v, u32 d) { return from_bits(shfl_down(bits(v), d)); }\n"
 "DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n",
 "DI u32 match_any(u32 v) { return __match_any_sync(~0u, v); }\n"
@@ -16656,7 +17124,7 @@ static const char *const moe__kernel_text[] = {
 "    asm volatile(\"mbarrier.arrive.shared.b64 _, [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
 "}\n"
 "DI void cp_async_mbar_arrive(u64 *b) // .noinc: counts among the barrier's expected arrivals\n"
-"{\n"
+"{\n",
 "    asm volatile(\"cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
 "}\n"
 "\n"
@@ -16782,7 +17250,7 @@ static const char *const moe__kernel_text[] = {
 "    u32 old = 0;\n"
 "    ASM_90(\"atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"r\"(addr), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
-"}\n"
+"}\n",
 "DI void red_add_cluster(u32 addr, u32 v)\n"
 "{\n"
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;\" ::\"r\"(addr), \"r\"(v) : \"memory\");\n"
@@ -16866,12 +17334,12 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_load_2d_multicast(void *dst, const tensor_map *map, i32 x, i32 y, u64 *bar, u16 mask)\n"
 "{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], \"\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], \"\n",
 "           \"[%1, {%2, %3}], [%4], %5;\" ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(bar)), \"h\"(mask)\n"
 "           : \"memory\");\n"
 "}\n"
 "DI void tma_store_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
-"{\n",
+"{\n"
 "    ASM_90(\"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\"\n"
 "           ::\"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(src)) : \"memory\");\n"
 "}\n"
@@ -16941,7 +17409,7 @@ static const char *const moe__kernel_text[] = {
 "template <int R> DI void reg_dec() { ASM_90A(\"setmaxnreg.dec.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
 "template <int R> DI void reg_inc() { ASM_90A(\"setmaxnreg.inc.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
 "\n"
-"#define TEN(t) \"%\" #t \"0, %\" #t \"1, %\" #t \"2, %\" #t \"3, %\" #t \"4, %\" #t \"5, %\" #t \"6, %\" #t \"7, %\" #t \"8, %\" #t \"9\"\n"
+"#define TEN(t) \"%\" #t \"0, %\" #t \"1, %\" #t \"2, %\" #t \"3, %\" #t \"4, %\" #t \"5, %\" #t \"6, %\" #t \"7, %\" #t \"8, %\" #t \"9\"\n",
 "#define LIST_4 \"%0, %1, %2, %3\"\n"
 "#define LIST_8 LIST_4 \", %4, %5, %6, %7\"\n"
 "#define LIST_12 TEN() \", %10, %11\"\n"
@@ -17011,7 +17479,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 cvt_bf16x2(f32 lo, f32 hi)\n"
 "{\n"
 "    u32 v;\n"
-"    asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n"
+"    asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n",
 "    return v;\n"
 "}\n"
 "DI u32 cvt_f16x2(f32 lo, f32 hi)\n"
@@ -17122,7 +17590,7 @@ static const char *const moe__kernel_text[] = {
 "    i32 width;                   // of the router: E + S + scored extra slots\n"
 "    i32 slots;                   // top_k + extra_slots\n"
 "    i32 ids_end;                 // E + S + X: ids are 0..ids_end - 1\n"
-"    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n"
+"    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n",
 "    i32 logits_dtype, ids_dtype, weights_dtype;\n"
 "    i32 end_is_none;             // MOE_EXECUTE_ID_E_IS_NONE\n"
 "    routing_args routing;\n"
@@ -17192,6 +17660,22 @@ static const char *const moe__kernel_text[] = {
 "    i32 num_experts, slots, ids_end, special_experts;\n"
 "};\n"
 "\n"
+"// moe_k_group, rows that come in expert order. Any number of CTAs of 512 threads. Dynamic shared memory in bytes: 16\n"
+"// local_experts rounded up to 8, + 256.\n"
+"enum : i32 { GROUP_MASKED = 0, GROUP_SORTED = 1, GROUP_DENSE = 2 };\n"
+"\n"
+"struct group_args {\n"
+"    permute_args permute;      // GROUP_DENSE: tile 1, no tables; ids are local experts; out_faults\n"
+"    const i32 *table;          // SORTED: first rows [local_experts + 1]; else counts [local_experts]\n"
+"    const i32 *padded;         // DENSE: [local_experts] first rows as padding left them\n",
+"    const i32 *slot_of_row;    // DENSE: [rows] as padded\n"
+"    i32 *dense_of_slot;        // DENSE: row of each of those slots without padding; others are left alone\n"
+"    i32 kind;\n"
+"    i32 rows_per_expert;       // MASKED: row r of expert e lies in row e rows_per_expert + r\n"
+"    i32 rows_limit;            // MASKED, SORTED: more rows are a fault\n"
+"    i32 reserved;\n"
+"}; // 152 bytes\n"
+"\n"
 "// moe_k_router_logits.\n"
 "struct router_args {\n"
 "    const void *x;             // [T, x_stride]\n"
@@ -17209,7 +17693,7 @@ static const char *const moe__kernel_text[] = {
 "}; // 96 bytes\n"
 "\n"
 "// Values of moe.h's enumerations that only the layer's second half needs.\n"
-"enum {\n",
+"enum {\n"
 "    ACTIVATION_SWIGLU = 1, ACTIVATION_SWIGLU_STEP = 2, ACTIVATION_GEGLU_ERF = 3, ACTIVATION_GEGLU_TANH = 4,\n"
 "    ACTIVATION_SITU = 5, ACTIVATION_SILU = 32, ACTIVATION_GELU_ERF = 33, ACTIVATION_GELU_TANH = 34,\n"
 "    ACTIVATION_RELU = 35, ACTIVATION_RELU2 = 36, ACTIVATION_RELU2_CLAMP = 37, ACTIVATION_IDENTITY = 38,\n"
@@ -17270,12 +17754,15 @@ static const char *const moe__kernel_text[] = {
 "    i32 hidden, features;\n"
 "}; // 104 bytes\n"
 "\n"
-"// moe_k_finalize. MOE_P_X (of identity experts), MOE_P_ROWS, MOE_P_OUT.\n"
+"// moe_k_finalize. MOE_P_X (of identity experts), MOE_P_ROWS, MOE_P_OUT. With slot_of_row each row goes to a row of its\n",
+"// own: slots is 1, there are no special and no shared experts, and num_tokens_dev is not read.\n"
 "struct finalize_args {\n"
 "    const void *rows;             // [rows_max, hidden] or NULL: no slot has a row\n"
 "    const void *shared_rows;      // [T, hidden] or NULL\n"
-"    const i32 *row_of_slot;       // [T, slots]; -1: none\n"
-"    const f32 *weights;           // [T, slots] or NULL: 1\n"
+"    const i32 *row_of_slot;       // [T, slots]; -1: none. With slot_of_row: which row of out, or NULL: row `slot`\n"
+"    const i32 *slot_of_row;       // [rows_max], -1: padding; or NULL\n"
+"    const i32 *num_tiles;         // [1] of rows, with slot_of_row\n"
+"    const void *weights;          // [T, slots], by slot; or NULL: 1\n"
 "    const i32 *ids;               // [T, slots], or NULL: no special expert adds anything\n"
 "    const void *x;                // [T, x_stride]; identity experts\n"
 "    const f32 *constants;         // [special_experts, hidden]; constant experts\n"
@@ -17289,9 +17776,13 @@ static const char *const moe__kernel_text[] = {
 "    i32 hidden;                   // a multiple of 8\n"
 "    i32 num_experts, special_experts, special_kind;\n"
 "    i32 accumulate, gate_is_logit;\n"
+"    i32 tile;                     // rows of a tile\n"
+"    i32 plain;                    // rows go out as they are, but for the norm\n"
+"    i32 weights_dtype;            // F32 without slot_of_row\n"
+"    i32 weight_on_input;          // weights are of special experts alone\n"
 "    f32 scale, shared_scale, output_scale, row_norm_epsilon;\n"
-"}; // 168 bytes\n"
-"\n",
+"}; // 192 bytes\n"
+"\n"
 "// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
 "// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
@@ -17353,7 +17844,7 @@ static const char *const moe__kernel_text[] = {
 "    f = from_bits(bits(x) - e);\n"
 "    f = f + (e < 0x10000000u \? from_bits(0x3f800000u - e) - 1.0f : -1.0f);\n"
 "    q = 0.067491293f;\n"
-"    q = fmaf(q, f, -0.11672435f);\n"
+"    q = fmaf(q, f, -0.11672435f);\n",
 "    q = fmaf(q, f, 0.118847661f);\n"
 "    q = fmaf(q, f, -0.124060042f);\n"
 "    q = fmaf(q, f, 0.142202079f);\n"
@@ -17460,7 +17951,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// What the program can route. What nearly all models do has programs of its own, for rows of exactly 32 P experts whose\n"
 "// logits nothing multiplies or caps: what is left out of them is neither tested for nor fetched.\n"
-"#define ROUTE_ANY 0\n"
+"#define ROUTE_ANY 0\n",
 "#define ROUTE_SOFTMAX 1 // the largest of the softmax\n"
 "#define ROUTE_SIGMOID 2 // the largest sigmoids; bias and groups, but not GROUP_EACH\n"
 "#define ROUTE_TOP_K 3   // the largest logits, softmax over them\n"
@@ -17566,7 +18057,7 @@ static const char *const moe__kernel_text[] = {
 "// largest ones. What reaches it, usually few more than `count`, goes to found[64] in order of place, a lane each, and\n"
 "// is ranked by counting what beats it.\n"
 "template <u32 N> DI void top_k_row(u32 (&key)[N], i32 count, u32 *found, i32 &chosen, u32 &chosen_key)\n"
-"{\n"
+"{\n",
 "    u32 most = key[0], bound = 0, n = 0, those[N < 32 \? N : 1]; // more are asked for again\n"
 "#pragma unroll\n"
 "    for (u32 i = 1; i < N; i++) most = max_u32(most, key[i]);\n"
@@ -17673,7 +18164,7 @@ static const char *const moe__kernel_text[] = {
 "            for (u32 e = lane(); e < width; e += 32) {\n"
 "                f32 v = rows.logit[e];\n"
 "                bool wrong = !(v < INF_F32);\n"
-"                bad |= wrong;\n"
+"                bad |= wrong;\n",
 "                rows.logit[e] = wrong \? -INF_F32 : r.logit_softcap * tanh_f32(v / r.logit_softcap);\n"
 "            }\n"
 "            load_row(rows.logit, width, -INF_F32, x);\n"
@@ -17775,7 +18266,7 @@ static const char *const moe__kernel_text[] = {
 "    return s;\n"
 "}\n"
 "\n"
-"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n"
+"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n",
 "DI u32 group_rank(const u32 *key, u32 size, bool two)\n"
 "{\n"
 "    u32 first = KEY_NEG_INF, second = KEY_NEG_INF;\n"
@@ -17875,7 +18366,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        bool wrong = r.bias_rows > 0 && !(x[i] < INF_F32), there = (i32)(32 * i) < (i32)(ranked - lane());\n"
-"        bad |= wrong && there;\n"
+"        bad |= wrong && there;\n",
 "        key[i] = MOE_P_ROUTE == ROUTE_SOFTMAX \? bits(x[i]) | KEY_ZERO : order_of(x[i]); // none is below 0\n"
 "        if (wrong) key[i] = KEY_NEG_INF;\n"
 "        if (!ROW_IS_FULL && !there) key[i] = 0;\n"
@@ -17956,7 +18447,7 @@ static const char *const moe__kernel_text[] = {
 "        f32 sum = lanes_sum(0.0f + w[0] + w[1], MOE_P_ROUTE != ROUTE_ANY && n <= 8 \? 8 : 32), divisor = sum;\n"
 "        if (r.renormalize == RENORMALIZE_SUM) divisor = sum + r.renormalize_epsilon;\n"
 "        else if (sum < r.renormalize_epsilon) divisor = r.renormalize_epsilon;\n"
-"        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n"
+"        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n",
 "        if (w[0] != 0) w[0] = w[0] / divisor;\n"
 "        if (second && w[1] != 0) w[1] = w[1] / divisor;\n"
 "    }\n"
@@ -17994,7 +18485,7 @@ static const char *const moe__kernel_text[] = {
 "        drawn[e] = 0;\n"
 "        total += draw_weight(a, drawn, e);\n"
 "    }\n"
-"    total = redux_add(total); // below 2^28\n",
+"    total = redux_add(total); // below 2^28\n"
 "    for (i32 j = 0; j < r.top_k; j++) {\n"
 "        u32 at = (u32)((u64)route_random(r.simulate_seed, token, j) * total >> 32), id = 0, mine = 0;\n"
 "        for (u32 base = 0; base < experts; base += 32) {\n"
@@ -18048,7 +18539,7 @@ static const char *const moe__kernel_text[] = {
 "// Scales, special experts, faults: what is done to every slot at the end.\n"
 "DI void route_finish(const tokens_args &a, bool lost, token_slots &s)\n"
 "{\n"
-"    const routing_args r = routing_of(a);\n"
+"    const routing_args r = routing_of(a);\n",
 "    f32 scale = a.global_scale != nullptr \? r.scale * *a.global_scale : r.scale;\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
@@ -18080,7 +18571,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
 "        bool extra = MOE_P_ROUTE == ROUTE_ANY && slot >= r.top_k;\n"
-"        s.id[h] = extra \? a.num_experts + r.special_experts + slot - r.top_k : -1;\n",
+"        s.id[h] = extra \? a.num_experts + r.special_experts + slot - r.top_k : -1;\n"
 "        s.weight[h] = extra \? r.extra_weight : r.simulate != SIMULATE_OFF \? 1.0f / (f32)r.top_k : 0;\n"
 "    }\n"
 "    if (a.bias_index != nullptr && r.bias_rows > 0) {\n"
@@ -18137,7 +18628,7 @@ static const char *const moe__kernel_text[] = {
 "        u32 fault = route_token(a, token, rows, s);\n"
 "        faults[FAULT_NAN_LOGITS] += fault >> FAULT_NAN_LOGITS & 1;\n"
 "        faults[FAULT_TOKEN_IDS] += fault >> FAULT_TOKEN_IDS & 1;\n"
-"    } else {\n"
+"    } else {\n",
 "        faults[FAULT_IDS] += read_token(a, token, s);\n"
 "    }\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
@@ -18172,7 +18663,7 @@ static const char *const moe__kernel_text[] = {
 "};\n"
 "\n"
 "DI u32 sort_stride(u32 ids_end) { return (ids_end + 7) / 8 * 8; }\n"
-"\n",
+"\n"
 "// Lays out what all need but own and counters, from `memory` on (16-aligned); returns what is behind.\n"
 "DI u8 *sort_layout(u8 *memory, u32 ids_end, sort_memory &m)\n"
 "{\n"
@@ -18242,7 +18733,7 @@ static const char *const moe__kernel_text[] = {
 "DI void sort_clear(const sort_memory &m)\n"
 "{\n"
 "    clear_words(m.all, 2 * m.stride);\n"
-"    for (u32 i = tid(); i < m.stride; i += ntid()) m.row[i] = -1;\n"
+"    for (u32 i = tid(); i < m.stride; i += ntid()) m.row[i] = -1;\n",
 "    clear_words(m.faults, 4);\n"
 "}\n"
 "\n"
@@ -18273,7 +18764,7 @@ static const char *const moe__kernel_text[] = {
 "        if (writes) {\n"
 "            if (p.expert_counts != nullptr) p.expert_counts[e] = (i32)count;\n"
 "            if (p.expert_offsets != nullptr) p.expert_offsets[e] = (i32)at;\n"
-"        }\n",
+"        }\n"
 "        at += tiles_of(p, count + tile - 1) * tile;\n"
 "    }\n"
 "    if (tid() == ntid() - 1) {\n"
@@ -18320,7 +18811,7 @@ static const char *const moe__kernel_text[] = {
 "    if (p.row_of_slot != nullptr) p.row_of_slot[slot] = row;\n"
 "    if (p.slot_of_row != nullptr && row >= 0) p.slot_of_row[row] = (i32)slot;\n"
 "}\n"
-"\n"
+"\n",
 "// What a warp has to do of the CTA's `mine` tokens: [from, to).\n"
 "struct warp_run {\n"
 "    u32 from, to;\n"
@@ -18351,7 +18842,7 @@ static const char *const moe__kernel_text[] = {
 "    if (lane() == 0)\n"
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add_shared(&m.faults[f], faults[f]);\n"
-"    cta_sync();\n",
+"    cta_sync();\n"
 "    sum_warps(m, (u32)a.ids_end, mine < warps \? mine : warps);\n"
 "    return run;\n"
 "}\n"
@@ -18409,7 +18900,7 @@ static const char *const moe__kernel_text[] = {
 "template <class X> DI f32 router_norm(const router_args &a, u32 token)\n"
 "{\n"
 "    f32 sum = 0;\n"
-"    if (!a.rms_norm) return 1;\n"
+"    if (!a.rms_norm) return 1;\n",
 "    for (u32 k = lane16(); k < (u32)a.ld; k += 16 * 16) {\n"
 "        X raw[16];\n"
 "#pragma unroll\n"
@@ -18444,7 +18935,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI void router_store(const router_args &a, f32 sum, u32 token, u32 expert, u32 tokens)\n"
 "{\n"
-"    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n",
+"    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n"
 "    a.out[(i64)token * a.width + expert] = a.bias == nullptr \? sum : sum + a.bias[expert];\n"
 "}\n"
 "\n"
@@ -18496,7 +18987,7 @@ static const char *const moe__kernel_text[] = {
 "            load_weights<breadth, K>(a, w_stage + c % 2 * breadth * (K + ROUTER_PAD), first, c * K);\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < 2 * each; i++) {\n"
-"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n"
+"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n",
 "                u32 k = c * K + pair % (K / 2) / 16 * 32 + i % 2 * 16 + lane16();\n"
 "                next[i] = token < tokens \? load_x<X>(a, token, k) : (X)0;\n"
 "            }\n"
@@ -18529,7 +19020,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// All tiles of this CTA, experts fastest.\n"
 "template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K> DI void router_tiles(const router_args &a, u32 tokens)\n"
-"{\n",
+"{\n"
 "    const u32 height = TM * WM, breadth = TN * WN, across = ((u32)a.width + breadth - 1) / breadth;\n"
 "    const u32 tiles = across * ((tokens + height - 1) / height);\n"
 "    for (u32 tile = cta(); tile < tiles; tile += ncta())\n"
@@ -18578,7 +19069,7 @@ static const char *const moe__kernel_text[] = {
 "#ifndef MOE_P_OUT\n"
 "#define MOE_P_OUT DTYPE_BF16\n"
 "#endif\n"
-"#ifndef MOE_P_GATED\n"
+"#ifndef MOE_P_GATED\n",
 "#define MOE_P_GATED 1\n"
 "#endif\n"
 "\n"
@@ -18617,7 +19108,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "template <i32 D> DI void widen_8(const raw_8 &raw, f32 (&v)[8])\n"
 "{\n"
-"    const u32 words[8] = { raw.low.x, raw.low.y, raw.low.z, raw.low.w,\n",
+"    const u32 words[8] = { raw.low.x, raw.low.y, raw.low.z, raw.low.w,\n"
 "                           raw.high.x, raw.high.y, raw.high.z, raw.high.w };\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < 8; i++) {\n"
@@ -18692,7 +19183,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI f32 situ(const activation_args &act, f32 g, f32 u)\n"
 "{\n"
-"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n"
+"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n",
 "    return act.alpha * tanh_f32(g / act.alpha) * sigmoid_f32(g) * u;\n"
 "}\n"
 "DI f32 relu2_clamp(const activation_args &act, f32 x)\n"
@@ -18730,7 +19221,7 @@ static const char *const moe__kernel_text[] = {
 "    default: break;\n"
 "    }\n"
 "}\n"
-"\n",
+"\n"
 "// ---- the list of tiles ----\n"
 "\n"
 "// Rows row .. row + rows - 1 times a slab of a block. No rows: the end.\n"
@@ -18796,7 +19287,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    return ((u32)a.features + GEMM_SLAB_FEATURES - 1) / GEMM_SLAB_FEATURES;\n"
 "}\n"
-"DI u32 gemm_slabs(const gemm2_args &a) { return ((u32)a.hidden + 127) / 128; }\n"
+"DI u32 gemm_slabs(const gemm2_args &a) { return ((u32)a.hidden + 127) / 128; }\n",
 "DI u64 gemm_weights(const gemm1_args &a) { return a.w1; }\n"
 "DI u64 gemm_weights(const gemm2_args &a) { return a.w2; }\n"
 "DI i32 gemm_source(const gemm1_args &a, u32 row)\n"
@@ -18831,7 +19322,7 @@ static const char *const moe__kernel_text[] = {
 "// x that is not of the product's type, not aligned, or weighted: by way of registers.\n"
 "DI void gemm_convert(const gemm1_args &a, const gemm_loader &l, u8 *to, bool aligned)\n"
 "{\n"
-"    const u32 piece = tid() % 8, k = 64 * l.k + 8 * piece;\n",
+"    const u32 piece = tid() % 8, k = 64 * l.k + 8 * piece;\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_ROWS_EACH; i++) {\n"
 "        const u32 row = gemm_row(i);\n"
@@ -18891,7 +19382,7 @@ static const char *const moe__kernel_text[] = {
 "        if (weights_too) gemm_load_weights(l.weights, to);\n"
 "        gemm_load_rows(a, l, to + GEMM_BLOCK);\n"
 "        l.weights += GEMM_BLOCK;\n"
-"        if (++l.k == gemm_blocks(a)) {\n"
+"        if (++l.k == gemm_blocks(a)) {\n",
 "            l.at += ncta();\n"
 "            gemm_open(a, l);\n"
 "        }\n"
@@ -18923,7 +19414,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) ldmatrix_x4(w[m], stage + ((left + m * 2048) ^ (s << 5)));\n"
 "#pragma unroll\n"
-"        for (u32 n = 0; n < N; n++) { // x: of two columns of eights, or of one in two steps\n",
+"        for (u32 n = 0; n < N; n++) { // x: of two columns of eights, or of one in two steps\n"
 "            if (N > 1 \? n % 2 == 0 : s % 2 == 0) ldmatrix_x4(x, stage + ((right + n * 1024) ^ (s << 5)));\n"
 "            const u32 at = (N > 1 \? n : s) % 2 * 2, two[2] = { x[at], x[at + 1] };\n"
 "#pragma unroll\n"
@@ -18983,7 +19474,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI void gemm_add_bias(const gemm2_args &a, u32 block, u32 feature, gemm_sums &acc, u32 group)\n"
 "{\n"
-"    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n"
+"    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n",
 "    const f32 *from = (const f32 *)(a.rows.experts[block] + a.bias2) + feature;\n"
 "    gemm_add(acc, group, *(const f32x2 *)from, *(const f32x2 *)(from + 2));\n"
 "}\n"
@@ -19021,7 +19512,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 piece = feature % 64 / 8;\n"
 "    f32 v[4], u[4];\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < 4; i++) {\n",
+"    for (u32 i = 0; i < 4; i++) {\n"
 "        v[i] = acc[0][0][i];\n"
 "        u[i] = acc[1][0][i];\n"
 "    }\n"
@@ -19080,7 +19571,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "    }\n"
 "}\n"
-"\n"
+"\n",
 "// Whether the first tile and its weights are known before what other kernels write.\n"
 "DI bool gemm_starts_early(const rows_args &r) { return r.slot_of_row == nullptr && r.num_tokens_dev == nullptr; }\n"
 "\n"
@@ -19114,7 +19605,7 @@ static const char *const moe__kernel_text[] = {
 "                for (u32 i = 0; i < 4 * GEMM_EIGHTS; i++) acc[m][i / 4][i % 4] = 0;\n"
 "        }\n"
 "        gemm_load(a, l, stage == 0 \? GEMM_STAGES - 1 : stage - 1, true);\n"
-"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, gemm_left(), right, eights);\n",
+"        gemm_multiply_some<GEMM_EIGHTS>(acc, smem() + stage * GEMM_STAGE, gemm_left(), right, eights);\n"
 "        if (k + 1 == blocks) {\n"
 "            gemm_store(a, acc, gemm_jobs()[stage]);\n"
 "            k = ~0u;\n"
@@ -19152,7 +19643,9 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    const u32 slots = (u32)a.slots, group = tid() / 16;\n"
 "    for (u32 j = 0; j < slots; j += FINALIZE_THREADS / 16) {\n"
-"        const i32 row = j + group < slots \? a.row_of_slot[(i64)token * slots + j + group] : -1;\n"
+"        i32 row = -1;\n"
+"        if (a.slot_of_row != nullptr) row = group == 0 && a.slot_of_row[token] >= 0 \? (i32)token : -1;\n"
+"        else if (j + group < slots) row = a.row_of_slot[(i64)token * slots + j + group];\n"
 "        f32 sum = 0;\n"
 "        for (u32 k = lane() % 16; k < (u32)a.hidden && row >= 0; k += 16) {\n"
 "            f32 u = load_float(a.rows, MOE_P_ROWS, (i64)row * a.hidden + k) * (1.0f + a.row_norm[k]);\n"
@@ -19171,7 +19664,7 @@ static const char *const moe__kernel_text[] = {
 "DI void finalize_special(const finalize_args &a, u32 token, i64 slot, u32 k, f32 weight, f32 (&total)[8])\n"
 "{\n"
 "    const i32 special = a.ids == nullptr \? -1 : a.ids[slot] - a.num_experts;\n"
-"    f32 v[8];\n"
+"    f32 v[8];\n",
 "    if (special < 0 || special >= a.special_experts) return;\n"
 "    if (a.special_kind == SPECIAL_IDENTITY) load_8<MOE_P_X>(a.x, token * a.x_stride + k, false, v);\n"
 "    else if (a.special_kind == SPECIAL_CONSTANT) load_8<DTYPE_F32>(a.constants, (i64)special * a.hidden + k, true, v);\n"
@@ -19191,7 +19684,8 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 j = 0; j < FINALIZE_BATCH; j++) {\n"
 "        row[j] = j < count && a.rows != nullptr \? a.row_of_slot[at + j] : -1;\n"
-"        weight[j] = j < count && a.weights != nullptr \? a.weights[at + j] : 1;\n"
+"        weight[j] = j < count && a.weights != nullptr \? ((const f32 *)a.weights)[at + j] : 1;\n"
+"        if (a.weight_on_input && row[j] >= 0) weight[j] = 1;\n"
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 j = 0; j < FINALIZE_BATCH; j++)\n"
@@ -19207,12 +19701,12 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "            for (u32 i = 0; i < 8; i++) v[i] = v[i] * (1.0f + a.row_norm[k + i]) * norms[first + j];\n"
 "        }\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "        for (u32 i = 0; i < 8; i++) total[i] = fmaf(weight[j], v[i], total[i]);\n"
 "    }\n"
 "}\n"
 "\n"
-"DI void finalize_store(const finalize_args &a, u32 token, u32 k, f32 (&total)[8])\n"
+"DI void finalize_store(const finalize_args &a, i64 token, u32 k, f32 (&total)[8])\n"
 "{\n"
 "    const i64 at = token * a.out_stride + k;\n"
 "    const u32 element = MOE_P_OUT == DTYPE_F32 \? 4 : 2;\n"
@@ -19258,6 +19752,23 @@ static const char *const moe__kernel_text[] = {
 "    finalize_store(a, token, k, total);\n"
 "}\n"
 "\n"
+"// 8 columns of a row that goes to a row of its own.\n"
+"DI void finalize_row(const finalize_args &a, u32 row, u32 k, const f32 *norms)\n"
+"{\n"
+"    const i32 slot = a.slot_of_row[row];\n"
+"    f32 v[8], weight = 1;\n"
+"    if (slot < 0) return;\n",
+"    load_8<MOE_P_ROWS>(a.rows, (i64)row * a.hidden + k, true, v);\n"
+"    if (a.weights != nullptr && !a.weight_on_input) weight = load_float(a.weights, a.weights_dtype, slot);\n"
+"    const f32 scale = a.scale * (a.global_scale == nullptr \? 1 : *a.global_scale);\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 8; i++) {\n"
+"        if (a.row_norm != nullptr) v[i] = v[i] * (1.0f + a.row_norm[k + i]) * norms[0];\n"
+"        if (!a.plain) v[i] = fmaf(weight, v[i], 0.0f) * scale * a.output_scale;\n"
+"    }\n"
+"    finalize_store(a, a.row_of_slot != nullptr \? a.row_of_slot[slot] : slot, k, v);\n"
+"}\n"
+"\n"
 "DI void finalize_run(const finalize_args &a, u32 tokens)\n"
 "{\n"
 "    const finalize_shape s = finalize_shape_of(a);\n"
@@ -19271,8 +19782,9 @@ static const char *const moe__kernel_text[] = {
 "            finalize_norms(a, item / s.parts, norms);\n"
 "            cta_sync();\n"
 "        }\n"
-"        if (tid() < s.tokens * s.width && token < tokens && eight < s.eights)\n"
-"            finalize_token(a, token, 8 * eight, norms);\n"
+"        if (tid() >= s.tokens * s.width || token >= tokens || eight >= s.eights) continue;\n"
+"        if (a.slot_of_row != nullptr) finalize_row(a, token, 8 * eight, norms);\n"
+"        else finalize_token(a, token, 8 * eight, norms);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -19313,7 +19825,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return all;\n"
 "}\n"
-"\n",
+"\n"
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
@@ -19334,7 +19846,7 @@ static const char *const moe__kernel_text[] = {
 "    m.own = (u32 *)sort_layout(smem(), ids_end, m);\n"
 "    m.counter = (u16 *)(m.own + m.stride);\n"
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
-"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
+"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n",
 "    slot = (u32 *)(m.counter + warps * m.stride) + warps * 64 * PER_LANE;\n"
 "    clear_words((u32 *)m.counter, (room < warps \? room : warps) * m.stride / 2);\n"
 "    sort_clear(m);\n"
@@ -19392,7 +19904,7 @@ static const char *const moe__kernel_text[] = {
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
 "    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
 "    slot = (u32 *)(m.counter + warps * m.stride) + warps * 64 * PER_LANE;\n"
-"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n",
+"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n"
 "    cta_sync();\n"
 "    grid_launch();\n"
 "    grid_wait();\n"
@@ -19419,7 +19931,7 @@ static const char *const moe__kernel_text[] = {
 "// Sums of the chunks' counters: all chunks into m.all, those before this CTA's into m.before. A thread takes four ids\n"
 "// of every G-th chunk, so that a warp reads lines.\n"
 "DI void sum_chunks(const sort_args &a, const sort_memory &m)\n"
-"{\n"
+"{\n",
 "    const u32 fours = (u32)a.counts_stride / 4, groups = fours < ntid() \? ntid() / fours : 1, chunks = (u32)a.chunks;\n"
 "    for (u32 thread = tid(); thread < fours * groups; thread += ntid()) {\n"
 "        const u32 four = thread % fours, group = thread / fours;\n"
@@ -19481,7 +19993,7 @@ static const char *const moe__kernel_text[] = {
 "    const i64 at = (i64)begin * slots;\n"
 "    i32 id[2];\n"
 "    u32 before[2];\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 h = 0; h < 2; h++) { // the first ones are on their way while counters are added\n"
 "        u32 i = tid() + h * ntid();\n"
 "        id[h] = i < mine \? a.ids[at + i] : -1;\n"
@@ -19497,6 +20009,66 @@ static const char *const moe__kernel_text[] = {
 "        place_slot(a.permute, m, at + i, a.ids[at + i], a.slot_ranks[at + i]);\n"
 "    write_tiles(a.permute, m, a.num_experts, behind, cta(), ncta());\n"
 "    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr) a.permute.out_faults[tid()] = m.faults[tid()];\n"
+"}\n"
+"\n"
+"#endif\n"
+"\n"
+"#if defined(MOE_K_GROUP) || defined(MOE_K_ALL)\n"
+"\n"
+"// Rows of each local expert -> m.all; none of any where the table is wrong or there are too many, which it returns.\n"
+"// Uses two words of m.faults; a barrier at the end.\n"
+"DI u32 group_counts(const group_args &a, const sort_memory &m)\n"
+"{\n"
+"    const u32 n = (u32)a.permute.local_experts;\n"
+"    const i32 most = a.kind == GROUP_MASKED \? a.rows_per_expert : 0x7fffffff;\n"
+"    u32 sum = 0, wrong = 0;\n",
+"    if (a.kind == GROUP_SORTED && tid() == 0) wrong = a.table[0] != 0;\n"
+"    for (u32 e = tid(); e < n; e += ntid()) {\n"
+"        i32 low = a.kind == GROUP_SORTED \? a.table[e] : 0, high = a.table[e + (a.kind == GROUP_SORTED)];\n"
+"        bool bad = low < 0 || high < low || high - low > most || (a.kind == GROUP_SORTED && high > a.rows_limit);\n"
+"        wrong |= bad;\n"
+"        m.all[e] = bad \? 0 : (u32)(high - low);\n"
+"        sum += m.all[e];\n"
+"    }\n"
+"    sum = redux_add(sum);\n"
+"    wrong = redux_or(wrong);\n"
+"    if (lane() == 0 && wrong != 0) red_add_shared(&m.faults[0], wrong);\n"
+"    if (lane() == 0 && sum != 0) red_add_shared(&m.faults[1], sum);\n"
+"    cta_sync();\n"
+"    wrong = m.faults[0] != 0 || (a.kind != GROUP_DENSE && m.faults[1] > (u32)a.rows_limit);\n"
+"    for (u32 e = tid(); e < n && wrong; e += ntid()) m.all[e] = 0;\n"
+"    cta_sync();\n"
+"    return wrong;\n"
+"}\n"
+"\n"
+"// Every CTA counts all and writes its share of the tables: of tiles, and of rows, a thread each.\n"
+"MOE_ENTRY(moe_k_group, group_args, 512, 1)\n"
+"{\n"
+"    const u32 n = (u32)a.permute.local_experts;\n"
+"    sort_memory m;\n"
+"    sort_layout(smem(), n, m);\n"
+"    sort_clear(m);\n"
+"    cta_sync();\n"
+"    grid_launch();\n"
+"    grid_wait();\n"
+"    const u32 wrong = group_counts(a, m);\n"
+"    if (cta() == 0 && tid() < 4 && a.permute.out_faults != nullptr)\n"
+"        a.permute.out_faults[tid()] = tid() == FAULT_COUNTS \? wrong : 0;\n"
+"    place_experts(a.permute, m, (i32)n, cta(), ncta());\n"
+"    write_tiles(a.permute, m, 0, (i32)n, cta(), ncta());\n"
+"    for (u32 row = cta() * ntid() + tid(); row < m.first[n]; row += ncta() * ntid()) {\n"
+"        u32 low = 0, high = n; // the last expert that begins here or before\n"
+"        while (high - low > 1) {\n"
+"            u32 middle = (low + high) / 2;\n"
+"            if (m.first[middle] <= row) low = middle;\n"
+"            else high = middle;\n"
+"        }\n"
+"        const u32 i = row - m.first[low];\n"
+"        if (i >= m.all[low]) continue; // padding\n"
+"        if (a.kind == GROUP_DENSE) a.dense_of_slot[a.slot_of_row[(u32)a.padded[low] + i]] = (i32)row;\n"
+"        else if (a.kind == GROUP_SORTED) a.permute.slot_of_row[row] = a.table[low] + (i32)i;\n"
+"        else a.permute.slot_of_row[row] = (i32)low * a.rows_per_expert + (i32)i;\n"
+"    }\n"
 "}\n"
 "\n"
 "#endif\n"
@@ -19553,7 +20125,8 @@ static const char *const moe__kernel_text[] = {
 "    u32 wrong;\n"
 "    grid_launch();\n"
 "    grid_wait();\n"
-"    finalize_run(a, count_tokens(a.num_tokens_dev, a.num_tokens, wrong));\n"
+"    finalize_run(a, a.slot_of_row != nullptr \? (u32)(a.num_tiles[0] * a.tile)\n"
+"                                             : count_tokens(a.num_tokens_dev, a.num_tokens, wrong));\n"
 "}\n"
 "\n"
 "#endif\n"
@@ -19567,10 +20140,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "671e1a1e792f340367e72ae1b7687a3625d258175b365f7a5573b4d404b70e68";
+    return "53962bda225773a89eb5bf42f76ef9600ad7088f57f1d4041e053f459bea2f97";
 }
 
-// >>kernels-ptx 671e1a1e792f340367e72ae1b7687a3625d258175b365f7a5573b4d404b70e68  of the text with this digest
+// >>kernels-ptx 53962bda225773a89eb5bf42f76ef9600ad7088f57f1d4041e053f459bea2f97  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

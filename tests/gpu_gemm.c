@@ -570,7 +570,7 @@ static void sums_token(const sums *s, const moe__finalize_args *a, int t, const 
         factor *= a->gate_is_logit ? moe__sigmoidf(a->shared_gate[t]) : a->shared_gate[t];
     for (int i = 0; i < s->hidden; i++) total[i] = 0;
     for (int j = 0; j < s->slots; j++) {
-        float weight = a->weights == NULL ? 1 : a->weights[t * s->slots + j];
+        float weight = a->weights == NULL ? 1 : ((const float *)a->weights)[t * s->slots + j];
         if (!sums_slot(s, a, t, j, row)) continue;
         for (int i = 0; i < s->hidden; i++) total[i] = moe__fmaf(weight, row[i], total[i]);
     }

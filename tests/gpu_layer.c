@@ -374,6 +374,106 @@ TEST(inputs_of_every_mode_and_ranks)
     check_one(&l, &c, 1, "the second of two tensor-parallel ranks");
 }
 
+// Sizes around the tiles' and the kernels' own, experts without a token among them.
+TEST(sizes_experts_top_k_and_tokens)
+{
+    static const struct { int hidden, inner, experts, top_k, tokens, gated, held; } cases[] = {
+        { 8, 8, 1, 1, 1, 0, -1 },    { 8, 136, 2, 2, 3, 1, -1 },   { 136, 8, 64, 8, 17, 0, -1 },
+        { 136, 200, 5, 1, 33, 1, -1 }, { 264, 72, 33, 4, 3, 0, -1 }, { 72, 264, 8, 8, 66, 0, -1 },
+        { 64, 128, 64, 6, 129, 1, -1 }, { 200, 136, 17, 3, 40, 0, 0 }, { 128, 64, 3, 3, 100, 0, 0 },
+        { 704, 1856, 16, 6, 300, 1, -1 }, { 2880, 2880, 32, 4, 129, 0, -1 }, { 4096, 1536, 128, 8, 4097, 1, -1 },
+        { 2048, 512, 512, 22, 1000, 0, -1 },
+    };
+    if (!gpu_open()) return;
+    for (int i = 0; i < (gpu_large() ? 13 : 9); i++) {
+        moe_layer_desc l = layer_of(i % 2 ? MOE_FORMAT_F16 : MOE_FORMAT_BF16,
+                                    cases[i].gated ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_RELU);
+        layer_call c = logits_of(cases[i].tokens);
+        char text[96];
+        l.hidden_size = cases[i].hidden;
+        l.intermediate_size = cases[i].inner;
+        l.num_experts = cases[i].experts;
+        l.routing = preset(MOE_ROUTING_RENORMALIZE, cases[i].top_k);
+        c.held = cases[i].held;
+        c.seed = (uint64_t)i;
+        snprintf(text, sizeof text, "H %d I %d E %d k %d T %d", cases[i].hidden, cases[i].inner, cases[i].experts,
+                 cases[i].top_k, cases[i].tokens);
+        check_one(&l, &c, !cases[i].gated && cases[i].hidden < 512, text);
+    }
+}
+
+// All tokens to one expert, to one that is another rank's, to nobody.
+TEST(loads_that_are_not_even)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    pair p;
+    if (!gpu_open()) return;
+    l.parallel.expert_offset = 1;
+    l.parallel.local_experts = 4;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 80)) return;
+    for (int tokens = 40; tokens <= 80; tokens += 40)
+        for (int id = -1; id < 3; id++) {
+            layer_call c = logits_of(tokens);
+            layer_data d;
+            uint64_t state = 5;
+            size_t n = (size_t)tokens * H, slots = (size_t)tokens * TOP_K;
+            moe_reference_layer_args r;
+            char what[64];
+            memset(&d, 0, sizeof d);
+            c.mode = MOE_INPUT_IDS;
+            d.x = grid_values(n, 0.25f, 4, &state);
+            d.old = grid_values(n, 0.5f, 8, &state);
+            d.ids = (int32_t *)malloc(slots * 4);
+            d.weights = grid_values(slots, 0.25f, 8, &state);
+            for (size_t i = 0; i < slots; i++) d.ids[i] = id;
+            d.expected = (float *)malloc(n * 4);
+            d.got = (float *)malloc(n * 4);
+            memset(&r, 0, sizeof r);
+            r.num_tokens = tokens;
+            r.rows_dtype = moe__rows_dtype(&p.plan[1]->layer, moe__set_of(&p.plan[1]->desc, tokens));
+            r.x = d.x;
+            r.ids = d.ids;
+            r.weights = d.weights;
+            r.rows = moe_weights_row;
+            r.rows_user = p.weights[0];
+            r.out = d.expected;
+            CHECK_OK(moe_reference_layer(&p.layer, &r, &err));
+            CHECK_EQ(run_gpu(&p, &c, &d, d.got), MOE_OK);
+            snprintf(what, sizeof what, "T %d, all to %d", tokens, id);
+            for (size_t i = 0; i < n; i++)
+                if (d.expected[i] != d.got[i]) {
+                    test_fail2(__FILE__, __LINE__, what, "differs");
+                    break;
+                }
+            free(d.x);
+            free(d.old);
+            free(d.ids);
+            free(d.weights);
+            free(d.expected);
+            free(d.got);
+        }
+    pair_close(&p);
+}
+
+// No tokens: nothing is read or written, and NULL will do for what is not.
+TEST(no_tokens_is_no_work)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    moe_execute_args a;
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    memset(&a, 0, sizeof a);
+    if (!open_layer(&p, &l, 4)) return;
+    a.input_mode = MOE_INPUT_LOGITS;
+    a.workspace = gpu_make((size_t)p.info[1].workspace_bytes);
+    a.workspace_bytes = p.info[1].workspace_bytes;
+    CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &a, NULL), MOE_OK);
+    gpu_release();
+    pair_close(&p);
+}
+
 TEST(types_of_inputs_and_outputs)
 {
     static const int types[][2] = { { MOE_DTYPE_F32, MOE_DTYPE_BF16 }, { MOE_DTYPE_F16, MOE_DTYPE_F16 },
@@ -533,6 +633,240 @@ TEST(a_replaced_expert_is_the_new_one)
     free(down);
 }
 
+// ---- rows in expert order -------------------------------------------------------------------------------------------
+
+// What a call with rows brings: counts, or where `offsets` says so first rows; out on both sides.
+typedef struct rows_call {
+    int mode, rows_per_expert, held; // held: rows of x and out
+    uint32_t flags;
+    const int32_t *table;
+    int weights;                     // the caller's
+} rows_call;
+
+static void rows_args(const pair *p, const rows_call *c, moe_execute_args *a, uint64_t seed)
+{
+    memset(a, 0, sizeof *a);
+    a->input_mode = c->mode;
+    a->flags = c->flags;
+    a->rows_per_expert = c->rows_per_expert;
+    a->expected_rows = (int32_t)(seed % 2);
+    a->counts_or_offsets = c->table;
+    (void)p;
+}
+
+// Bits of the CPU (with rows of 16 bits within their rounding), in every row of out, those that stay as they were among
+// them; faults, too.
+static void check_rows(const pair *p, const rows_call *c, const char *what)
+{
+    size_t h = (size_t)p->layer.hidden_size, n = (size_t)c->held * h, table = (size_t)p->info[0].local_experts + 1;
+    int x_dtype = p->plan[1]->desc.x_dtype, out_dtype = p->plan[1]->desc.out_dtype;
+    int masked = c->mode == MOE_INPUT_MASKED;
+    size_t out_bytes = n * dtype_size(out_dtype), ws = (size_t)p->info[0].workspace_bytes;
+    uint64_t state = p->seed * 19 + (uint64_t)c->held;
+    float *values = grid_values(n, 0.25f, 4, &state), *old = grid_values(n, 0.5f, 8, &state);
+    float *weights = grid_values((size_t)c->held, 0.25f, 8, &state);
+    void *x = narrowed(values, n, x_dtype), *start = narrowed(old, n, out_dtype), *got = malloc(out_bytes + 4);
+    unsigned char *memory = (unsigned char *)malloc(ws + 256), *cpu = (unsigned char *)malloc(out_bytes + 4);
+    uint32_t faults[2][MOE_FAULTS];
+    moe_execute_args a;
+    int results[2];
+    rows_args(p, c, &a, state);
+    a.x = x;
+    a.weights = c->weights ? weights : NULL;
+    memcpy(cpu, start, out_bytes);
+    a.out = cpu;
+    a.out_faults = faults[0];
+    a.workspace = memory + (256 - (uintptr_t)memory % 256) % 256;
+    a.workspace_bytes = ws;
+    results[0] = moe_execute(p->plan[0], p->weights[0], &a, NULL);
+    rows_args(p, c, &a, state);
+    a.counts_or_offsets = (const int32_t *)gpu_copy(c->table, (masked ? table - 1 : table) * 4);
+    a.x = gpu_copy(x, n * dtype_size(x_dtype));
+    a.weights = c->weights ? gpu_copy(weights, (size_t)c->held * 4) : NULL;
+    a.out = gpu_copy(start, out_bytes);
+    a.out_faults = (uint32_t *)gpu_make(sizeof faults[1]);
+    a.workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
+    a.workspace_bytes = p->info[1].workspace_bytes;
+    results[1] = moe_execute(p->plan[1], p->weights[1], &a, NULL);
+    gpu_get(faults[1], a.out_faults, sizeof faults[1]);
+    gpu_get(got, a.out, out_bytes);
+    gpu_release();
+    CHECK_EQ(results[1], MOE_OK); // contents are not refused there
+    if (results[0] != MOE_OK && results[0] != MOE_ERROR_DATA) test_fail2(__FILE__, __LINE__, what, "refused");
+    if (memcmp(faults[0], faults[1], sizeof faults[0]) != 0) test_fail2(__FILE__, __LINE__, what, "other faults");
+    for (size_t i = 0; i < n; i++) {
+        double want = moe__load(cpu, out_dtype, (int64_t)i), is = moe__load(got, out_dtype, (int64_t)i), slack = 0;
+        char text[96];
+        if (out_dtype == MOE_DTYPE_BF16) // rows are rounded to it, and what comes of them
+            slack = ldexp(fabs(want - (double)moe__load(start, out_dtype, (int64_t)i)) + 2 * fabs(want), -8);
+        if (c->flags & MOE_EXECUTE_ROWS_OUT) slack = 0; // rounding twice is rounding once
+        if (fabs(want - is) <= slack) continue;
+        snprintf(text, sizeof text, "row %d, %d: %g expected, %g", (int)(i / h), (int)(i % h), want, is);
+        test_fail2(__FILE__, __LINE__, what, text);
+        break;
+    }
+    if (results[0] != MOE_OK && memcmp(got, start, out_bytes) != 0)
+        test_fail2(__FILE__, __LINE__, what, "something was written");
+    free(values);
+    free(old);
+    free(weights);
+    free(x);
+    free(start);
+    free(got);
+    free(memory);
+    free(cpu);
+}
+
+static void check_rows_modes(const pair *p, const char *what)
+{
+    static const int32_t counts[][EXPERTS] = { { 3, 0, 7, 1, 0, 5 }, { 0, 0, 0, 0, 0, 0 }, { 0, 9, 0, 0, 0, 9 },
+                                               { 1, 1, 1, 1, 1, 10 }, { -1, 2, 0, 0, 0, 1 }, { 9, 9, 9, 9, 9, 9 } };
+    char text[96];
+    for (int i = 0; i < 6; i++)
+        for (int mode = MOE_INPUT_MASKED; mode <= MOE_INPUT_SORTED; mode++) {
+            static const uint32_t flags[] = { 0, MOE_EXECUTE_ACCUMULATE, MOE_EXECUTE_ROWS_OUT };
+            int32_t offsets[EXPERTS + 1] = { 0 };
+            rows_call c;
+            memset(&c, 0, sizeof c);
+            for (int e = 0; e < EXPERTS; e++) offsets[e + 1] = offsets[e] + counts[i][e];
+            c.mode = mode;
+            c.rows_per_expert = 9;
+            c.held = mode == MOE_INPUT_MASKED ? 9 * EXPERTS : 60;
+            c.table = mode == MOE_INPUT_MASKED ? counts[i] : offsets;
+            c.flags = flags[(i + mode) % 3];
+            c.weights = i % 2 == 0;
+            snprintf(text, sizeof text, "%s, mode %d, counts %d, flags %u", what, mode, i, (unsigned)c.flags);
+            check_rows(p, &c, text);
+        }
+}
+
+TEST(rows_in_expert_order_have_the_bits_of_the_cpu)
+{
+    if (!gpu_open()) return;
+    for (int many = 0; many < 2; many++)
+        for (int kind = 0; kind < 3; kind++) {
+            moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+            pair p;
+            memset(&p, 0, sizeof p);
+            p.desc.max_rows = 50; // the last counts make 54
+            if (many) p.desc.out_dtype = MOE_DTYPE_BF16; // what rows are rounded to
+            if (kind == 1) l.output_scale = 0.5f;
+            if (kind == 1) l.gemm2_bias = 1;
+            if (kind == 2) l.routing.weight_on = MOE_WEIGHT_ON_INPUT;
+            if (!open_layer(&p, &l, many ? 65 : 16)) continue;
+            check_rows_modes(&p, kind == 0 ? "plain" : kind == 1 ? "scale and bias" : "weight on the input");
+            pair_close(&p);
+        }
+}
+
+// Rows of slots and which is whose, as the CPU has them; with finalize they make the layer's output.
+static void check_rows_out(const pair *p, int tokens, int finalize, const char *what)
+{
+    size_t h = (size_t)p->layer.hidden_size, slots = (size_t)tokens * TOP_K, n = slots * h, t = (size_t)tokens;
+    int width = p->plan[1]->width, rows_dtype = p->plan[1]->desc.out_dtype;
+    uint64_t state = 77;
+    float *x = grid_values(t * h, 0.25f, 4, &state), *logits = grid_values(t * (size_t)width, 0.125f, 40, &state);
+    void *narrow = narrowed(x, t * h, MOE_DTYPE_BF16);
+    unsigned char *out[2], *memory = (unsigned char *)malloc((size_t)p->info[0].workspace_bytes + 256);
+    int32_t *map[2];
+    float *weights[2], *whole = (float *)malloc(t * h * 4), *summed = (float *)malloc(t * h * 4);
+    moe_execute_args a;
+    void *ids_at, *rows_at;
+    for (int side = 0; side < 2; side++) {
+        out[side] = (unsigned char *)malloc(n * 4);
+        memset(out[side], 0x11, n * 4);
+        map[side] = (int32_t *)malloc(slots * 4);
+        weights[side] = (float *)malloc(slots * 4);
+    }
+    memset(&a, 0, sizeof a);
+    a.input_mode = MOE_INPUT_LOGITS;
+    a.flags = MOE_EXECUTE_ROWS_OUT;
+    a.num_tokens = tokens;
+    a.x = narrow;
+    a.logits = logits;
+    a.out = out[0];
+    a.out_row_of_slot = map[0];
+    a.out_weights = weights[0];
+    a.workspace = memory + (256 - (uintptr_t)memory % 256) % 256;
+    a.workspace_bytes = p->info[0].workspace_bytes;
+    CHECK_EQ(moe_execute(p->plan[0], p->weights[0], &a, NULL), MOE_OK);
+    a.x = gpu_copy(narrow, t * h * 2);
+    a.logits = gpu_copy(logits, t * (size_t)width * 4);
+    a.out = rows_at = gpu_copy(out[1], n * 4);
+    a.out_row_of_slot = (int32_t *)gpu_make(slots * 4);
+    a.out_weights = (float *)gpu_make(slots * 4);
+    a.out_ids = (int32_t *)(ids_at = gpu_make(slots * 4));
+    a.workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
+    a.workspace_bytes = p->info[1].workspace_bytes;
+    CHECK_EQ(moe_execute(p->plan[1], p->weights[1], &a, NULL), MOE_OK);
+    gpu_get(out[1], a.out, n * 4);
+    gpu_get(map[1], a.out_row_of_slot, slots * 4);
+    gpu_get(weights[1], a.out_weights, slots * 4);
+    if (memcmp(map[0], map[1], slots * 4) != 0) test_fail2(__FILE__, __LINE__, what, "other rows of slots");
+    if (memcmp(weights[0], weights[1], slots * 4) != 0) test_fail2(__FILE__, __LINE__, what, "other weights");
+    if (memcmp(out[0], out[1], n * 4) != 0) test_fail2(__FILE__, __LINE__, what, "other rows"); // the rest, too
+    if (finalize) { // the rows, weighted and summed, are the layer's output
+        a.flags = 0;
+        a.out = gpu_make(t * h * 4);
+        CHECK_EQ(moe_execute(p->plan[1], p->weights[1], &a, NULL), MOE_OK); // a map of rows, too
+        gpu_get(whole, a.out, t * h * 4);
+        gpu_get(map[1], a.out_row_of_slot, slots * 4);
+        if (memcmp(map[0], map[1], slots * 4) != 0) test_fail2(__FILE__, __LINE__, what, "other rows of slots, whole");
+        a.input_mode = MOE_INPUT_IDS;
+        a.ids = ids_at;
+        a.weights = a.out_weights;
+        a.out_ids = NULL;
+        a.out_weights = NULL;
+        a.logits = NULL;
+        a.out = gpu_make(t * h * 4);
+        CHECK_EQ(moe_finalize(p->plan[1], p->weights[1], &a, rows_at, rows_dtype, a.out_row_of_slot, NULL), MOE_OK);
+        gpu_get(summed, a.out, t * h * 4);
+        if (memcmp(whole, summed, t * h * dtype_size(rows_dtype)) != 0)
+            test_fail2(__FILE__, __LINE__, what, "finalize makes another sum");
+        CHECK_EQ(moe_finalize(p->plan[1], p->weights[1], &a, (char *)rows_at + 4, rows_dtype, a.out_row_of_slot, NULL),
+                 MOE_ERROR_ARGUMENT);
+        CHECK_EQ(moe_finalize(p->plan[1], p->weights[1], &a, rows_at, MOE_DTYPE_F16, a.out_row_of_slot, NULL),
+                 MOE_ERROR_UNSUPPORTED);
+    }
+    gpu_release();
+    for (int side = 0; side < 2; side++) {
+        free(out[side]);
+        free(map[side]);
+        free(weights[side]);
+    }
+    free(whole);
+    free(summed);
+    free(x);
+    free(logits);
+    free(narrow);
+    free(memory);
+}
+
+TEST(rows_go_out_without_padding)
+{
+    static const int tokens[] = { 1, 33, 64, 65, 130 };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 5; i++)
+        for (int rank = 0; rank < 2; rank++) {
+            moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+            pair p;
+            char what[64];
+            memset(&p, 0, sizeof p);
+            if (tokens[i] > 64) p.desc.out_dtype = MOE_DTYPE_BF16;
+            if (rank) {
+                l.parallel.expert_offset = 1;
+                l.parallel.local_experts = 4;
+                l.row_norm = i == 1;
+                l.row_norm_epsilon = 1e-5f;
+            }
+            snprintf(what, sizeof what, "T %d, rank %d", tokens[i], rank);
+            if (!open_layer(&p, &l, tokens[i])) continue;
+            if (l.row_norm == 0) check_rows_out(&p, tokens[i], 1, what);
+            else check_rows_out(&p, tokens[i], 0, what);
+            pair_close(&p);
+        }
+}
+
 TEST(what_is_not_built_is_refused_by_name)
 {
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
@@ -559,8 +893,6 @@ TEST(what_is_not_built_is_refused_by_name)
     CHECK_OK(moe_execute_check(p.plan[1], p.weights[1], &good, &err));
     REFUSED(a.done_signal = (uint32_t *)good.out, MOE_ERROR_UNSUPPORTED, "args.done_signal");
     REFUSED(a.gemm2_start_event = good.out, MOE_ERROR_UNSUPPORTED, "args.gemm2_start_event");
-    REFUSED(a.flags = MOE_EXECUTE_ROWS_OUT; a.out_row_of_slot = (int32_t *)good.out, MOE_ERROR_UNSUPPORTED,
-            "args.flags");
     REFUSED(a.out = (char *)good.out + 2, MOE_ERROR_ARGUMENT, "args.out");
     REFUSED(a.x = (const char *)good.x + 1, MOE_ERROR_ARGUMENT, "args.x");
 #undef REFUSED
@@ -570,6 +902,8 @@ TEST(what_is_not_built_is_refused_by_name)
 
 TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_activations_are_within_the_bound)
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
+          T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
           T(a_layer_only_enqueues_and_is_replayed_from_a_graph) T(a_replaced_expert_is_the_new_one)
+          T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
           T(what_is_not_built_is_refused_by_name))

@@ -1000,113 +1000,7 @@ TEST(threads_share_a_plan_with_a_workspace_each)
 // ---- golden checkpoints: outputs of transformers' own modules -------------------------------------------------------
 
 #ifndef MOE_NO_CHECKPOINT
-// Tokens whose k-th and next experts tie in the stored logits are listed: "tied_tokens.1": "[3, 9]".
-static int is_tied(const char *file, int layer, int token)
-{
-    char header[8192], key[64];
-    const char *at;
-    FILE *f = fopen(file, "rb");
-    size_t n = f != NULL ? fread(header, 1, sizeof header - 1, f) : 0;
-    if (f != NULL) fclose(f);
-    for (size_t i = 0; i < n; i++)
-        if (header[i] == 0) header[i] = ' ';
-    header[n] = 0;
-    snprintf(key, sizeof key, "\"tied_tokens.%d\"", layer);
-    at = strstr(header, key);
-    at = at != NULL ? strchr(at, '[') : NULL;
-    while (at != NULL && *at != ']') {
-        if (*at >= '0' && *at <= '9') {
-            if (atoi(at) == token) return 1;
-            while (*at >= '0' && *at <= '9') at++;
-        } else {
-            at++;
-        }
-    }
-    return 0;
-}
-
-typedef struct golden {
-    const char *name, *file;
-    moe_checkpoint *data;
-    int layer, tokens, hidden, top_k, slots;
-    char where[128];
-} golden;
-
-// A tensor of the layer, aligned; NULL when there is none. Its first dimension is the tokens.
-static void *golden_tensor(const golden *g, const char *what, int *columns)
-{
-    moe_checkpoint_tensor t;
-    char name[64];
-    void *copy;
-    snprintf(name, sizeof name, "layers.%d.%s", g->layer, what);
-    if (moe_checkpoint_find(g->data, name, &t, NULL) != MOE_OK) return NULL;
-    copy = malloc((size_t)t.data_bytes + 1);
-    memcpy(copy, t.data, (size_t)t.data_bytes);
-    if (columns != NULL) *columns = t.rank > 1 ? (int)t.dims[1] : 1;
-    return copy;
-}
-
-static void golden_fail(const golden *g, int line, const char *what) { test_fail2(__FILE__, line, g->where, what); }
-
-// Rows within `tolerance` of the row's largest value.
-static void golden_compare(const golden *g, const float *got, const float *expected, int columns, double tolerance,
-                           int with_ties, const char *what)
-{
-    char text[200];
-    for (int t = 0; t < g->tokens; t++) {
-        double largest = 0, worst = 0;
-        if (!with_ties && is_tied(g->file, g->layer, t)) continue;
-        for (int i = 0; i < columns; i++) {
-            double value = expected[t * columns + i], difference = fabs(value - got[t * columns + i]);
-            if (fabs(value) > largest) largest = fabs(value);
-            if (!(difference <= worst)) worst = difference; // NaN too
-        }
-        if (!(worst <= tolerance * largest)) {
-            snprintf(text, sizeof text, "%s of token %d differ by %.3g, the largest is %.3g", what, t, worst, largest);
-            golden_fail(g, __LINE__, text);
-            return;
-        }
-    }
-}
-
-static void golden_compare_routing(const golden *g, const int32_t *ids, const float *weights, const int32_t *their_ids,
-                                   const float *their_weights)
-{
-    for (int t = 0; t < g->tokens; t++) {
-        if (is_tied(g->file, g->layer, t)) continue;
-        for (int j = 0; j < g->top_k; j++) {
-            int found = -1;
-            for (int i = 0; i < g->top_k; i++)
-                if (ids[t * g->slots + i] == their_ids[t * g->top_k + j]) found = i;
-            if (found < 0 || !test_near(weights[t * g->slots + found], their_weights[t * g->top_k + j],
-                                        1e-5 * (fabs(their_weights[t * g->top_k + j]) + 1e-3))) {
-                char text[160];
-                snprintf(text, sizeof text, "token %d: expert %d with weight %.7g, ours %.7g (-1: not chosen)", t,
-                         their_ids[t * g->top_k + j], their_weights[t * g->top_k + j],
-                         found < 0 ? -1.0 : weights[t * g->slots + found]);
-                golden_fail(g, __LINE__, text);
-                return;
-            }
-        }
-    }
-}
-
-// Stored ids and weights in slot order, the always-on experts' behind them.
-static void golden_slots(const golden *g, const moe_layer_desc *layer, const int32_t *ids, const float *weights,
-                         int32_t *all_ids, float *all_weights)
-{
-    float *extra = (float *)golden_tensor(g, "shared_weights", NULL);
-    int x = g->slots - g->top_k;
-    for (int t = 0; t < g->tokens; t++)
-        for (int j = 0; j < g->slots; j++) {
-            int at = t * g->slots + j, e = j - g->top_k;
-            all_ids[at] = e < 0 ? ids[t * g->top_k + j] : layer->num_experts + layer->routing.special_experts + e;
-            all_weights[at] = e < 0           ? weights[t * g->top_k + j]
-                              : extra != NULL ? extra[t * x + e]
-                                              : layer->routing.extra_weight;
-        }
-    free(extra);
-}
+#include "golden.h"
 
 static void golden_run(golden *g, const moe_plan *plan, const moe_weights *weights, const moe_layer_desc *layer,
                        const moe_plan_info *info)
@@ -1166,47 +1060,21 @@ static void golden_run(golden *g, const moe_plan *plan, const moe_weights *weigh
 static void check_golden(const char *name)
 {
     golden g;
-    char path[160];
-    const char *folder;
     moe_error err;
-    moe_checkpoint *ckpt = NULL;
+    moe_checkpoint *ckpt;
     moe_context *ctx = NULL;
-    int32_t layers[8], count = 0;
-    memset(&g, 0, sizeof g);
-    snprintf(path, sizeof path, "golden/%s", name);
-    folder = test_data(path);
-    snprintf(path, sizeof path, "golden/%s/golden.safetensors", name);
-    g.file = test_data(path);
-    g.name = name;
-    snprintf(g.where, sizeof g.where, "%s", name);
-    if (moe_checkpoint_open(folder, NULL, &ckpt, &err) || moe_checkpoint_open(g.file, NULL, &g.data, &err) ||
-        moe_context_create(NULL, &ctx, &err) || moe_checkpoint_layers(ckpt, layers, 8, &count, &err))
-        golden_fail(&g, __LINE__, err.text);
-    if (err.code == 0 && count == 0) golden_fail(&g, __LINE__, "no MoE layer was found");
-    for (int i = 0; i < count && i < 8; i++) {
+    int32_t layers[GOLDEN_LAYERS];
+    int count = golden_open(&g, name, &ckpt, layers);
+    if (moe_context_create(NULL, &ctx, &err)) golden_fail(&g, __LINE__, err.text);
+    for (int i = 0; i < count; i++) {
         moe_layer_desc layer;
         moe_weights *weights = NULL;
         moe_plan *plan = NULL;
         moe_plan_desc desc;
         moe_plan_info info;
-        moe_checkpoint_tensor x;
-        char tensor[64];
-        memset(&desc, 0, sizeof desc);
         memset(&info, 0, sizeof info);
-        snprintf(tensor, sizeof tensor, "layers.%d.x", (int)layers[i]);
-        snprintf(g.where, sizeof g.where, "%s layer %d", name, (int)layers[i]);
-        g.layer = layers[i];
-        desc.x_dtype = desc.out_dtype = desc.intermediate_dtype = MOE_DTYPE_F32;
-        desc.ids_dtype = 0;
-        if (moe_checkpoint_find(g.data, tensor, &x, &err) == MOE_OK) {
-            moe_checkpoint_tensor token_ids;
-            g.tokens = (int)x.dims[0];
-            g.hidden = (int)x.dims[1];
-            desc.max_tokens = g.tokens;
-            snprintf(tensor, sizeof tensor, "layers.%d.token_ids", (int)layers[i]);
-            if (moe_checkpoint_find(g.data, tensor, &token_ids, NULL) == MOE_OK) desc.ids_dtype = token_ids.dtype;
-        }
-        if (err.code != 0 || moe_checkpoint_layer(ckpt, layers[i], &layer, &err) ||
+        golden_layer(&g, layers[i], &desc);
+        if (moe_checkpoint_layer(ckpt, layers[i], &layer, &err) ||
             moe_weights_from_checkpoint(ctx, ckpt, &layer, &weights, &err) ||
             moe_plan_create(ctx, &layer, &desc, &plan, &err) || moe_plan_get_info(plan, &info, &err))
             golden_fail(&g, __LINE__, err.text);
@@ -1216,21 +1084,12 @@ static void check_golden(const char *name)
         moe_weights_destroy(weights);
     }
     moe_context_destroy(ctx);
-    moe_checkpoint_close(g.data);
-    moe_checkpoint_close(ckpt);
+    golden_close(&g, ckpt);
 }
 
 TEST(checkpoints_give_the_outputs_of_transformers)
 {
-    static const char *const names[] = {
-        "aria", "cohere2_moe", "cohere2_moe_average", "cohere2_moe_sum_softmax", "dbrx", "deepseek_v2",
-        "deepseek_v3", "deepseek_v4", "dots1", "ernie4_5_moe", "flex_olmo", "gemma4", "glm4_moe", "gpt_oss",
-        "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "inkling", "jamba", "kolibri1", "lfm2_moe", "llama4",
-        "longcat_flash", "minimax_m2", "minimax_m3", "mistral4", "mixtral", "muse_spark", "nemotron_h",
-        "nemotron_h_latent", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
-        "qwen3_vl_moe", "qwen3_vl_moe_resaved", "step3p7",
-    };
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) check_golden(names[i]);
+    for (int i = 0; i < GOLDENS; i++) check_golden(golden_names[i]);
 }
 #else
 TEST(checkpoints_give_the_outputs_of_transformers) { test_skip("no checkpoints in this build"); }

@@ -1,0 +1,313 @@
+// bench_layer.c - whole layers on the GPU, logits to output, beside the ceilings of the machine in the same run
+//
+//     cc -O2 -o build/bench_layer bench/bench_layer.c -ldl -lpthread && build/bench_layer [result.json [LAYER [TOKENS]]]
+//
+// Run where the header lies in .. of this file's folder: the stream's text is read from bench/. Up to 512 tokens a time
+// is the slope between graphs of few and of many layers, one after the other, each node with logits of its own, two
+// graphs with different ones in turn. From 1,024 on it is one layer in a graph: "rested", each after 60 ms of idle, and
+// "sustained", the last half of 0.3 s back to back. A floor is the time of a bare stream of the layer's bytes (weights
+// of the experts that have tokens, once; input and output), measured in the same run.
+#define _POSIX_C_SOURCE 200809L
+#define MOE_STATIC
+#define MOE_IMPLEMENTATION
+#include "../moe.h"
+
+#include "bench.h"
+
+enum { MAX_TOKENS = 16384, MAX_INPUTS = 64 };
+
+typedef struct shape {
+    const char *name;
+    int experts, top_k, hidden, features;
+} shape;
+
+static const shape shapes[] = {
+    { "Qwen3-235B", 128, 8, 4096, 1536 },
+    { "Qwen3-30B", 128, 8, 2048, 768 },
+    { "gpt-oss sizes", 128, 4, 2880, 2880 },
+};
+
+typedef struct layer_bench {
+    const shape *shape;
+    moe_plan *plan;
+    moe_weights *weights;
+    moe_execute_args args;
+    uint64_t logits;     // `inputs` times [T, E] f32
+    size_t logits_bytes; // of one
+    int inputs;
+} layer_bench;
+
+// ---- the stream ----
+
+typedef struct stream_args {
+    uint64_t from, pieces, sink;
+} stream_args;
+
+static moe_context *own_stream; // its context
+static moe__cu_function stream_function;
+static stream_args stream_of;
+
+// A context of its own, whose kernel text has the stream behind it.
+static moe_context *open_stream(void)
+{
+    static char text[1 << 16];
+    moe_context_desc desc;
+    moe_context *own = NULL;
+    moe__instance instance;
+    moe_error err;
+    size_t length;
+    char *joined;
+    FILE *file = fopen("bench/stream.cu.inc", "rb");
+    if (file == NULL) {
+        fprintf(stderr, "bench: bench/stream.cu.inc is not here\n");
+        exit(1);
+    }
+    length = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    memset(&desc, 0, sizeof desc);
+    desc.backend = MOE_BACKEND_CUDA;
+    desc.jit.cache_mode = MOE_CACHE_OFF;
+    if (moe_context_create(&desc, &own, &err) || moe__source_join(own, &err)) fail("stream", &err);
+    joined = (char *)moe__alloc(&own->desc.allocator, own->jit->source_bytes + length);
+    strcpy(joined, own->jit->source);
+    strcat(joined, text);
+    moe__free(&own->desc.allocator, own->jit->source, own->jit->source_bytes);
+    own->jit->source = joined;
+    own->jit->source_bytes += length;
+    memset(&instance, 0, sizeof instance);
+    instance.entry = "moe_k_stream";
+    snprintf(instance.name, sizeof instance.name, "stream");
+    instance.args_bytes = (int32_t)sizeof(stream_args);
+    instance.threads = 128;
+    instance.smem_bytes = 12 * 16384 + 128;
+    if (moe__jit_load(own, &instance, 1, &stream_function, &err)) fail("stream", &err);
+    return own;
+}
+
+static void enqueue_stream(void *user, int set, int index)
+{
+    moe__cu_launch_config config;
+    stream_args args = stream_of;
+    void *params[1] = { &args };
+    (void)user;
+    args.from += (uint64_t)((set * 8 + index) % 8) * 16384 * 4096;
+    memset(&config, 0, sizeof config);
+    config.gridDimX = (unsigned)cuda->sms;
+    config.blockDimX = 128;
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+    config.sharedMemBytes = 12 * 16384 + 128;
+    config.hStream = stream;
+    CALL(cuda->cuLaunchKernelEx(&config, stream_function, params, NULL));
+}
+
+// us of a bare stream of so many bytes; nodes begin 64 MiB apart in `room` bytes from `from` on.
+static double measure_stream(uint64_t from, uint64_t room, double bytes)
+{
+    row r;
+    uint64_t most = room - 8ull * 16384 * 4096;
+    memset(&r, 0, sizeof r);
+    stream_of.from = from;
+    stream_of.pieces = (uint64_t)(bytes < (double)most ? bytes : (double)most) / 16384;
+    if (stream_of.pieces == 0) stream_of.pieces = 1;
+    measure(enqueue_stream, NULL, 4, bytes > 5e8 ? 12 : 24, &r);
+    return r.us * (bytes / ((double)stream_of.pieces * 16384));
+}
+
+// ---- layers ----
+
+static void enqueue_layer(void *user, int set, int index)
+{
+    const layer_bench *b = (const layer_bench *)user;
+    moe_execute_args args = b->args;
+    moe_error err;
+    args.logits = (const void *)(uintptr_t)(b->logits + (uint64_t)((set * 31 + index) % b->inputs) * b->logits_bytes);
+    if (moe_execute(b->plan, b->weights, &args, stream) != MOE_OK) {
+        moe_execute_check(b->plan, b->weights, &args, &err);
+        fail("execute", &err);
+    }
+}
+
+// Every expert has the same values, each in memory of its own.
+static moe_weights *make_weights(const moe_layer_desc *layer)
+{
+    moe_weights *weights;
+    moe_error err;
+    uint64_t state = 1;
+    size_t count = (size_t)layer->hidden_size * (size_t)layer->intermediate_size;
+    uint16_t *data = (uint16_t *)malloc(count * sizeof data[0]);
+    if (moe_weights_create(ctx, layer, NULL, &weights, &err)) fail("weights", &err);
+    for (size_t i = 0; i < count; i++)
+        data[i] = moe__f32_to_bf16((float)((int)(random_u32(&state) % 2001) - 1000) * 3e-5f);
+    for (int i = 0; i < 3 * layer->num_experts; i++) {
+        moe_tensor t;
+        memset(&t, 0, sizeof t);
+        t.role = i % 3 == 0 ? MOE_TENSOR_GATE : i % 3 == 1 ? MOE_TENSOR_UP : MOE_TENSOR_DOWN;
+        t.expert = i / 3;
+        t.index = -1;
+        t.dtype = MOE_DTYPE_BF16;
+        t.rank = 2;
+        t.dims[0] = i % 3 == 2 ? layer->hidden_size : layer->intermediate_size;
+        t.dims[1] = i % 3 == 2 ? layer->intermediate_size : layer->hidden_size;
+        t.data = data;
+        t.data_bytes = count * 2;
+        if (moe_weights_set_tensor(weights, &t, &err)) fail("tensor", &err);
+    }
+    if (moe_weights_seal(weights, &err)) fail("seal", &err);
+    free(data);
+    return weights;
+}
+
+// Logits whose k best are k draws without replacement: of equal experts, of 1 / (rank + 1), or expert 5 and others.
+static void fill_logits(const layer_bench *b, const char *load, int tokens)
+{
+    uint64_t state = 7;
+    int experts = b->shape->experts;
+    float *host = (float *)malloc(b->logits_bytes);
+    for (int i = 0; i < b->inputs; i++) {
+        for (int j = 0; j < tokens * experts; j++) {
+            int e = j % experts;
+            float u = ((float)(random_u32(&state) & 0xffffff) + 0.5f) / 16777216.0f;
+            host[j] = -moe__log1pf(-moe__log1pf(u - 1) - 1);
+            if (load[0] == 'z') host[j] -= moe__log1pf((float)e);
+            if (load[0] == 'o' && e == 5) host[j] = 30;
+        }
+        CALL(cuda->cuMemcpyHtoD(b->logits + (uint64_t)i * b->logits_bytes, host, b->logits_bytes));
+    }
+    free(host);
+}
+
+// Experts that have tokens, on the average of the inputs.
+static double active_experts(layer_bench *b)
+{
+    int32_t counts[1024], active = 0;
+    uint64_t at = device_memory(sizeof counts);
+    b->args.out_expert_counts = (int32_t *)(uintptr_t)at;
+    for (int i = 0; i < b->inputs; i++) {
+        enqueue_layer(b, 0, i);
+        CALL(cuda->cuStreamSynchronize((moe__cu_stream)stream));
+        CALL(cuda->cuMemcpyDtoH(counts, at, sizeof counts));
+        for (int e = 0; e < b->shape->experts; e++) active += counts[e] > 0;
+    }
+    b->args.out_expert_counts = NULL;
+    CALL(cuda->cuMemFree(at));
+    return (double)active / b->inputs;
+}
+
+static void rest(void)
+{
+    struct timespec pause = { 0, 60000000 };
+    nanosleep(&pause, NULL);
+}
+
+// One layer in a graph, in two states of the chip.
+static void measure_long(layer_bench *b, row *rested, row *sustained)
+{
+    double us[2048];
+    void *graph = record(enqueue_layer, b, 0, 1);
+    int count = 0;
+    double total = 0;
+    for (int i = 0; i < 3; i++) time_graph(graph);
+    for (int i = 0; i < 9; i++) {
+        rest();
+        us[i] = time_graph(graph);
+    }
+    row_times(rested, us, 9);
+    while (total < 3e5 && count < 2048) total += us[count++] = time_graph(graph);
+    row_times(sustained, us + count / 2, count - count / 2);
+    CALL(cu.exec_destroy(graph));
+}
+
+static void bench_tokens(layer_bench *b, const char *load, int tokens)
+{
+    const shape *s = b->shape;
+    double active, expert = 6.0 * s->hidden * s->features, room;
+    row *r = row_next(s->name, load, "layer", tokens);
+    b->args.num_tokens = tokens;
+    b->logits_bytes = (size_t)tokens * (size_t)s->experts * 4;
+    b->inputs = tokens > 1024 ? 2 : MAX_INPUTS;
+    b->logits = device_memory((size_t)b->inputs * b->logits_bytes);
+    fill_logits(b, load, tokens);
+    active = active_experts(b);
+    room = (double)b->weights->layout.tables;
+    r->bytes = active * expert + 4.0 * tokens * s->hidden;
+    r->flops = 6.0 * tokens * s->top_k * s->hidden * s->features;
+    r->floor_us = own_stream == NULL ? 0 : measure_stream((uint64_t)b->weights->device_blocks, (uint64_t)room, r->bytes);
+    if (tokens < 1024) {
+        measure(enqueue_layer, b, 4, tokens > 64 ? 14 : 24, r);
+        print_row(r);
+    } else {
+        row *sustained = &rows[rows_count++];
+        *sustained = *r;
+        r->config = "rested";
+        sustained->config = "sustained";
+        measure_long(b, r, sustained);
+        print_row(r);
+        print_row(sustained);
+    }
+    CALL(cuda->cuMemFree((moe__cu_ptr)b->logits));
+}
+
+static void bench_shape(const shape *s, int only)
+{
+    static const int tokens[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384 };
+    static const char *const loads[] = { "uniform", "one hot", "zipf" };
+    moe_layer_desc layer;
+    moe_plan_desc desc;
+    moe_plan_info info;
+    moe_error err;
+    layer_bench b;
+    size_t x_bytes = (size_t)MAX_TOKENS * (size_t)s->hidden * 2;
+    uint64_t state = 3;
+    uint16_t *x = (uint16_t *)malloc(x_bytes);
+    memset(&layer, 0, sizeof layer);
+    memset(&desc, 0, sizeof desc);
+    memset(&info, 0, sizeof info);
+    memset(&b, 0, sizeof b);
+    b.shape = s;
+    layer.hidden_size = s->hidden;
+    layer.intermediate_size = s->features;
+    layer.num_experts = s->experts;
+    layer.format = MOE_FORMAT_BF16;
+    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
+    moe_routing_preset(MOE_ROUTING_RENORMALIZE_NAIVE, &layer.routing, NULL);
+    layer.routing.top_k = s->top_k;
+    layer.parallel.omit_common = 1; // logits come from elsewhere
+    desc.max_tokens = MAX_TOKENS;
+    if (moe_plan_create(ctx, &layer, &desc, &b.plan, &err) || moe_plan_get_info(b.plan, &info, &err)) fail("plan", &err);
+    b.weights = make_weights(&layer);
+    b.args.input_mode = MOE_INPUT_LOGITS;
+    b.args.workspace = (void *)(uintptr_t)device_memory((size_t)info.workspace_bytes);
+    b.args.workspace_bytes = info.workspace_bytes;
+    b.args.x = (const void *)(uintptr_t)device_memory(x_bytes);
+    b.args.out = (void *)(uintptr_t)device_memory(x_bytes);
+    for (size_t i = 0; i < x_bytes / 2; i++)
+        x[i] = moe__f32_to_bf16((float)((int)(random_u32(&state) % 2001) - 1000) * 1e-3f);
+    CALL(cuda->cuMemcpyHtoD((moe__cu_ptr)(uintptr_t)b.args.x, x, x_bytes));
+    for (int l = 0; l < 3; l++)
+        for (int i = 0; i < (int)(sizeof tokens / sizeof tokens[0]); i++) {
+            if (only != 0 && tokens[i] != only) continue;
+            if (only == 0 && l > 0 && tokens[i] != 8 && tokens[i] != 128 && tokens[i] != 4096) continue;
+            bench_tokens(&b, loads[l], tokens[i]);
+        }
+    moe_plan_destroy(b.plan);
+    moe_weights_destroy(b.weights);
+    CALL(cuda->cuMemFree((moe__cu_ptr)(uintptr_t)b.args.workspace));
+    CALL(cuda->cuMemFree((moe__cu_ptr)(uintptr_t)b.args.x));
+    CALL(cuda->cuMemFree((moe__cu_ptr)(uintptr_t)b.args.out));
+    free(x);
+}
+
+int main(int argc, char **argv)
+{
+    char ceilings[64];
+    if (!bench_open()) return 0;
+    if (cuda->arch >= 90) own_stream = open_stream();
+    snprintf(ceilings, sizeof ceilings, "\"launch_us\": %.3f", measure_launch());
+    print_head();
+    for (int i = 0; i < (int)(sizeof shapes / sizeof shapes[0]); i++)
+        if (argc < 3 || strstr(shapes[i].name, argv[2]) != NULL) bench_shape(&shapes[i], argc > 3 ? atoi(argv[3]) : 0);
+    if (argc > 1) write_json(argv[1], ceilings);
+    moe_context_destroy(own_stream);
+    moe_context_destroy(ctx);
+    return 0;
+}
