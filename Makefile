@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 B = build
 WARN = -Wall -Wextra -Wno-sign-compare
-TEST_FLAGS = -O1 -g $(WARN)
+TEST_FLAGS = -O1 -g1 $(WARN)
 EXTRA =
 EXE =
 RUN =
@@ -138,7 +138,7 @@ $(EMU_B)/test_engine: tests/emu/test_engine.cc $(EMU_B)/test_kernels.o $(EMU_ENG
 	$(EMU_CXX) $(EMU_FLAGS) -o $@ $^
 
 $(EMU_B)/test_driver: tests/emu/test_driver.c $(wildcard tests/emu/*.h tests/*.h) $(EMU_LIBS)
-	$(CC) -std=gnu99 -O1 -g $(WARN) -o $@ $< -ldl -lpthread
+	$(CC) -std=gnu99 -O1 -g1 $(WARN) -o $@ $< -ldl -lpthread
 
 $(B)/run_mutants: tests/mutants/mutants.c
 	@mkdir -p $(@D)

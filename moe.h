@@ -15866,10 +15866,13 @@ static void moe__finalize_routing(const moe__run *run, moe__finalize_args *a)
     a->special_kind = r->special_kind;
 }
 
-static moe__cu_result moe__launch_finalize(const moe_plan *plan, moe__finalize_args *a, int32_t set, void *stream)
+// `rows`: of the output at most, each in parts of 128 threads with 8 columns.
+static moe__cu_result moe__launch_finalize(const moe_plan *plan, moe__finalize_args *a, int32_t set, int32_t rows,
+                                           void *stream)
 {
-    return moe__stage_launch(plan, MOE__KERNEL_FINALIZE + set, 8 * plan->ctx->cuda->sms, 1, plan->stages.pdl,
-                             4 * a->slots, a, stream);
+    int32_t parts = (a->hidden / 8 + 127) / 128, most = 8 * plan->ctx->cuda->sms;
+    int32_t ctas = rows < most / parts ? moe__max32(1, rows * parts) : most;
+    return moe__stage_launch(plan, MOE__KERNEL_FINALIZE + set, ctas, 1, plan->stages.pdl, 4 * a->slots, a, stream);
 }
 
 // Tokens from rows of slots, and of the shared experts.
@@ -15890,7 +15893,7 @@ static moe__cu_result moe__launch_tokens(const moe__run *run, const moe_permutat
     }
     if (layer->row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
     a.row_norm_epsilon = layer->row_norm_epsilon;
-    return moe__launch_finalize(plan, &a, set, stream);
+    return moe__launch_finalize(plan, &a, set, a.num_tokens, stream);
 }
 
 // Rows to rows of their own: of the input, or dense ones in expert order.
@@ -15912,7 +15915,7 @@ static moe__cu_result moe__launch_rows(const moe__run *run, const moe_permutatio
     }
     if (plan->layer.row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
     a.row_norm_epsilon = plan->layer.row_norm_epsilon;
-    return moe__launch_finalize(plan, &a, set, stream);
+    return moe__launch_finalize(plan, &a, set, INT32_MAX, stream);
 }
 
 // Tables of rows that come in expert order, or rows without padding of those that were sorted.
@@ -16045,7 +16048,7 @@ static int32_t moe__stage_finalize(moe__run *run, const void *rows, int32_t rows
     a.rows = rows;
     a.row_of_slot = row_of_slot;
     if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
-    result = moe__cuda_result(moe__launch_finalize(plan, &a, set, stream));
+    result = moe__cuda_result(moe__launch_finalize(plan, &a, set, a.num_tokens, stream));
     moe__cuda_leave(plan->ctx, entered);
     return result;
 }
@@ -16940,9 +16943,8 @@ static const char *const moe__kernel_text[] = {
 "//   MOE_K_ROUTE_ONE, _ROUTE     MOE_P_EXPERTS_PER_LANE 2, 4, 8, 12, 16, 32, 64   MOE_P_ROUTE 0..3 (>>routing)\n"
 "//   MOE_K_SORT, _GROUP\n"
 "//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights)\n"
-"//   MOE_K_GEMM1                 MOE_P_TILE 8, 16, 32, 64, 128   MOE_P_DTYPE 2, 3   MOE_P_X 1, 2, 3   MOE_P_GATED 0, 1\n"
-"//   MOE_K_GEMM2                 MOE_P_TILE   MOE_P_DTYPE   MOE_P_ROWS 1, 2, 3\n"
-"//   MOE_K_FINALIZE              MOE_P_ROWS   MOE_P_X   MOE_P_OUT 1, 2, 3\n"
+"//   MOE_K_GEMM1, _GEMM2         MOE_P_TILE 8, 16, 32, 64, 128; MOE_P_DTYPE; and MOE_P_X, MOE_P_GATED or MOE_P_ROWS\n"
+"//   MOE_K_FINALIZE              MOE_P_ROWS, MOE_P_X, MOE_P_OUT\n"
 "//   MOE_K_ALL                   every entry, for editors and other compilers; none of them: types and wrappers alone\n"
 "\n"
 "// >>types  fixed-width integers, small vectors\n"
@@ -17020,9 +17022,9 @@ static const char *const moe__kernel_text[] = {
 "DI u32 shfl_down(u32 v, u32 d) { return __shfl_down_sync(~0u, v, d); }\n"
 "DI f32 shfl(f32 v, u32 lane) { return from_bits(shfl(bits(v), lane)); }\n"
 "DI f32 shfl_xor(f32 v, u32 m) { return from_bits(shfl_xor(bits(v), m)); }\n"
-"DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n",
-"DI f32 shfl_down(f32 v, u32 d) { return from_bits(shfl_down(bits(v), d)); }\n"
-"DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n",
+"DI f32 shfl_up(f32 v, u32 d) { return from_bits(shfl_up(bits(v), d)); }\n"
+"DI f32 shfl_down(f32 v, u32 d) { return from_bits(shfl_down(bits(v), d)); }\n",
+"DI u32 ballot(bool v) { return __ballot_sync(~0u, v); }\n"
 "DI u32 match_any(u32 v) { return __match_any_sync(~0u, v); }\n"
 "DI u32 redux_max(u32 v) { return __reduce_max_sync(~0u, v); }\n"
 "DI u32 redux_min(u32 v) { return __reduce_min_sync(~0u, v); }\n"
@@ -17124,11 +17126,11 @@ static const char *const moe__kernel_text[] = {
 "    asm volatile(\"mbarrier.arrive.shared.b64 _, [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
 "}\n"
 "DI void cp_async_mbar_arrive(u64 *b) // .noinc: counts among the barrier's expected arrivals\n"
-"{\n",
+"{\n"
 "    asm volatile(\"cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\" ::\"r\"(saddr(b)) : \"memory\");\n"
 "}\n"
-"\n"
-"// What Hopper has: traps on older chips, and the matrix instructions of sm_90a on every other chip.\n",
+"\n",
+"// What Hopper has: traps on older chips, and the matrix instructions of sm_90a on every other chip.\n"
 "#if MOE_ARCH >= 90\n"
 "#define ASM_90(...) asm volatile(__VA_ARGS__)\n"
 "#else\n"
@@ -17250,13 +17252,13 @@ static const char *const moe__kernel_text[] = {
 "    u32 old = 0;\n"
 "    ASM_90(\"atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;\" : \"=r\"(old) : \"r\"(addr), \"r\"(v) : \"memory\");\n"
 "    return old;\n"
-"}\n",
+"}\n"
 "DI void red_add_cluster(u32 addr, u32 v)\n"
-"{\n"
+"{\n",
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;\" ::\"r\"(addr), \"r\"(v) : \"memory\");\n"
 "}\n"
 "DI void red_add_cluster_f32(u32 addr, f32 v)\n"
-"{\n",
+"{\n"
 "    ASM_90(\"red.relaxed.cluster.shared::cluster.add.f32 [%0], %1;\" ::\"r\"(addr), \"f\"(v) : \"memory\");\n"
 "}\n"
 "DI void st_async(u32 addr, u32 v, u32 bar) // counts 4 bytes at the barrier beside it\n"
@@ -17334,8 +17336,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void tma_load_2d_multicast(void *dst, const tensor_map *map, i32 x, i32 y, u64 *bar, u16 mask)\n"
 "{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], \"\n",
-"           \"[%1, {%2, %3}], [%4], %5;\" ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(bar)), \"h\"(mask)\n"
+"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], \"\n"
+"           \"[%1, {%2, %3}], [%4], %5;\" ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(bar)), \"h\"(mask)\n",
 "           : \"memory\");\n"
 "}\n"
 "DI void tma_store_2d(const tensor_map *map, i32 x, i32 y, const void *src)\n"
@@ -17409,12 +17411,12 @@ static const char *const moe__kernel_text[] = {
 "template <int R> DI void reg_dec() { ASM_90A(\"setmaxnreg.dec.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
 "template <int R> DI void reg_inc() { ASM_90A(\"setmaxnreg.inc.sync.aligned.u32 %0;\" ::\"n\"(R)); }\n"
 "\n"
-"#define TEN(t) \"%\" #t \"0, %\" #t \"1, %\" #t \"2, %\" #t \"3, %\" #t \"4, %\" #t \"5, %\" #t \"6, %\" #t \"7, %\" #t \"8, %\" #t \"9\"\n",
+"#define TEN(t) \"%\" #t \"0, %\" #t \"1, %\" #t \"2, %\" #t \"3, %\" #t \"4, %\" #t \"5, %\" #t \"6, %\" #t \"7, %\" #t \"8, %\" #t \"9\"\n"
 "#define LIST_4 \"%0, %1, %2, %3\"\n"
 "#define LIST_8 LIST_4 \", %4, %5, %6, %7\"\n"
-"#define LIST_12 TEN() \", %10, %11\"\n"
+"#define LIST_12 TEN() \", %10, %11\"\n",
 "#define LIST_16 LIST_12 \", %12, %13, %14, %15\"\n"
-"#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n",
+"#define LIST_24 TEN() \", \" TEN(1) \", %20, %21, %22, %23\"\n"
 "#define LIST_30 TEN() \", \" TEN(1) \", \" TEN(2)\n"
 "#define LIST_32 LIST_30 \", %30, %31\"\n"
 "#define LIST_40 LIST_30 \", \" TEN(3)\n"
@@ -17479,18 +17481,18 @@ static const char *const moe__kernel_text[] = {
 "DI u32 cvt_bf16x2(f32 lo, f32 hi)\n"
 "{\n"
 "    u32 v;\n"
-"    asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n",
+"    asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
 "}\n"
 "DI u32 cvt_f16x2(f32 lo, f32 hi)\n"
 "{\n"
-"    u32 v;\n"
+"    u32 v;\n",
 "    asm(\"cvt.rn.f16x2.f32 %0, %1, %2;\" : \"=r\"(v) : \"f\"(hi), \"f\"(lo));\n"
 "    return v;\n"
 "}\n"
 "DI f32 cvt_f16(u16 v)\n"
 "{\n"
-"    f32 wide;\n",
+"    f32 wide;\n"
 "    asm(\"cvt.f32.f16 %0, %1;\" : \"=f\"(wide) : \"h\"(v));\n"
 "    return wide;\n"
 "}\n"
@@ -17590,12 +17592,12 @@ static const char *const moe__kernel_text[] = {
 "    i32 width;                   // of the router: E + S + scored extra slots\n"
 "    i32 slots;                   // top_k + extra_slots\n"
 "    i32 ids_end;                 // E + S + X: ids are 0..ids_end - 1\n"
-"    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n",
-"    i32 logits_dtype, ids_dtype, weights_dtype;\n"
+"    i32 input_mode;              // MOE_INPUT_LOGITS, _IDS or _PACKED\n"
+"    i32 logits_dtype, ids_dtype, weights_dtype;\n",
 "    i32 end_is_none;             // MOE_EXECUTE_ID_E_IS_NONE\n"
 "    routing_args routing;\n"
 "}; // 256 bytes\n"
-"\n",
+"\n"
 "// The tables of moe_permutation, each of them NULL where nobody wants it, and which experts are local.\n"
 "struct permute_args {\n"
 "    i32 *row_of_slot;      // [T, slots]\n"
@@ -17667,8 +17669,8 @@ static const char *const moe__kernel_text[] = {
 "struct group_args {\n"
 "    permute_args permute;      // GROUP_DENSE: tile 1, no tables; ids are local experts; out_faults\n"
 "    const i32 *table;          // SORTED: first rows [local_experts + 1]; else counts [local_experts]\n"
-"    const i32 *padded;         // DENSE: [local_experts] first rows as padding left them\n",
-"    const i32 *slot_of_row;    // DENSE: [rows] as padded\n"
+"    const i32 *padded;         // DENSE: [local_experts] first rows as padding left them\n"
+"    const i32 *slot_of_row;    // DENSE: [rows] as padded\n",
 "    i32 *dense_of_slot;        // DENSE: row of each of those slots without padding; others are left alone\n"
 "    i32 kind;\n"
 "    i32 rows_per_expert;       // MASKED: row r of expert e lies in row e rows_per_expert + r\n"
@@ -17895,7 +17897,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 softplus_f32(f32 x)\n"
 "{\n"
-"    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n",
+"    f32 tail = log1p_f32(exp_f32(-abs_f32(x)));\n"
 "    return x > 0 \? x + tail : tail;\n"
 "}\n"
 "\n"
@@ -17949,9 +17951,9 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#define PER_LANE MOE_P_EXPERTS_PER_LANE\n"
 "\n"
-"// What the program can route. What nearly all models do has programs of its own, for rows of exactly 32 P experts whose\n"
+"// What the program can route. What nearly all models do has programs of its own, for rows of exactly 32 P experts whose\n",
 "// logits nothing multiplies or caps: what is left out of them is neither tested for nor fetched.\n"
-"#define ROUTE_ANY 0\n",
+"#define ROUTE_ANY 0\n"
 "#define ROUTE_SOFTMAX 1 // the largest of the softmax\n"
 "#define ROUTE_SIGMOID 2 // the largest sigmoids; bias and groups, but not GROUP_EACH\n"
 "#define ROUTE_TOP_K 3   // the largest logits, softmax over them\n"
@@ -17994,7 +17996,7 @@ static const char *const moe__kernel_text[] = {
 "        r.groups = 1;\n"
 "    }\n"
 "    if (r.group_rule != GROUP_TOP2_SUM) r.group_rule = GROUP_MAX;\n"
-"    r.logit_softcap = r.sparse_mixer = 0;\n",
+"    r.logit_softcap = r.sparse_mixer = 0;\n"
 "    r.per_expert_scale = r.forced_rows = r.special_experts = r.extra_slots = r.extra_scored = 0;\n"
 "    r.simulate = SIMULATE_OFF;\n"
 "#endif\n"
@@ -18053,11 +18055,11 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"// The same for a whole row, from lane 0 on; keys stay. A bound that at least `count` keys reach comes from the lanes'\n"
+"// The same for a whole row, from lane 0 on; keys stay. A bound that at least `count` keys reach comes from the lanes'\n",
 "// largest ones. What reaches it, usually few more than `count`, goes to found[64] in order of place, a lane each, and\n"
 "// is ranked by counting what beats it.\n"
 "template <u32 N> DI void top_k_row(u32 (&key)[N], i32 count, u32 *found, i32 &chosen, u32 &chosen_key)\n"
-"{\n",
+"{\n"
 "    u32 most = key[0], bound = 0, n = 0, those[N < 32 \? N : 1]; // more are asked for again\n"
 "#pragma unroll\n"
 "    for (u32 i = 1; i < N; i++) most = max_u32(most, key[i]);\n"
@@ -18097,7 +18099,7 @@ static const char *const moe__kernel_text[] = {
 "        rank += other.z > mine - (self > c + 2);\n"
 "        rank += other.w > mine - (self > c + 3);\n"
 "    }\n"
-"    warp_sync();\n",
+"    warp_sync();\n"
 "    if ((u32)self < n) {\n"
 "        found[rank] = place;\n"
 "        found[rank + 32] = mine;\n"
@@ -18158,13 +18160,13 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = x[i] * r.logit_multiplier; // 1 where there is none; -inf stays\n"
 "        if (!capped) bad = mend_row(x);\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "        for (u32 i = 0; i < PER_LANE; i++) rows.logit[lane() + 32 * i] = x[i];\n"
 "        if (capped) { // rolled: rare, and long\n"
 "            for (u32 e = lane(); e < width; e += 32) {\n"
 "                f32 v = rows.logit[e];\n"
 "                bool wrong = !(v < INF_F32);\n"
-"                bad |= wrong;\n",
+"                bad |= wrong;\n"
 "                rows.logit[e] = wrong \? -INF_F32 : r.logit_softcap * tanh_f32(v / r.logit_softcap);\n"
 "            }\n"
 "            load_row(rows.logit, width, -INF_F32, x);\n"
@@ -18207,7 +18209,7 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = f(x[i]);\n"
 "    }\n"
 "}\n"
-"\n",
+"\n"
 "// From here to 0 no exponential is so small that it needs two powers of two, or that its quotient may be denormal.\n"
 "#define NEAR -57.0f\n"
 "\n"
@@ -18258,7 +18260,7 @@ static const char *const moe__kernel_text[] = {
 "        const f32 d = s.sum, y = 1.0f / d;\n"
 "        if (!far) map_fast(rows, width, x, [=](f32 v) { return divide_by(v, d, y); });\n"
 "        else map_row(rows, width, x, [=](f32 v) { return v / d; });\n"
-"    } else if (all && score == SCORE_SIGMOID) {\n"
+"    } else if (all && score == SCORE_SIGMOID) {\n",
 "        map_fast(rows, width, x, [](f32 v) { return sigmoid_f32(v); });\n"
 "    } else if (all && score == SCORE_SQRT_SOFTPLUS) {\n"
 "        map_row(rows, width, x, [](f32 v) { return sqrt_softplus_f32(v); });\n"
@@ -18266,7 +18268,7 @@ static const char *const moe__kernel_text[] = {
 "    return s;\n"
 "}\n"
 "\n"
-"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n",
+"// How a group ranks, from its keys in rows.key: the larger key, or the sum of the two largest.\n"
 "DI u32 group_rank(const u32 *key, u32 size, bool two)\n"
 "{\n"
 "    u32 first = KEY_NEG_INF, second = KEY_NEG_INF;\n"
@@ -18308,7 +18310,7 @@ static const char *const moe__kernel_text[] = {
 "    for (i32 j = 0; j < kept; j++) {\n"
 "        u32 best = 0, place = lane();\n"
 "        for (u32 g = lane(); g < groups; g += 32) {\n"
-"            u32 key = rank[g]; // only this lane reads and writes it\n",
+"            u32 key = rank[g]; // only this lane reads and writes it\n"
 "            if (key > best) { best = key; place = g; }\n"
 "        }\n"
 "        u32 most = redux_max(best);\n"
@@ -18360,13 +18362,13 @@ static const char *const moe__kernel_text[] = {
 "    if (r.bias_rows > 0) {\n"
 "        f32 bias[PER_LANE];\n"
 "        load_row(a.bias + (i64)bias_row * ranked, ranked, 0.0f, bias);\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = x[i] + bias[i];\n"
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        bool wrong = r.bias_rows > 0 && !(x[i] < INF_F32), there = (i32)(32 * i) < (i32)(ranked - lane());\n"
-"        bad |= wrong && there;\n",
+"        bad |= wrong && there;\n"
 "        key[i] = MOE_P_ROUTE == ROUTE_SOFTMAX \? bits(x[i]) | KEY_ZERO : order_of(x[i]); // none is below 0\n"
 "        if (wrong) key[i] = KEY_NEG_INF;\n"
 "        if (!ROW_IS_FULL && !there) key[i] = 0;\n"
@@ -18400,7 +18402,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 *rest = (f32 *)rows.key;\n"
 "    for (u32 e = lane(); e < ranked; e += 32) rest[e] = rows.logit[e];\n"
 "    for (i32 j = 0; j < a.routing.top_k; j++) {\n"
-"        u32 best = 0, place = lane();\n",
+"        u32 best = 0, place = lane();\n"
 "        for (u32 e = lane(); e < ranked; e += 32) {\n"
 "            u32 key = order_of(rest[e]);\n"
 "            if (key > best) { best = key; place = e; }\n"
@@ -18443,11 +18445,11 @@ static const char *const moe__kernel_text[] = {
 "    if (second) w[1] = score_of(r.score, x[1], sum_of_row);\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++)\n"
 "        if (lane() + 32 * h >= n || w[h] == -INF_F32) w[h] = 0;\n"
-"    if (r.renormalize != RENORMALIZE_OFF) {\n"
+"    if (r.renormalize != RENORMALIZE_OFF) {\n",
 "        f32 sum = lanes_sum(0.0f + w[0] + w[1], MOE_P_ROUTE != ROUTE_ANY && n <= 8 \? 8 : 32), divisor = sum;\n"
 "        if (r.renormalize == RENORMALIZE_SUM) divisor = sum + r.renormalize_epsilon;\n"
 "        else if (sum < r.renormalize_epsilon) divisor = r.renormalize_epsilon;\n"
-"        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n",
+"        if (r.zero_sum == ZERO_SUM_ONE && !(sum > 0)) divisor = 1;\n"
 "        if (w[0] != 0) w[0] = w[0] / divisor;\n"
 "        if (second && w[1] != 0) w[1] = w[1] / divisor;\n"
 "    }\n"
@@ -18529,7 +18531,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "            for (u32 i = 0; i < PER_LANE; i++) rows.logit[lane() + 32 * i] = x[i];\n"
 "            warp_sync();\n"
-"        }\n"
+"        }\n",
 "        bad |= route_choose(a, bias_row, rows, x, s.id[0], key);\n"
 "    }\n"
 "    route_weights(a, rows, sum, key, s);\n"
@@ -18539,7 +18541,7 @@ static const char *const moe__kernel_text[] = {
 "// Scales, special experts, faults: what is done to every slot at the end.\n"
 "DI void route_finish(const tokens_args &a, bool lost, token_slots &s)\n"
 "{\n"
-"    const routing_args r = routing_of(a);\n",
+"    const routing_args r = routing_of(a);\n"
 "    f32 scale = a.global_scale != nullptr \? r.scale * *a.global_scale : r.scale;\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
 "        i32 slot = (i32)(lane() + 32 * h);\n"
@@ -18621,14 +18623,14 @@ static const char *const moe__kernel_text[] = {
 "    return wrong;\n"
 "}\n"
 "\n"
-"// Ids and weights of one token, by input mode, to where they go; adds to this warp's faults.\n"
+"// Ids and weights of one token, by input mode, to where they go; adds to this warp's faults.\n",
 "DI void do_token(const tokens_args &a, i64 token, const warp_rows &rows, token_slots &s, u32 (&faults)[4])\n"
 "{\n"
 "    if (a.input_mode == INPUT_LOGITS) {\n"
 "        u32 fault = route_token(a, token, rows, s);\n"
 "        faults[FAULT_NAN_LOGITS] += fault >> FAULT_NAN_LOGITS & 1;\n"
 "        faults[FAULT_TOKEN_IDS] += fault >> FAULT_TOKEN_IDS & 1;\n"
-"    } else {\n",
+"    } else {\n"
 "        faults[FAULT_IDS] += read_token(a, token, s);\n"
 "    }\n"
 "    for (u32 h = 0; h < SLOT_REGS; h++) {\n"
@@ -18637,6 +18639,15 @@ static const char *const moe__kernel_text[] = {
 "        if (a.out_ids != nullptr) a.out_ids[token * a.slots + slot] = s.id[h];\n"
 "        if (a.out_weights != nullptr) a.out_weights[token * a.slots + slot] = s.weight[h];\n"
 "    }\n"
+"}\n"
+"\n"
+"// Tokens of this call. A count on the device that is not within 0..num_tokens is a fault, and nothing is routed.\n"
+"DI u32 count_tokens(const i32 *num_tokens_dev, i32 num_tokens, u32 &fault)\n"
+"{\n"
+"    i32 tokens = num_tokens_dev == nullptr \? num_tokens : *num_tokens_dev;\n"
+"    bool wrong = tokens < 0 || tokens > num_tokens;\n"
+"    fault = wrong;\n"
+"    return wrong \? 0 : (u32)tokens;\n"
 "}\n"
 "\n"
 "// >>permute  slots in expert order  A counting sort, stable: tokens stay in order inside an expert. A warp has a run of\n"
@@ -18713,7 +18724,7 @@ static const char *const moe__kernel_text[] = {
 "// Counters of each id become sums over the warps before; own[id] their sum. Only the first `warps` have slots.\n"
 "DI void sum_warps(const sort_memory &m, u32 ids_end, u32 warps)\n"
 "{\n"
-"    for (u32 id = tid(); id < ids_end; id += ntid()) {\n"
+"    for (u32 id = tid(); id < ids_end; id += ntid()) {\n",
 "        u32 sum = 0;\n"
 "        for (u32 base = 0; base < warps; base += 4) { // 4 loads under way\n"
 "            u32 count[4];\n"
@@ -18733,7 +18744,7 @@ static const char *const moe__kernel_text[] = {
 "DI void sort_clear(const sort_memory &m)\n"
 "{\n"
 "    clear_words(m.all, 2 * m.stride);\n"
-"    for (u32 i = tid(); i < m.stride; i += ntid()) m.row[i] = -1;\n",
+"    for (u32 i = tid(); i < m.stride; i += ntid()) m.row[i] = -1;\n"
 "    clear_words(m.faults, 4);\n"
 "}\n"
 "\n"
@@ -18795,7 +18806,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "        u32 at = thread & ((1u << shift) - 1), next = (i + 1) * tile;\n"
 "        u32 limit = m.first[low] + m.all[id_of_local(p, (i32)low, behind)];\n"
-"        if (limit > next) limit = next;\n"
+"        if (limit > next) limit = next;\n",
 "        if (at == 0 && p.tile_expert != nullptr) p.tile_expert[i] = (i32)low;\n"
 "        if (at == 0 && p.tile_limit != nullptr) p.tile_limit[i] = (i32)limit;\n"
 "        if (p.slot_of_row != nullptr)\n"
@@ -18811,7 +18822,7 @@ static const char *const moe__kernel_text[] = {
 "    if (p.row_of_slot != nullptr) p.row_of_slot[slot] = row;\n"
 "    if (p.slot_of_row != nullptr && row >= 0) p.slot_of_row[row] = (i32)slot;\n"
 "}\n"
-"\n",
+"\n"
 "// What a warp has to do of the CTA's `mine` tokens: [from, to).\n"
 "struct warp_run {\n"
 "    u32 from, to;\n"
@@ -18884,7 +18895,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 step = 8; step > 0; step /= 2) x = x + shfl_xor(x, step);\n"
 "    return x;\n"
 "}\n"
-"\n"
+"\n",
 "// x as it lies in memory, and later what that is: a conversion beside the load would make each load wait for the one\n"
 "// before.\n"
 "template <class X> DI X load_x(const router_args &a, u32 token, u32 k)\n"
@@ -18900,7 +18911,7 @@ static const char *const moe__kernel_text[] = {
 "template <class X> DI f32 router_norm(const router_args &a, u32 token)\n"
 "{\n"
 "    f32 sum = 0;\n"
-"    if (!a.rms_norm) return 1;\n",
+"    if (!a.rms_norm) return 1;\n"
 "    for (u32 k = lane16(); k < (u32)a.ld; k += 16 * 16) {\n"
 "        X raw[16];\n"
 "#pragma unroll\n"
@@ -18971,7 +18982,7 @@ static const char *const moe__kernel_text[] = {
 "    const bool busy = token0 < height && first_token + token0 < tokens;\n"
 "    f32x2 *x_stage = (f32x2 *)smem();\n"
 "    router_weight *w_stage = (router_weight *)(x_stage + height * K);\n"
-"    f32 *norms = (f32 *)(w_stage + 2 * breadth * (K + ROUTER_PAD)), sum[TM][TN];\n"
+"    f32 *norms = (f32 *)(w_stage + 2 * breadth * (K + ROUTER_PAD)), sum[TM][TN];\n",
 "    for (u32 i = tid() / 16; i < (height + 15) / 16 * 16; i += 16) {\n"
 "        f32 norm = router_norm<X>(a, first_token + i < tokens \? first_token + i : tokens - 1);\n"
 "        if (lane16() == 0 && i < height) norms[i] = norm;\n"
@@ -18987,7 +18998,7 @@ static const char *const moe__kernel_text[] = {
 "            load_weights<breadth, K>(a, w_stage + c % 2 * breadth * (K + ROUTER_PAD), first, c * K);\n"
 "#pragma unroll\n"
 "            for (u32 i = 0; i < 2 * each; i++) {\n"
-"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n",
+"                u32 pair = tid() + i / 2 * 256, token = first_token + pair / (K / 2);\n"
 "                u32 k = c * K + pair % (K / 2) / 16 * 32 + i % 2 * 16 + lane16();\n"
 "                next[i] = token < tokens \? load_x<X>(a, token, k) : (X)0;\n"
 "            }\n"
@@ -19046,7 +19057,7 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   stage   16,384 bytes of weights as they lie in memory, MOE_P_TILE rows x 128 bytes of tokens, swizzled alike\n"
 "//   ring    3 or 4 stages, filled by cp.async across the ends of tiles, by all threads; one barrier a K block\n"
-"//   jobs    [stages] which tile a stage belongs to, written by thread 0 when it asks for the stage\n"
+"//   jobs    [stages] which tile a stage belongs to, written by thread 0 when it asks for the stage\n",
 "//   warps   4, a group of 32 packed rows each (16 features gated, else 32) times all columns; from 64 columns on 2 x 2,\n"
 "//           two groups each times half of the columns, so that less of shared memory is read twice\n"
 "//\n"
@@ -19069,7 +19080,7 @@ static const char *const moe__kernel_text[] = {
 "#ifndef MOE_P_OUT\n"
 "#define MOE_P_OUT DTYPE_BF16\n"
 "#endif\n"
-"#ifndef MOE_P_GATED\n",
+"#ifndef MOE_P_GATED\n"
 "#define MOE_P_GATED 1\n"
 "#endif\n"
 "\n"
@@ -19161,7 +19172,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI f32 gelu_erf(f32 x) { return 0.5f * x * (1.0f + erf_f32(x * 0.707106781f)); }\n"
 "DI f32 gelu_tanh(f32 x)\n"
-"{\n"
+"{\n",
 "    f32 inner = fmaf(0.044715f * x * x, x, x);\n"
 "    return 0.5f * x * (1.0f + tanh_f32(0.797884561f * inner));\n"
 "}\n"
@@ -19183,7 +19194,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI f32 situ(const activation_args &act, f32 g, f32 u)\n"
 "{\n"
-"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n",
+"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n"
 "    return act.alpha * tanh_f32(g / act.alpha) * sigmoid_f32(g) * u;\n"
 "}\n"
 "DI f32 relu2_clamp(const activation_args &act, f32 x)\n"
@@ -19229,25 +19240,31 @@ static const char *const moe__kernel_text[] = {
 "    u32 row, rows, block, slab;\n"
 "};\n"
 "\n"
-"// Tiles first .. end - 1, tile `at` among them, are of one expert: 32 tiles at a time, downwards, then upwards.\n"
-"DI void gemm_run_of(const rows_args &r, u32 tiles, u32 at, u32 &first, u32 &end)\n"
+"// A value of a table that routing has left behind; before grid_wait() (`early`) not from L1.\n"
+"DI i32 gemm_table(const i32 *table, u32 at, bool early)\n"
 "{\n"
-"    const i32 expert = r.tile_expert[at];\n"
+"    return early \? (i32)ld_relaxed((const u32 *)table + at) : table[at];\n"
+"}\n"
+"\n"
+"// Tiles first .. end - 1, tile `at` among them, are of one expert: 32 tiles at a time, downwards, then upwards.\n"
+"DI void gemm_run_of(const rows_args &r, u32 tiles, u32 at, bool early, u32 &first, u32 &end)\n"
+"{\n"
+"    const i32 expert = gemm_table(r.tile_expert, at, early);\n"
 "    u32 others;\n"
 "    first = at;\n"
 "    do {\n"
-"        others = ballot(first < lane() + 1 || r.tile_expert[first - lane() - 1] != expert);\n"
+"        others = ballot(first < lane() + 1 || gemm_table(r.tile_expert, first - lane() - 1, early) != expert);\n"
 "        first -= others != 0 \? ffs(others) - 1 : 32;\n"
 "    } while (others == 0);\n"
 "    end = at + 1;\n"
 "    do {\n"
-"        others = ballot(end + lane() >= tiles || r.tile_expert[end + lane()] != expert);\n"
+"        others = ballot(end + lane() >= tiles || gemm_table(r.tile_expert, end + lane(), early) != expert);\n"
 "        end += others != 0 \? ffs(others) - 1 : 32;\n"
 "    } while (others == 0);\n"
 "}\n"
 "\n"
 "// Entry `at` of the list; count: tiles of the tables, or T without.\n"
-"DI gemm_job gemm_find(const rows_args &r, u32 slabs, u32 count, u32 at)\n"
+"DI gemm_job gemm_find(const rows_args &r, u32 slabs, u32 count, u32 at, bool early)\n"
 "{\n"
 "    const bool tables = r.slot_of_row != nullptr;\n"
 "    const u32 tiles = tables \? count : (count + GEMM_TILE - 1) / GEMM_TILE;\n"
@@ -19255,13 +19272,13 @@ static const char *const moe__kernel_text[] = {
 "    u32 first = 0, end = tiles, tile, limit = count;\n"
 "    if (at >= tiles * slabs) return job;\n"
 "    if (tables) {\n"
-"        gemm_run_of(r, tiles, at / slabs, first, end);\n"
-"        job.block = (u32)r.tile_expert[first];\n"
-"    }\n"
+"        gemm_run_of(r, tiles, at / slabs, early, first, end);\n"
+"        job.block = (u32)gemm_table(r.tile_expert, first, early);\n"
+"    }\n",
 "    tile = first + (at - first * slabs) % (end - first);\n"
 "    job.slab = (at - first * slabs) / (end - first);\n"
 "    job.row = tile * GEMM_TILE;\n"
-"    if (tables) limit = (u32)r.tile_limit[tile];\n"
+"    if (tables) limit = (u32)gemm_table(r.tile_limit, tile, early);\n"
 "    job.rows = limit - job.row < GEMM_TILE \? limit - job.row : GEMM_TILE;\n"
 "    return job;\n"
 "}\n"
@@ -19287,7 +19304,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    return ((u32)a.features + GEMM_SLAB_FEATURES - 1) / GEMM_SLAB_FEATURES;\n"
 "}\n"
-"DI u32 gemm_slabs(const gemm2_args &a) { return ((u32)a.hidden + 127) / 128; }\n",
+"DI u32 gemm_slabs(const gemm2_args &a) { return ((u32)a.hidden + 127) / 128; }\n"
 "DI u64 gemm_weights(const gemm1_args &a) { return a.w1; }\n"
 "DI u64 gemm_weights(const gemm2_args &a) { return a.w2; }\n"
 "DI i32 gemm_source(const gemm1_args &a, u32 row)\n"
@@ -19300,10 +19317,10 @@ static const char *const moe__kernel_text[] = {
 "DI u32 gemm_row(u32 i) { return tid() / 8 + i * (GEMM_THREADS / 8); }\n"
 "\n"
 "// Entry l.at, from its first K block on.\n"
-"template <class A> DI void gemm_open(const A &a, gemm_loader &l)\n"
+"template <class A> DI void gemm_open(const A &a, gemm_loader &l, bool early)\n"
 "{\n"
 "    l.k = 0;\n"
-"    l.job = gemm_find(a.rows, gemm_slabs(a), l.count, l.at);\n"
+"    l.job = gemm_find(a.rows, gemm_slabs(a), l.count, l.at, early);\n"
 "    if (l.job.rows == 0) return;\n"
 "    l.weights = (const u8 *)a.rows.experts[l.job.block] + gemm_weights(a) +\n"
 "                (u64)l.job.slab * gemm_blocks(a) * GEMM_BLOCK + 16 * tid();\n"
@@ -19350,7 +19367,7 @@ static const char *const moe__kernel_text[] = {
 "            for (u32 i = 0; i < GEMM_ROWS_EACH; i++) {\n"
 "                const u32 row = gemm_row(i);\n"
 "                const bool some = l.source[i] >= 0 && k < (u32)a.hidden;\n"
-"                if (row >= gemm_columns(l.job.rows)) break;\n"
+"                if (row >= gemm_columns(l.job.rows)) break;\n",
 "                cp_async_16(to + 128 * row + 16 * (piece ^ row % 8),\n"
 "                            (const u16 *)a.x + (some \? l.source[i] * a.x_stride + k : 0), some \? 16 : 0);\n"
 "            }\n"
@@ -19382,9 +19399,9 @@ static const char *const moe__kernel_text[] = {
 "        if (weights_too) gemm_load_weights(l.weights, to);\n"
 "        gemm_load_rows(a, l, to + GEMM_BLOCK);\n"
 "        l.weights += GEMM_BLOCK;\n"
-"        if (++l.k == gemm_blocks(a)) {\n",
+"        if (++l.k == gemm_blocks(a)) {\n"
 "            l.at += ncta();\n"
-"            gemm_open(a, l);\n"
+"            gemm_open(a, l, false);\n"
 "        }\n"
 "    }\n"
 "    cp_async_commit();\n"
@@ -19445,7 +19462,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    const u32 columns = gemm_columns(job.rows);\n"
 "    gemm_place p;\n"
-"    p.eights = 8 * gemm_half() >= columns \? 0 : max_u32(columns / 8 / GEMM_HALVES, 1);\n"
+"    p.eights = 8 * gemm_half() >= columns \? 0 : max_u32(columns / 8 / GEMM_HALVES, 1);\n",
 "    p.column = gemm_half() * p.eights * 8 + lane() % 4 * 2;\n"
 "    p.feature = job.slab * slab_features + gemm_group() * (slab_features / 4) + lane() / 4 * (slab_features / 32);\n"
 "    return p;\n"
@@ -19474,7 +19491,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI void gemm_add_bias(const gemm2_args &a, u32 block, u32 feature, gemm_sums &acc, u32 group)\n"
 "{\n"
-"    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n",
+"    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n"
 "    const f32 *from = (const f32 *)(a.rows.experts[block] + a.bias2) + feature;\n"
 "    gemm_add(acc, group, *(const f32x2 *)from, *(const f32x2 *)(from + 2));\n"
 "}\n"
@@ -19543,7 +19560,7 @@ static const char *const moe__kernel_text[] = {
 "        u8 *to = (u8 *)a.mid + ((u64)block * (u32)a.rows.rows_max + job.row) * 128;\n"
 "        if (block >= ((u32)a.features + 63) / 64) return;\n"
 "        gemm_add_bias(a, job.block, feature, acc, 0);\n"
-"#pragma unroll 1\n"
+"#pragma unroll 1\n",
 "        for (u32 n = 0; n < p.eights; n++) {\n"
 "            gemm_store_eight(act, acc, to, p.column + 8 * n, job.rows, feature);\n"
 "            gemm_next_eight(acc);\n"
@@ -19571,23 +19588,39 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "    }\n"
 "}\n"
-"\n",
-"// Whether the first tile and its weights are known before what other kernels write.\n"
-"DI bool gemm_starts_early(const rows_args &r) { return r.slot_of_row == nullptr && r.num_tokens_dev == nullptr; }\n"
 "\n"
-"// The whole product; `early`: grid_wait() is still to come.\n"
-"template <class A> DI void gemm_run(const A &a, u32 tokens, bool early)\n"
+"// Whether the first tile and its weights are known before the kernel ahead ends. Tables are known to the second\n"
+"// product: the first one has waited for them before it let its dependents start.\n"
+"DI bool gemm_starts_early(const gemm1_args &a)\n"
+"{\n"
+"    return a.rows.slot_of_row == nullptr && a.rows.num_tokens_dev == nullptr;\n"
+"}\n"
+"DI bool gemm_starts_early(const gemm2_args &a)\n"
+"{\n"
+"    return a.rows.slot_of_row != nullptr || a.rows.num_tokens_dev == nullptr;\n"
+"}\n"
+"\n"
+"// The whole product. Dependents start once what came before the kernel ahead is known here.\n"
+"template <class A> DI void gemm_run(const A &a)\n"
 "{\n"
 "    const u32 blocks = gemm_blocks(a);\n"
+"    const bool early = gemm_starts_early(a);\n"
+"    u32 wrong;\n"
 "    gemm_loader l;\n"
 "    gemm_sums acc;\n"
-"    l.count = a.rows.slot_of_row == nullptr \? tokens : (u32)*a.rows.num_tiles;\n"
+"    if (!early) {\n"
+"        grid_wait();\n"
+"        grid_launch();\n"
+"    }\n"
+"    l.count = a.rows.slot_of_row != nullptr \? (u32)gemm_table(a.rows.num_tiles, 0, early)\n"
+"                                            : count_tokens(a.rows.num_tokens_dev, a.rows.num_tokens, wrong);\n"
 "    l.at = cta();\n"
-"    gemm_open(a, l);\n"
+"    gemm_open(a, l, early);\n"
 "    if (early) {\n"
 "        for (u32 s = 0; s < GEMM_STAGES - 1 && s < blocks && l.job.rows != 0; s++)\n"
 "            gemm_load_weights(l.weights + s * GEMM_BLOCK, smem() + s * GEMM_STAGE);\n"
 "        grid_wait();\n"
+"        grid_launch();\n"
 "    }\n"
 "    for (u32 s = 0; s < GEMM_STAGES - 1; s++) gemm_load(a, l, s, !early || s >= blocks);\n"
 "    u32 stage = 0, eights = 0, right = 0;\n"
@@ -19623,7 +19656,7 @@ static const char *const moe__kernel_text[] = {
 "// How CTAs share [T, H].\n"
 "struct finalize_shape {\n"
 "    u32 eights;  // of a row\n"
-"    u32 parts;   // of a row\n"
+"    u32 parts;   // of a row\n",
 "    u32 width;   // eights of a part\n"
 "    u32 tokens;  // of a CTA: 1 where there are several parts, or a norm\n"
 "};\n"
@@ -19664,7 +19697,7 @@ static const char *const moe__kernel_text[] = {
 "DI void finalize_special(const finalize_args &a, u32 token, i64 slot, u32 k, f32 weight, f32 (&total)[8])\n"
 "{\n"
 "    const i32 special = a.ids == nullptr \? -1 : a.ids[slot] - a.num_experts;\n"
-"    f32 v[8];\n",
+"    f32 v[8];\n"
 "    if (special < 0 || special >= a.special_experts) return;\n"
 "    if (a.special_kind == SPECIAL_IDENTITY) load_8<MOE_P_X>(a.x, token * a.x_stride + k, false, v);\n"
 "    else if (a.special_kind == SPECIAL_CONSTANT) load_8<DTYPE_F32>(a.constants, (i64)special * a.hidden + k, true, v);\n"
@@ -19716,7 +19749,7 @@ static const char *const moe__kernel_text[] = {
 "        load_8<MOE_P_OUT>(a.out, at, aligned, v);\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 8; i++) total[i] = total[i] + v[i];\n"
-"    }\n"
+"    }\n",
 "    if (MOE_P_OUT == DTYPE_F32 && aligned) {\n"
 "        ((f32x4 *)((f32 *)a.out + at))[0] = { total[0], total[1], total[2], total[3] };\n"
 "        ((f32x4 *)((f32 *)a.out + at))[1] = { total[4], total[5], total[6], total[7] };\n"
@@ -19757,7 +19790,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    const i32 slot = a.slot_of_row[row];\n"
 "    f32 v[8], weight = 1;\n"
-"    if (slot < 0) return;\n",
+"    if (slot < 0) return;\n"
 "    load_8<MOE_P_ROWS>(a.rows, (i64)row * a.hidden + k, true, v);\n"
 "    if (a.weights != nullptr && !a.weight_on_input) weight = load_float(a.weights, a.weights_dtype, slot);\n"
 "    const f32 scale = a.scale * (a.global_scale == nullptr \? 1 : *a.global_scale);\n"
@@ -19798,15 +19831,6 @@ static const char *const moe__kernel_text[] = {
 "#define ROUTE_THREADS (PER_LANE > 8 \? 512 : 1024)\n"
 "#endif\n"
 "\n"
-"// Tokens of this call. A count on the device that is not within 0..num_tokens is a fault, and nothing is routed.\n"
-"DI u32 count_tokens(const i32 *num_tokens_dev, i32 num_tokens, u32 &fault)\n"
-"{\n"
-"    i32 tokens = num_tokens_dev == nullptr \? num_tokens : *num_tokens_dev;\n"
-"    bool wrong = tokens < 0 || tokens > num_tokens;\n"
-"    fault = wrong;\n"
-"    return wrong \? 0 : (u32)tokens;\n"
-"}\n"
-"\n"
 "#if defined(MOE_K_ROUTE_ONE) || defined(MOE_K_ALL)\n"
 "\n"
 "// Sums of a word of shared memory over the cluster's CTAs: of all, and of those before this one. Always 8 loads, all\n"
@@ -19825,7 +19849,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    return all;\n"
 "}\n"
-"\n"
+"\n",
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
 "//\n"
@@ -19846,7 +19870,7 @@ static const char *const moe__kernel_text[] = {
 "    m.own = (u32 *)sort_layout(smem(), ids_end, m);\n"
 "    m.counter = (u16 *)(m.own + m.stride);\n"
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
-"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n",
+"    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
 "    slot = (u32 *)(m.counter + warps * m.stride) + warps * 64 * PER_LANE;\n"
 "    clear_words((u32 *)m.counter, (room < warps \? room : warps) * m.stride / 2);\n"
 "    sort_clear(m);\n"
@@ -19904,7 +19928,7 @@ static const char *const moe__kernel_text[] = {
 "    rows.logit = (f32 *)(m.counter + warps * m.stride) + warp() * 64 * PER_LANE;\n"
 "    rows.key = (u32 *)rows.logit + 32 * PER_LANE;\n"
 "    slot = (u32 *)(m.counter + warps * m.stride) + warps * 64 * PER_LANE;\n"
-"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n"
+"    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n",
 "    cta_sync();\n"
 "    grid_launch();\n"
 "    grid_wait();\n"
@@ -19931,7 +19955,7 @@ static const char *const moe__kernel_text[] = {
 "// Sums of the chunks' counters: all chunks into m.all, those before this CTA's into m.before. A thread takes four ids\n"
 "// of every G-th chunk, so that a warp reads lines.\n"
 "DI void sum_chunks(const sort_args &a, const sort_memory &m)\n"
-"{\n",
+"{\n"
 "    const u32 fours = (u32)a.counts_stride / 4, groups = fours < ntid() \? ntid() / fours : 1, chunks = (u32)a.chunks;\n"
 "    for (u32 thread = tid(); thread < fours * groups; thread += ntid()) {\n"
 "        const u32 four = thread % fours, group = thread / fours;\n"
@@ -19993,7 +20017,7 @@ static const char *const moe__kernel_text[] = {
 "    const i64 at = (i64)begin * slots;\n"
 "    i32 id[2];\n"
 "    u32 before[2];\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 h = 0; h < 2; h++) { // the first ones are on their way while counters are added\n"
 "        u32 i = tid() + h * ntid();\n"
 "        id[h] = i < mine \? a.ids[at + i] : -1;\n"
@@ -20021,7 +20045,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    const u32 n = (u32)a.permute.local_experts;\n"
 "    const i32 most = a.kind == GROUP_MASKED \? a.rows_per_expert : 0x7fffffff;\n"
-"    u32 sum = 0, wrong = 0;\n",
+"    u32 sum = 0, wrong = 0;\n"
 "    if (a.kind == GROUP_SORTED && tid() == 0) wrong = a.table[0] != 0;\n"
 "    for (u32 e = tid(); e < n; e += ntid()) {\n"
 "        i32 low = a.kind == GROUP_SORTED \? a.table[e] : 0, high = a.table[e + (a.kind == GROUP_SORTED)];\n"
@@ -20088,32 +20112,16 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "\n"
 "#if defined(MOE_K_GEMM1) || defined(MOE_K_ALL)\n"
-"\n"
+"\n",
 "// First product, activation and rounding: x -> intermediate. Registers: see GEMM_CTAS.\n"
-"MOE_ENTRY(moe_k_gemm1, gemm1_args, GEMM_THREADS, GEMM_CTAS)\n"
-"{\n"
-"    const bool early = gemm_starts_early(a.rows);\n"
-"    u32 wrong;\n"
-"    grid_launch();\n"
-"    if (!early) grid_wait();\n"
-"    gemm_run(a, a.rows.slot_of_row == nullptr \? count_tokens(a.rows.num_tokens_dev, a.rows.num_tokens, wrong) : 0,\n"
-"             early);\n"
-"}\n"
+"MOE_ENTRY(moe_k_gemm1, gemm1_args, GEMM_THREADS, GEMM_CTAS) { gemm_run(a); }\n"
 "\n"
 "#endif\n"
 "\n"
 "#if defined(MOE_K_GEMM2) || defined(MOE_K_ALL)\n"
 "\n"
 "// Second product: intermediate -> rows.\n"
-"MOE_ENTRY(moe_k_gemm2, gemm2_args, GEMM_THREADS, GEMM_CTAS)\n"
-"{\n"
-"    const bool early = gemm_starts_early(a.rows);\n"
-"    u32 wrong;\n"
-"    grid_launch();\n"
-"    if (!early) grid_wait();\n"
-"    gemm_run(a, a.rows.slot_of_row == nullptr \? count_tokens(a.rows.num_tokens_dev, a.rows.num_tokens, wrong) : 0,\n"
-"             early);\n"
-"}\n"
+"MOE_ENTRY(moe_k_gemm2, gemm2_args, GEMM_THREADS, GEMM_CTAS) { gemm_run(a); }\n"
 "\n"
 "#endif\n"
 "\n"
@@ -20140,10 +20148,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "53962bda225773a89eb5bf42f76ef9600ad7088f57f1d4041e053f459bea2f97";
+    return "7c2b068ae158a64713ad782f9413fe06a7032ea9038d25826b3b19f7b51c45e8";
 }
 
-// >>kernels-ptx 53962bda225773a89eb5bf42f76ef9600ad7088f57f1d4041e053f459bea2f97  of the text with this digest
+// >>kernels-ptx 7c2b068ae158a64713ad782f9413fe06a7032ea9038d25826b3b19f7b51c45e8  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

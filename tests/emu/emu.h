@@ -75,8 +75,8 @@ void emu_host_register(emu_device *dev, void *p, size_t bytes);
 void emu_host_unregister(emu_device *dev, void *p);
 
 // preds[i] comes before the new operation; where programmatic[i] is set (both are kernels) the new one may start as
-// soon as every CTA of preds[i] has called grid_launch() or ended, and sees its writes after grid_wait(). programmatic
-// may be NULL. The returned handle lives until emu_release(), whether or not the operation has run.
+// soon as every CTA of preds[i] has called grid_launch() or ended, and sees its writes after grid_wait(); before that,
+// where all those CTAs had returned from grid_wait() themselves, what came before preds[i]. programmatic may be NULL. The returned handle lives until emu_release(), whether or not the operation has run.
 emu_op *emu_submit(emu_device *dev, const emu_op_desc *desc, emu_op *const *preds, const unsigned char *programmatic,
                    int count);
 void emu_release(emu_op *op);

@@ -360,6 +360,14 @@ static known_ref known_after(const emu_op *op)
     return known_with(known_join(op->known_end, op->known_waited), op->serial);
 }
 
+// What a kernel knows that starts before this one has ended: what this one knew when all its CTAs let it start.
+static known_ref known_early(const emu_op *op)
+{
+    const u32 *grid = op->desc.grid;
+    bool all = op->launched_waited == grid[0] * grid[1] * grid[2] && op->known_waited;
+    return all ? known_join(op->known_start, op->known_waited) : op->known_start;
+}
+
 static bool pred_allows(const edge &e)
 {
     const emu_op *f = e.from;
@@ -524,7 +532,7 @@ static void start_op(emu_device *dev, emu_op *op)
 {
     op->state = emu_op::RUNNING;
     for (const edge &e : op->preds)
-        if (!e.programmatic) op->known_start = known_join(op->known_start, known_after(e.from));
+        op->known_start = known_join(op->known_start, e.programmatic ? known_early(e.from) : known_after(e.from));
     op->start_clock = clock_of(op->known_start);
     switch (op->desc.kind) {
     case EMU_OP_KERNEL: start_kernel(dev, op); break;
@@ -550,6 +558,7 @@ extern "C" void emu_grid_wait()
         op->waiting.push_back(self);
         yield_blocked("grid_wait");
     }
+    self->waited = self->block->waited = true;
     if (op->preds.empty()) return;
     end_waiting(op);
     acquire(self, op->wait_clock);
@@ -561,6 +570,7 @@ extern "C" void emu_grid_launch()
     if (c->launched_dependents) return;
     c->launched_dependents = true;
     c->g->launched++;
+    c->g->op->launched_waited += self->waited;
     sometimes_yield();
 }
 
@@ -576,7 +586,10 @@ static void end_cta(emu_device *dev, cta *c)
                   std::to_string(c->in_flight) + " asynchronous operations still used its shared memory");
     for (warp_state &w : c->warps) drop_ready(dev, &w);
     leave_sm(dev, c);
-    if (!c->launched_dependents) g->launched++;
+    if (!c->launched_dependents) {
+        g->launched++;
+        g->op->launched_waited += c->waited;
+    }
     g->ended++;
     group *q = c->cluster;
     if (--q->left == 0) {

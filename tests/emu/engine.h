@@ -170,6 +170,7 @@ struct thread {
     u32 proxy_clock;            // own clock then
     bool ready, done;
     bool cluster_arrived;
+    bool waited;                // has returned from grid_wait()
     u32 cluster_phase;
     const char *why;            // in what it waits
     u64 why_detail;
@@ -254,7 +255,7 @@ struct cta {
     std::map<u64, epoch> remote;    // last accesses to it by threads of other CTAs
     clock_ref end_clock;            // of its threads that have ended, in a cluster
     u32 in_flight;              // asynchronous operations that use its shared memory
-    bool launched_dependents, ended;
+    bool launched_dependents, waited, ended;
     u32 width() const { return 2 * n + AGENTS; }
 };
 
@@ -293,6 +294,7 @@ struct emu_op {
     known_ref known_start, known_waited, known_end;
     clock_ref start_clock, wait_clock;
     bool any_programmatic = false, any_waited = false;
+    u32 launched_waited = 0;    // CTAs that had waited when they let dependents start
     std::unique_ptr<grid> g;
     std::vector<thread *> waiting;      // in grid_wait()
 };

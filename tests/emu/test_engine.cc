@@ -113,7 +113,7 @@ struct bench {
 #define KERNELS(X)                                                                                                     \
     X(k_smem) X(k_warp) X(k_halves) X(k_access) X(k_collectives) X(k_named) X(k_divergent) X(k_last) X(k_flag)        \
     X(k_atomics) X(k_ctas) X(k_constant) X(k_mbar) X(k_cp_async) X(k_bulk) X(k_bulk_wait) X(k_cluster) X(k_push)      \
-    X(k_multicast) X(k_primary) X(k_dependent) X(k_copy) X(k_registers) X(k_trap)      \
+    X(k_multicast) X(k_primary) X(k_dependent) X(k_forward) X(k_second) X(k_copy) X(k_registers) X(k_trap)      \
     X(k_wgmma) X(k_mma) X(k_convert) X(k_tensor)
 #define DECLARE(name) extern "C" const emu_kernel name##__emu;
 KERNELS(DECLARE)
@@ -308,6 +308,16 @@ static void chains(uint64_t seed)
         std::vector<uint32_t> r = b.result();
         expect_report("programmatic launch", broken ? "race" : nullptr, before);
         if (!broken) check(r[33] == 3, "programmatic launch", "wrong result");
+    }
+    for (int broken = 0; broken < 2; broken++) {
+        int before = emu_reports();
+        bench b(seed);
+        b.kernel(&k_primary__emu, 20, 1, 0);
+        b.kernel(&k_forward__emu, 20, 1, broken, true, true);
+        b.kernel(&k_second__emu, 20, 1, 0, true, true);
+        std::vector<uint32_t> r = b.result();
+        expect_report("two programmatic launches", broken ? "race" : nullptr, before);
+        if (!broken) check(r[33] == 3, "two programmatic launches", "wrong result");
     }
     for (int broken = 0; broken < 2; broken++) {
         int before = emu_reports();

@@ -353,6 +353,23 @@ MOE_ENTRY(k_dependent, test_args, 32, 1)
     a.out[cta() * 32 + lane()] = a.flag[cta() * 32 + lane()] + before;
 }
 
+// Between two others. 1: lets its dependents start before the first one's writes are known.
+MOE_ENTRY(k_forward, test_args, 32, 1)
+{
+    if (a.broken) grid_launch();
+    grid_wait();
+    if (!a.broken) grid_launch();
+    a.out[cta() * 32 + lane()] = a.in[lane()];
+}
+
+// Reads what the kernel before the one before has written.
+MOE_ENTRY(k_second, test_args, 32, 1)
+{
+    u32 early = a.flag[cta() * 32 + lane()];
+    grid_wait();
+    a.out[cta() * 32 + lane()] = early + a.out[cta() * 32 + lane()];
+}
+
 MOE_ENTRY(k_copy, test_args, 32, 1)
 {
     a.out[cta() * 32 + lane()] = a.in[cta() * 32 + lane()];

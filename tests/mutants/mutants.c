@@ -1,8 +1,8 @@
 // mutants.c - breaks one thing at a time and checks that a test reports it: `make mutants`
 //
 // cc -std=gnu99 -o build/run_mutants tests/mutants/mutants.c; runs in the repository's root, behind what `make emu`
-// builds. Arguments: only mutants whose name contains one of them. tests/mutants/list.txt
-// has the mutants, pipeline.txt those of tests/gpu_pipeline.c where it is there:
+// builds. Arguments: only mutants whose name contains one of them; MOE_MUTANTS_STEP=n: every n-th of these alone.
+// tests/mutants/list.txt has the mutants, pipeline.txt those of tests/gpu_pipeline.c where it is there:
 //
 //     mutant scales_without_release                  name
 //     class a store that no arrival releases         what it stands for
@@ -309,13 +309,17 @@ int main(int argc, char **argv)
 {
     char cache[2 * PATH];
     time_t start = time(NULL);
-    int caught;
+    int caught, step = getenv("MOE_MUTANTS_STEP") != NULL ? atoi(getenv("MOE_MUTANTS_STEP")) : 1;
     if (getcwd(root, sizeof root) == NULL) die("no folder", ".");
     snprintf(compiler, sizeof compiler, "%s", getenv("CC") != NULL && getenv("CC")[0] ? getenv("CC") : "cc");
     set_library("MOE_CUDA_LIB", "libcuda.so.1");
     set_library("MOE_NVRTC_LIB", "libnvrtc.so.13");
     read_list("tests/mutants/list.txt", argc, argv);
     if (access("tests/gpu_pipeline.c", R_OK) == 0) read_list("tests/mutants/pipeline.txt", argc, argv);
+    if (step > 1) {
+        mutant_count = (mutant_count + step - 1) / step;
+        for (int i = 0; i < mutant_count; i++) mutants[i] = mutants[i * step];
+    }
     mkdir("build/mutants", 0777);
     if (system("cd build/mutants && find . -mindepth 1 -maxdepth 1 ! -name cache -exec rm -rf {} +") != 0)
         die("cannot empty", "build/mutants");
