@@ -145,7 +145,7 @@
 // LAYERS ON CUDA
 //     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
 //     multiples of 8, and the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version,
-//     and refused by name: f32 layers, pruned experts, done_signal, gemm2_start_event, products without NVRTC.
+//     and refused by name: f32 layers, pruned experts, done_signal, products without NVRTC.
 //     moe_plan_create() compiles the products of such a layer also where only its stages are called. Experts of the
 //     layers that run are packed into device memory while tensors are set, in the layout that the kernels read, and are
 //     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory
@@ -161,7 +161,8 @@
 //     first, and so is x times the weight where weights are on the input. Routing takes one launch up to 1,024 tokens
 //     (64 before compute capability 9.0, which has no clusters) at a router width up to 512, else two. Kernels depend
 //     on each other programmatically; with MOE_EXECUTE_PDL_IN the first one on what the caller has enqueued before.
-//     sm_limit is for the GEMMs.
+//     sm_limit is for the GEMMs. A stream that waits for gemm2_start_event goes on beside GEMM 2; GEMM 2 then starts
+//     when GEMM 1 has ended. A call without tokens, or without routed experts here, does not record it.
 //     Contents cannot be refused there; what the CPU refuses is counted in out_faults, and routing goes on: a NaN or
 //     +inf logit (or key) counts as -inf and sorts last; an id out of range becomes -1 with weight 0; a token whose
 //     token id or bias row is out of range gets ids -1. A number of tokens in num_tokens_dev that is out of range
@@ -1113,7 +1114,7 @@ typedef struct moe_execute_args {
     int32_t sm_limit;          // CUDA: GEMMs
     int32_t reserved0;
     uint32_t *done_signal;     // CUDA
-    void *gemm2_start_event;   // CUDA
+    void *gemm2_start_event;   // CUDA: CUevent, recorded between GEMM 1 and GEMM 2 of the routed experts; nullable
     const void *reserved[4];
 } moe_execute_args;
 
@@ -7342,6 +7343,7 @@ typedef struct CUctx_st *moe__cu_context; // cuda.h's own tags: handles pass to 
 typedef struct CUmod_st *moe__cu_module;
 typedef struct CUfunc_st *moe__cu_function;
 typedef struct CUstream_st *moe__cu_stream;
+typedef struct CUevent_st *moe__cu_event;
 
 typedef struct moe__cu_launch_attribute { // CUlaunchAttribute
     int id;
@@ -7417,6 +7419,7 @@ enum { // numbers of cuda.h
     X(cuStreamCreate, "", 12000, 1, (moe__cu_stream *stream, unsigned flags)) \
     X(cuStreamDestroy, "_v2", 12000, 1, (moe__cu_stream stream)) \
     X(cuStreamSynchronize, "", 12000, 1, (moe__cu_stream stream)) \
+    X(cuEventRecord, "", 12000, 1, (moe__cu_event event, moe__cu_stream stream)) \
     X(cuThreadExchangeStreamCaptureMode, "", 12000, 1, (int *mode)) \
     X(cuLaunchKernelEx, "", 12000, 1, \
       (const moe__cu_launch_config *config, moe__cu_function function, void **params, void **extra))
@@ -15210,15 +15213,9 @@ static int32_t moe__check_cuda(const moe__run *run, moe_error *err)
                          "this version CUDA does with f32 alone", moe_dtype_string(plan->desc.weights_dtype));
     if (a->done_signal != NULL)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.done_signal", "is set, which this version does not do");
-    if (a->gemm2_start_event != NULL)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "args.gemm2_start_event",
-                         "is set, which this version does not do");
     if (plan->layer.activation.per_expert && plan->blocks > plan->layer.parallel.local_experts)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has always-on experts beside activations of each "
                          "expert's own, which in this version the CPU alone does");
-    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT && plan->layer.routing.special_experts > 0)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "plan", "has special experts beside weights on the input, which "
-                         "in this version the CPU alone does");
     if (run->weights->pruned > 0)
         return moe__fail(err, MOE_ERROR_UNSUPPORTED, "weights", "have pruned experts (MOE_TENSOR_CONSTANT), which in "
                          "this version the CPU alone runs");
@@ -15701,6 +15698,7 @@ typedef struct moe__product {
     const float *weight_on_input;
     int32_t per_expert;
     int64_t tiles; // at most
+    void *between; // event recorded between the two; NULL: none
 } moe__product;
 
 static moe__activation_args moe__activation_args_of(const moe_activation_desc *act)
@@ -15747,9 +15745,11 @@ static moe__cu_result moe__launch_product(const moe__run *run, const moe__produc
     one.activation = moe__activation_args_of(p->activation);
     result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile, p->tiles, shape->rows1), 1,
                                plan->stages.pdl, tile.smem_bytes, &one, stream);
+    if (result == 0 && p->between != NULL)
+        result = plan->ctx->cuda->cuEventRecord((moe__cu_event)p->between, (moe__cu_stream)stream);
     if (result != 0) return result;
     return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile, p->tiles, hidden), 1,
-                             plan->stages.pdl, tile.smem_bytes, &two, stream);
+                             plan->stages.pdl && p->between == NULL, tile.smem_bytes, &two, stream);
 }
 
 static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
@@ -15777,6 +15777,7 @@ static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutat
         p.weight_on_input = rows_mode ? (const float *)run->args.weights : run->args.out_weights;
     p.per_expert = plan->layer.activation.per_expert;
     p.tiles = p.rows.rows_max / t->tile;
+    p.between = run->args.gemm2_start_event;
     return moe__launch_product(run, &p, set, stream);
 }
 

@@ -337,6 +337,11 @@ TEST(shared_and_special_experts)
     l.routing.special_experts = 2;
     l.routing.special_kind = MOE_SPECIAL_IDENTITY;
     check_one(&l, &c, 1, "identity experts");
+    l.routing.weight_on = MOE_WEIGHT_ON_INPUT; // of those with matrices
+    c.mode = MOE_INPUT_IDS;
+    check_one(&l, &c, 1, "identity experts, weights on the input");
+    c = logits_of(11);
+    l.routing.weight_on = MOE_WEIGHT_ON_OUTPUT;
     l.routing.special_kind = MOE_SPECIAL_ZERO;
     check_one(&l, &c, 1, "zero experts");
 }
@@ -598,6 +603,127 @@ TEST(a_layer_only_enqueues_and_is_replayed_from_a_graph)
     if (!open_layer(&p, &l, 70)) return;
     check_replay(&p, 20);
     check_replay(&p, 70);
+    pair_close(&p);
+}
+
+// Calls of one plan and one set of weights in flight at the same time.
+TEST(two_streams_with_two_workspaces)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call c[2];
+    layer_data d[2];
+    moe_execute_args args[2];
+    void *stream[2];
+    pair p;
+    if (!gpu_open_driver()) return;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 70)) return;
+    for (int i = 0; i < 2; i++) {
+        c[i] = logits_of(i == 0 ? 33 : 70);
+        c[i].seed = 5 + (uint64_t)i;
+        stream[i] = gpu_stream();
+        REQUIRE(data_make(&p, &c[i], &d[i]));
+        begin_gpu(&p, &c[i], &d[i], &args[i]);
+    }
+    for (int turn = 0; turn < 4; turn++)
+        CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &args[turn % 2], stream[turn % 2]), MOE_OK);
+    gpu_sync();
+    for (int i = 0; i < 2; i++) {
+        read_gpu(&p, &args[i], d[i].got);
+        compare(&p, &c[i], &d[i], 1, i == 0 ? "on the first stream" : "on the second stream");
+    }
+    gpu_release();
+    for (int i = 0; i < 2; i++) {
+        gpu_stream_end(stream[i]);
+        data_free(&d[i]);
+    }
+    pair_close(&p);
+}
+
+// A context of another device beside the program's; each has kernels, weights and plans of its own.
+TEST(several_devices_in_one_process)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call c = logits_of(20);
+    moe_context_desc desc;
+    moe_context *first, *second;
+    moe_error err;
+    pair here, there;
+    int count = 0;
+    if (!gpu_open()) return;
+    GPU_CALL(gpu.cuda->cuDeviceGetCount(&count));
+    if (count < 2) {
+        test_skip("there is one device");
+        return;
+    }
+    memset(&here, 0, sizeof here);
+    memset(&there, 0, sizeof there);
+    memset(&desc, 0, sizeof desc);
+    desc.backend = MOE_BACKEND_CUDA;
+    desc.device = 1;
+    desc.log = gpu_message;
+    REQUIRE(moe_context_create(&desc, &second, &err) == MOE_OK);
+    CHECK(second->cuda->device != gpu.cuda->device);
+    if (!open_layer(&here, &l, 20)) return;
+    first = gpu.ctx;
+    gpu.ctx = second;
+    gpu.cuda = second->cuda;
+    if (open_layer(&there, &l, 20)) check_layer(&there, &c, 1, "on the second device");
+    gpu.ctx = first;
+    gpu.cuda = first->cuda;
+    check_layer(&here, &c, 1, "on the first device");
+    pair_close(&there);
+    pair_close(&here);
+    moe_context_destroy(second);
+}
+
+// The event lies between the products: a log of the driver's calls, and another stream that waits for it.
+TEST(an_event_is_recorded_before_the_second_product)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call c = logits_of(20);
+    layer_data d;
+    moe_execute_args args;
+    pair p;
+    int (*create)(void **event, unsigned flags), (*destroy)(void *event), (*wait)(void *stream, void *event, unsigned);
+    void *event = NULL, *stream, *other;
+    if (!gpu_open_driver()) return;
+    gpu_symbol(gpu_library(), "cuEventCreate", &create);
+    gpu_symbol(gpu_library(), "cuEventDestroy_v2", &destroy);
+    gpu_symbol(gpu_library(), "cuStreamWaitEvent", &wait);
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 20)) return;
+    stream = gpu_stream();
+    other = gpu_stream();
+    gpu_enter();
+    GPU_CALL(create(&event, 0));
+    gpu_leave();
+    if (data_make(&p, &c, &d)) {
+        begin_gpu(&p, &c, &d, &args);
+        args.gemm2_start_event = event;
+        if (gpu_calls.log_begin != NULL) gpu_calls.log_begin();
+        CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &args, stream), MOE_OK);
+        if (gpu_calls.log_begin != NULL) {
+            const char *log = gpu_calls.log_end(), *record = strstr(log, "cuEventRecord"), *at = log;
+            int before = 0, after = 0;
+            REQUIRE(record != NULL);
+            for (; (at = strstr(at, "cuLaunchKernelEx")) != NULL; at++) *(at < record ? &before : &after) += 1;
+            CHECK_EQ(before, 2); // routing, GEMM 1
+            CHECK_EQ(after, 2);
+        }
+        gpu_enter();
+        GPU_CALL(wait(other, event, 0));
+        GPU_CALL(gpu_calls.stream_synchronize(other));
+        GPU_CALL(gpu_calls.stream_synchronize(stream));
+        GPU_CALL(destroy(event));
+        gpu_leave();
+        read_gpu(&p, &args, d.got);
+        compare(&p, &c, &d, 1, "with an event");
+        gpu_release();
+    }
+    data_free(&d);
+    gpu_stream_end(stream);
+    gpu_stream_end(other);
     pair_close(&p);
 }
 
@@ -892,7 +1018,6 @@ TEST(what_is_not_built_is_refused_by_name)
     } while (0)
     CHECK_OK(moe_execute_check(p.plan[1], p.weights[1], &good, &err));
     REFUSED(a.done_signal = (uint32_t *)good.out, MOE_ERROR_UNSUPPORTED, "args.done_signal");
-    REFUSED(a.gemm2_start_event = good.out, MOE_ERROR_UNSUPPORTED, "args.gemm2_start_event");
     REFUSED(a.out = (char *)good.out + 2, MOE_ERROR_ARGUMENT, "args.out");
     REFUSED(a.x = (const char *)good.x + 1, MOE_ERROR_ARGUMENT, "args.x");
 #undef REFUSED
@@ -904,6 +1029,8 @@ TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
           T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
-          T(a_layer_only_enqueues_and_is_replayed_from_a_graph) T(a_replaced_expert_is_the_new_one)
+          T(a_layer_only_enqueues_and_is_replayed_from_a_graph)
+          T(two_streams_with_two_workspaces) T(several_devices_in_one_process)
+          T(an_event_is_recorded_before_the_second_product) T(a_replaced_expert_is_the_new_one)
           T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
           T(what_is_not_built_is_refused_by_name))

@@ -10,10 +10,12 @@ says() { # TEXT COMMAND...: the command succeeds and prints TEXT
 }
 
 # The build line of an example's comment, with the compiler of this run and the program in the temporary folder.
+build_line_of() {
+    sed -n 's,^//  *\(cc .*\) && .*,\1,p' "$1" | head -n 1 | sed "s,-o \([a-z_]*\),-o $temp/\1,; s,^cc,$CC,"
+}
 build_line() {
-    line=$(sed -n 's,^//  *\(cc .*\) && .*,\1,p' "$1" | head -n 1)
+    line=$(build_line_of "$1")
     [ -n "$line" ] || { echo "$1 has no build line"; return 1; }
-    line=$(echo "$line" | sed "s,-o \([a-z_]*\),-o $temp/\1,; s,^cc,$CC,")
     echo "$line"
     $line
 }
@@ -70,6 +72,17 @@ if have g++ && [ "$(uname -s) $(uname -m)" = "Linux x86_64" ]; then
     nvrtc=
     try "prewarm without a config has the common shapes" lists 22 0 common
     refuse "a chip that there is not is refused" "desc.chips" prewarm none $qwen sm_90
+
+    # On the emulated device, as tests/gpu.sh runs its programs.
+    gpu_example() { # NAME TEXT
+        try "$1 builds with the line in its comment" env LIBRARY_PATH=build/emu sh -c "$(build_line_of "examples/$1.c")"
+        try "$1 runs" says "$2" env LD_LIBRARY_PATH=build/emu MOE_CUDA_LIB="$(pwd)/build/emu/libcuda.so.1" \
+            MOE_NVRTC_LIB="$(pwd)/build/emu/libnvrtc.so.13" MOE_EMU_DEVICE_H="$(pwd)/tests/emu/device.h" \
+            MOE_EMU_CACHE="$(pwd)/build/emu/objects" MOE_CACHE=off "$temp/$1"
+    }
+    try "the emulated driver builds" ${MAKE:-make} -s build/emu/libcuda.so.1
+    gpu_example cuda_layer 'experts 1 and 0, weights 0.750 and 0.250, output -0.1826 -2.1406'
+    gpu_example cuda_graph '^3 of 4: -0.1826 -2.1406'
 else
     skip "prewarm" "the emulated NVRTC needs g++, Linux and an x86-64 processor"
 fi
