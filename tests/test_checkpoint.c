@@ -761,14 +761,14 @@ TEST(a_file_is_replaced_whole_or_not_at_all)
     CHECK_OK(moe__allocator_resolve(&allocator, "allocator", &err));
     fresh_folder();
     write_text("out.bin", old);
-    CHECK_OK(moe__file_write_atomic(in_folder("out.bin"), spans, 2, &err));
+    CHECK_OK(moe__file_write_atomic(in_folder("out.bin"), spans, 2, NULL, &err));
     CHECK_OK(moe__file_read(&allocator, in_folder("out.bin"), 100, &file, &err));
     CHECK_STR((const char *)file.data, "new content");
     moe__file_close(&allocator, &file);
     CHECK_ERR(moe__file_read(&allocator, in_folder("out.bin"), 5, &file, &err), MOE_ERROR_FORMAT, "");
-    CHECK_ERR(moe__file_write_atomic(in_folder("absent/out.bin"), spans, 2, &err), MOE_ERROR_FILE, "");
+    CHECK_ERR(moe__file_write_atomic(in_folder("absent/out.bin"), spans, 2, NULL, &err), MOE_ERROR_FILE, "");
     make_folder(in_folder("sub"));
-    CHECK_ERR(moe__file_write_atomic(in_folder("sub"), spans, 2, &err), MOE_ERROR_FILE, ""); // a folder is in the way
+    CHECK_ERR(moe__file_write_atomic(in_folder("sub"), spans, 2, NULL, &err), MOE_ERROR_FILE, ""); // a folder is in the way
     CHECK_OK(moe__file_map(in_folder("out.bin"), &file, &err));
     CHECK(file.size == 11 && memcmp(file.data, "new content", 11) == 0);
     moe__file_close(&allocator, &file);
