@@ -16,7 +16,8 @@ if [ "$1" = run ]; then
     MOE_EMU_PTX_SOURCE=$root/moe_kernels.cu.inc
     MOE_EMU_DEVICES=${MOE_EMU_DEVICES:-90,80}
     MOE_CACHE_DIR=$root/$2/cache
-    export MOE_CUDA_LIB MOE_NVRTC_LIB MOE_EMU_DEVICE_H MOE_EMU_CACHE MOE_EMU_PTX_SOURCE MOE_EMU_DEVICES MOE_CACHE_DIR
+    export MOE_CUDA_LIB MOE_NVRTC_LIB MOE_EMU_DEVICE_H MOE_EMU_CACHE MOE_EMU_PTX_SOURCE MOE_EMU_DEVICES
+    export MOE_CACHE_DIR
     mkdir -p "$MOE_EMU_CACHE" "$2" && chmod 700 "$2"
     exec sh tests/run_one.sh "$2" "$3" "$4"
 fi
