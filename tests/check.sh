@@ -5,7 +5,7 @@ groups matrix options include
 groups kernels
 grep '^omitted: ' build/log/group_kernels.log # not counted as missing in CI: NVRTC is nothing that Debian has
 if can_emulate; then
-    emulated sm_80 build/sm_80 MOE_EMU_DEVICES=80 MOE_EMU_SEED=2
+    emulated sm_80 build/sm_80 MOE_EMU_DEVICES=80,90 MOE_EMU_SEED=2
     groups mutants
 fi
 
