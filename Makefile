@@ -95,7 +95,7 @@ $(B)/libmoe.so: moe.h
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) -DMOE_DLL -DMOE_IMPLEMENTATION -fvisibility=hidden -fPIC -shared -x c $(EXTRA) -o $@ $< -lpthread
 
-$(BENCHES:%=$(B)/%): $(B)/%: bench/%.c moe.h
+$(BENCHES:%=$(B)/%): $(B)/%: bench/%.c bench/bench.h tests/own_text.h moe.h
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread -lm
 

@@ -145,7 +145,8 @@
 // LAYERS ON CUDA
 //     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
 //     multiples of 8, and the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version,
-//     and refused by name: f32 layers, pruned experts, done_signal, products without NVRTC.
+//     and refused by name: f32 layers, pruned experts, always-on experts beside parameters of each expert's own,
+//     weights that are not f32 on MASKED or SORTED rows of the input, done_signal, products without NVRTC.
 //     moe_plan_create() compiles the products of such a layer also where only its stages are called. Experts of the
 //     layers that run are packed into device memory while tensors are set, in the layout that the kernels read, and are
 //     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory
@@ -1113,7 +1114,7 @@ typedef struct moe_execute_args {
     uint64_t workspace_bytes;
     int32_t sm_limit;          // CUDA: GEMMs
     int32_t reserved0;
-    uint32_t *done_signal;     // CUDA
+    uint32_t *done_signal;     // CUDA: not in this version, refused
     void *gemm2_start_event;   // CUDA: CUevent, recorded between GEMM 1 and GEMM 2 of the routed experts; nullable
     const void *reserved[4];
 } moe_execute_args;

@@ -1,8 +1,9 @@
 // bench_layer.c - whole layers on the GPU, logits to output, beside the ceilings of the machine in the same run
 //
-//     cc -O2 -o build/bench_layer bench/bench_layer.c -ldl -lpthread && build/bench_layer [result.json [LAYER [TOKENS]]]
+//     cc -O2 -o build/bench_layer bench/bench_layer.c -ldl -lpthread -lm
+//     build/bench_layer [result.json [LAYER [TOKENS]]]
 //
-// Run where the header lies in .. of this file's folder: the stream's text is read from bench/. Up to 512 tokens a time
+// Runs in the repository's root: the stream's text is read from bench/. Up to 512 tokens a time
 // is the slope between graphs of few and of many layers, one after the other, each node with logits of its own, two
 // graphs with different ones in turn. From 1,024 on it is one layer in a graph: "rested", each after 60 ms of idle, and
 // "sustained", the last half of 0.3 s back to back. A floor is the time of a bare stream of the layer's bytes (weights
@@ -12,6 +13,7 @@
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 
+#include "../tests/own_text.h"
 #include "bench.h"
 
 #include <math.h>
@@ -52,30 +54,14 @@ static stream_args stream_of;
 // A context of its own, whose kernel text has the stream behind it.
 static moe_context *open_stream(void)
 {
-    static char text[1 << 16];
     moe_context_desc desc;
     moe_context *own = NULL;
     moe__instance instance;
     moe_error err;
-    size_t length;
-    char *joined;
-    FILE *file = fopen("bench/stream.cu.inc", "rb");
-    if (file == NULL) {
-        fprintf(stderr, "bench: bench/stream.cu.inc is not here\n");
-        exit(1);
-    }
-    length = fread(text, 1, sizeof text - 1, file);
-    fclose(file);
     memset(&desc, 0, sizeof desc);
     desc.backend = MOE_BACKEND_CUDA;
     desc.jit.cache_mode = MOE_CACHE_OFF;
-    if (moe_context_create(&desc, &own, &err) || moe__source_join(own, &err)) fail("stream", &err);
-    joined = (char *)moe__alloc(&own->desc.allocator, own->jit->source_bytes + length);
-    strcpy(joined, own->jit->source);
-    strcat(joined, text);
-    moe__free(&own->desc.allocator, own->jit->source, own->jit->source_bytes);
-    own->jit->source = joined;
-    own->jit->source_bytes += length;
+    if (moe_context_create(&desc, &own, &err) || own_text_join(own, "bench/stream.cu.inc", &err)) fail("stream", &err);
     memset(&instance, 0, sizeof instance);
     instance.entry = "moe_k_stream";
     snprintf(instance.name, sizeof instance.name, "stream");
@@ -233,7 +219,8 @@ static void bench_tokens(layer_bench *b, const char *load, int tokens)
     room = (double)b->weights->layout.tables;
     r->bytes = active * expert + 4.0 * tokens * s->hidden;
     r->flops = 6.0 * tokens * s->top_k * s->hidden * s->features;
-    r->floor_us = own_stream == NULL ? 0 : measure_stream((uint64_t)b->weights->device_blocks, (uint64_t)room, r->bytes);
+    if (own_stream != NULL)
+        r->floor_us = measure_stream((uint64_t)b->weights->device_blocks, (uint64_t)room, r->bytes);
     if (tokens < 1024) {
         measure(enqueue_layer, b, 4, tokens > 64 ? 14 : 24, r);
         print_row(r);
@@ -275,7 +262,8 @@ static void bench_shape(const shape *s, int only)
     layer.routing.top_k = s->top_k;
     layer.parallel.omit_common = 1; // logits come from elsewhere
     desc.max_tokens = MAX_TOKENS;
-    if (moe_plan_create(ctx, &layer, &desc, &b.plan, &err) || moe_plan_get_info(b.plan, &info, &err)) fail("plan", &err);
+    if (moe_plan_create(ctx, &layer, &desc, &b.plan, &err) || moe_plan_get_info(b.plan, &info, &err))
+        fail("plan", &err);
     b.weights = make_weights(&layer);
     b.args.input_mode = MOE_INPUT_LOGITS;
     b.args.workspace = (void *)(uintptr_t)device_memory((size_t)info.workspace_bytes);

@@ -2,8 +2,8 @@
 //
 //     cc -o cuda_graph examples/cuda_graph.c -l:libcuda.so.1 -lpthread && ./cuda_graph
 //
-// The layer of cuda_layer.c for up to 4 tokens. num_tokens is the most that the graph serves; how many there are is read
-// from num_tokens_dev when it runs. What lies behind them is left as it was.
+// The layer of cuda_layer.c for up to 4 tokens. num_tokens is the most that the graph serves; how many there are is
+// read from num_tokens_dev when it runs. What lies behind them is left as it was.
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include <stdio.h>

@@ -3,8 +3,8 @@
 //     cc -o cuda_layer examples/cuda_layer.c -l:libcuda.so.1 -lpthread && ./cuda_layer
 //
 // hello.c's two experts in bf16, H = I = 8. Only what stands in "the engine's part" needs CUDA at build time, and no
-// header of it: moe.h opens the driver and NVRTC by itself, compiles the plan's kernels for the chip and keeps them in a
-// folder (XDG_CACHE_HOME, MOE_CACHE_DIR), so that the next start takes milliseconds.
+// header of it: moe.h opens the driver and NVRTC by itself, compiles the plan's kernels for the chip and keeps them in
+// a folder (XDG_CACHE_HOME, MOE_CACHE_DIR), so that the next start takes milliseconds.
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
 #include <stdio.h>

@@ -1,42 +1,27 @@
 // gpu_text.h - kernels of a test's own behind the kernel text
 //
 // Included behind gpu.h. gpu_text_open() makes a context whose text is moe_kernels.cu.inc with a file of tests/ behind
-// it; gpu_text_load() compiles it (entry "x" with -DMOE_K_X, which only an #if in the file asks for) and loads "x".
+// it (own_text.h); gpu_text_load() compiles and loads one of its entries.
 #ifndef GPU_TEXT_H
 #define GPU_TEXT_H
+
+#include "own_text.h"
 
 // NULL: there is no device, or a check has failed.
 TEST_UNUSED static moe_context *gpu_text_open(const char *path)
 {
-    static char text[1 << 18];
     moe_context_desc desc;
     moe_context *ctx = NULL;
     moe_error err;
-    size_t length;
-    FILE *file = fopen(path, "rb");
-    char *joined;
-    if (file == NULL) {
-        test_fail(__FILE__, __LINE__, path);
-        return NULL;
-    }
-    length = fread(text, 1, sizeof text - 1, file);
-    fclose(file);
-    text[length] = 0;
     memset(&desc, 0, sizeof desc);
     desc.log = gpu_message;
     desc.backend = MOE_BACKEND_CUDA;
-    desc.jit.cache_mode = MOE_CACHE_OFF; // its keys stand for the text without what is added here
-    if (moe_context_create(&desc, &ctx, &err) != MOE_OK || moe__source_join(ctx, &err) != MOE_OK) {
+    desc.jit.cache_mode = MOE_CACHE_OFF;
+    if (moe_context_create(&desc, &ctx, &err) != MOE_OK || own_text_join(ctx, path, &err) != MOE_OK) {
         test_fail(__FILE__, __LINE__, err.text);
         moe_context_destroy(ctx);
         return NULL;
     }
-    joined = (char *)moe__alloc(&ctx->desc.allocator, ctx->jit->source_bytes + length);
-    strcpy(joined, ctx->jit->source);
-    strcat(joined, text);
-    moe__free(&ctx->desc.allocator, ctx->jit->source, ctx->jit->source_bytes);
-    ctx->jit->source = joined;
-    ctx->jit->source_bytes += length;
     return ctx;
 }
 
