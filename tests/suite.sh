@@ -89,9 +89,10 @@ groups() {
 }
 
 rm -rf build/log
-$MAKE -s -k -j"$JOBS" all
+if can_emulate; then also=emu; else also=; fi
+$MAKE -s -k -j"$JOBS" all $also
 variant "" build
-groups frame compile product examples layer embed
+groups examples product layer compile frame embed # the longest first
 if can_emulate; then emulated "" build
 else omitted "GPU code: the emulated device needs g++, Linux and an x86-64 processor"
 fi
