@@ -139,8 +139,10 @@
 //     Configurations of the products are data (tag >>tiles), with TRTLLM-Gen's names; rules say which a layer on a chip
 //     can take, a rough model of cost from the layer, the number of tokens and the chip's SMs, shared memory and
 //     bandwidth what each would take. moe_plan_query() and moe_plan_get_info() tell the plan's, and of all others the
-//     reason or the cost. What no kernel of this version has is listed as "not built". A plan of this version has two:
-//     tiles of 32 rows for up to 64 tokens, else (with MOE_PLAN_BATCH_INVARIANT always) of 128.
+//     reason or the cost. What no kernel of this version has is listed as "not built". A plan has up to three sets of
+//     products, for calls of up to 64, up to 512, and more tokens; the tiles of each are those that cost least for its
+//     most tokens. They do not change a result's bits. moe_jit_precompile() compiles those of every known chip of a
+//     target.
 //
 // LAYERS ON CUDA
 //     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
@@ -12844,7 +12846,7 @@ enum {
 static const moe__tile_row moe__tile_rows[] = {
 #define MOE__ROW(m, n, k, s, en, mk) \
     { MOE__FAMILY_MMA, m, n, k, 1, s, m, en, 16, 8, mk, 1, 1, MOE__SCHEDULER_STRIDE, MOE__GATHER_LDGSTS, 1, 1 }
-    { MOE__ROW(128, 8, 64, 4, 8, 16), MOE__B16, MOE__B16 },
+    { MOE__ROW(128, 8, 64, 4, 8, 16), MOE__B16, 0 }, // not faster than 16 anywhere on an H200
     { MOE__ROW(128, 16, 64, 4, 16, 16), MOE__B16, MOE__B16 },
     { MOE__ROW(128, 32, 64, 4, 32, 16), MOE__B16, MOE__B16 },
     { MOE__ROW(128, 64, 64, 4, 64, 16), MOE__B16, MOE__B16 },
@@ -13473,8 +13475,10 @@ static int32_t moe__tile_check(const moe__tile_row *row, const moe__tile_problem
 // rows (once) and the tokens from memory; weights and tokens of all tiles from L2, and then from shared memory; the
 // multiplication of the columns that tiles run (not of the tile's size: it follows the rows that are there). Wave
 // after wave of tiles, the last one with the bytes that its fewer CTAs keep in flight; or, with equal shares of K, one
-// wave. The numbers are rough, set by hand after few measurements, and only compared: among pairs within a hundredth of
-// the cheapest, the chip's own family and then the fewest token rows decide.
+// wave. The numbers are only compared: among pairs within a hundredth of the cheapest, the chip's own family and then
+// the fewest token rows decide. Those of the mma family on 9.0 were fitted to 36 loads of three bf16 layers on an H200
+// (1 to 8192 tokens, tiles of 8 to 128 rows): what is chosen is 0.9 % slower than the fastest on average, 5 % at most
+// (at one and two tokens). The others are set by hand, and rough.
 
 enum { MOE__COST_CLASSES = 160 };
 
@@ -13482,13 +13486,13 @@ static const double moe__cost_exact_rows = 48;  // mean up to which rows are bin
 static const double moe__cost_launch = 2500;    // ns: of a dependent launch, filling and draining
 static const double moe__cost_fix_up = 1000;    // ns: the last to arrive sums
 static const double moe__cost_switch = 300;     // ns: for each width beyond 8 columns that a tile can choose
-static const double moe__cost_tile = 700;       // clocks: of a tile's epilogue and of finding the next
-static const double moe__cost_latency = 900;    // ns: of memory under load
-static const double moe__cost_memory = 0.92;    // of the data sheet's bandwidth
-static const double moe__cost_l2 = 46;          // bytes from L2, a clock and SM
+static const double moe__cost_tile = 700;       // clocks: of a tile's epilogue and of finding the next;
+static const double moe__cost_tile_mma = 5200;  // of the mma family, whose warps do all of it themselves
+static const double moe__cost_latency = 1200;   // ns: of memory under load
+static const double moe__cost_memory = 0.96;    // of the data sheet's bandwidth
+static const double moe__cost_l2 = 28;          // bytes from L2, a clock and SM
 static const double moe__cost_smem = 128;       // bytes from shared memory, a clock and SM
 static const double moe__cost_widen = 45;       // 4-bit weights made 8 or 16 bits wide, a clock and SM
-static const double moe__cost_exposed = 0.1;    // of what runs beside the slowest: does not hide behind it
 
 typedef struct moe__tile_load {
     int32_t count;
@@ -13551,8 +13555,8 @@ static void moe__tile_load_make(moe__tile_load *load, const moe__tile_problem *p
 static double moe__tile_rate(const moe__tile_config *c, int32_t arch)
 {
     static const struct { int32_t family, arch, bits16, bits8, bits4; } rates[] = { // of this arch and those above
-        { MOE__FAMILY_MMA, 120, 460, 920, 0 },   { MOE__FAMILY_MMA, 100, 1900, 950, 0 },
-        { MOE__FAMILY_MMA, 90, 1900, 950, 0 },   { MOE__FAMILY_MMA, 86, 460, 920, 0 },
+        { MOE__FAMILY_MMA, 120, 460, 920, 0 },   { MOE__FAMILY_MMA, 100, 1400, 700, 0 },
+        { MOE__FAMILY_MMA, 90, 1400, 700, 0 },   { MOE__FAMILY_MMA, 86, 460, 920, 0 },
         { MOE__FAMILY_MMA, 80, 1800, 0, 0 },     { MOE__FAMILY_SM90, 90, 3000, 5000, 0 },
         { MOE__FAMILY_SM100, 103, 6100, 12200, 36600 }, { MOE__FAMILY_SM100, 100, 6100, 12200, 24400 },
         { MOE__FAMILY_SM120, 120, 460, 920, 3600 },
@@ -13639,11 +13643,11 @@ static double moe__tile_wave(const moe__tile_config *c, const moe__tile_chip *ch
     double peak = moe__cost_memory * chip->gbps;
     double memory = tiles * work->memory / (flight < peak ? flight : peak);
     double l2 = tiles * work->l2 / (busy * moe__cost_l2 * ghz);
-    double math = tiles / busy * (work->operations / moe__tile_rate(c, chip->arch) + moe__cost_tile) / ghz;
+    double once = c->tile.family == MOE__FAMILY_MMA ? moe__cost_tile_mma : moe__cost_tile;
+    double math = tiles / busy * (work->operations / moe__tile_rate(c, chip->arch) + once) / ghz;
     double feed = tiles / busy * work->clocks / ghz, most = memory > l2 ? memory : l2;
     if (math > most) most = math;
-    if (feed > most) most = feed;
-    return most + moe__cost_exposed * (memory + l2 + math + feed - most);
+    return feed > most ? feed : most;
 }
 
 // ns of a product that the rules allow.
@@ -13797,6 +13801,21 @@ static void moe__tile_line(const moe__tile_problem *p, const moe__tile_chip *chi
     }
     moe__text_string(out, v->built ? "\n" : "; not built\n");
 }
+
+// Chips that are met most, for compiling ahead of them.
+typedef struct moe__tile_known {
+    const char *name;
+    moe__tile_chip chip;
+} moe__tile_known;
+
+static const moe__tile_known moe__tile_chips[] = {
+    { "A100", { 80, 108, 166912, 167936, 1410, 2039 } },  { "RTX3090", { 86, 82, 101376, 102400, 1695, 936 } },
+    { "RTX4090", { 89, 128, 101376, 102400, 2520, 1008 } }, { "H100", { 90, 132, 232448, 233472, 1980, 3352 } },
+    { "H200", { 90, 132, 232448, 233472, 1980, 4917 } },  { "GH200", { 90, 132, 232448, 233472, 1980, 4023 } },
+    { "B200", { 100, 148, 232448, 233472, 1965, 8000 } }, { "B300", { 103, 148, 232448, 233472, 1920, 8000 } },
+    { "RTX5090", { 120, 170, 101376, 102400, 2407, 1792 } },
+};
+enum { MOE__TILE_CHIPS = sizeof moe__tile_chips / sizeof moe__tile_chips[0] };
 
 // What a chip is without what its driver does not say: then that of its kind.
 static void moe__tile_chip_make(moe__tile_chip *chip, int32_t arch, int32_t sms, int32_t smem_cta, int32_t smem_sm,
@@ -13979,16 +13998,14 @@ typedef struct moe__finalize_args {
     float scale, shared_scale, output_scale, row_norm_epsilon;
 } moe__finalize_args;
 
-// Products come in two sets: for few tokens, small tiles and rows of f32 between GEMM 2 and finalize; for many, large
-// tiles and rows of 16 bits.
+// Products come in sets, by the number of tokens: see moe__gemm_set. A finalize is of f32 rows, and one of 16-bit ones.
+enum { MOE__SETS = 3 };
 enum {
     MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32, MOE__KERNEL_ROUTER_BF16,
-    MOE__KERNEL_GEMM1, MOE__KERNEL_GEMM2 = MOE__KERNEL_GEMM1 + 2, MOE__KERNEL_FINALIZE = MOE__KERNEL_GEMM2 + 2,
-    MOE__KERNEL_GROUP = MOE__KERNEL_FINALIZE + 2, MOE__KERNELS
+    MOE__KERNEL_GEMM1, MOE__KERNEL_GEMM2 = MOE__KERNEL_GEMM1 + MOE__SETS,
+    MOE__KERNEL_FINALIZE = MOE__KERNEL_GEMM2 + MOE__SETS, MOE__KERNEL_GROUP = MOE__KERNEL_FINALIZE + 2, MOE__KERNELS
 };
 enum { MOE__GROUP_MASKED, MOE__GROUP_SORTED, MOE__GROUP_DENSE, MOE__GROUP_THREADS = 512 };
-enum { MOE__SET_FEW, MOE__SET_MANY, MOE__SETS };
-enum { MOE__FEW_TOKENS = 64 };
 enum { MOE__ROUTE_ANY, MOE__ROUTE_SOFTMAX, MOE__ROUTE_SIGMOID, MOE__ROUTE_TOP_K }; // of programs that route
 enum {
     MOE__ONE_TOKENS = 1024,     // of one launch with clusters; a chip without them has one CTA for it:
@@ -14109,27 +14126,96 @@ static void moe__instance_make(moe__instance *out, const char *entry, const char
     moe__text_format(&label, "%s_sm%d", kind, arch);
 }
 
-// What the sets of products are made of: GEMM_THREADS, GEMM_CTAS and shared memory of moe_kernels.cu.inc's tiles.
+// ---- sets of products ----
+
+// Both products for calls of more tokens than the set before takes, up to `tokens`. Rows between GEMM 2 and finalize
+// are f32 in the first set, unless no result may depend on the batch. Tiles do not change a result's bits.
 typedef struct moe__gemm_set {
-    int32_t tile, threads, ctas, smem_bytes; // ctas: of an SM at most, where its shared memory is enough
+    int32_t tokens;
+    int32_t tile;                      // token rows
+    int32_t rows_dtype;
+    int32_t measured;                  // 1: the tile is moe_plan_autotune()'s choice, 0: that of least estimated cost
+    int32_t threads, ctas, smem_bytes; // of a CTA; CTAs that an SM takes; dynamic shared memory of a CTA
 } moe__gemm_set;
 
-static moe__gemm_set moe__gemm_set_of(int32_t set)
+typedef struct moe__gemm_sets {
+    int32_t count; // 0: no products
+    moe__gemm_set set[MOE__SETS];
+} moe__gemm_sets;
+
+// A resolved layer's products for calls of `tokens` tokens.
+static moe__tile_problem moe__tile_problem_of(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t tokens)
 {
-    static const moe__gemm_set sets[MOE__SETS] = { { 32, 128, 3, 81984 }, { 128, 128, 2, 98352 } };
-    return sets[set];
+    moe__tile_problem p;
+    int32_t first;
+    memset(&p, 0, sizeof p);
+    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &p.features);
+    p.format = layer->format;
+    p.block = layer->format_block;
+    p.dtype = moe__format_dtype(layer->format);
+    p.hidden = layer->hidden_size;
+    p.activation = layer->activation.kind;
+    p.clamp = layer->activation.limit > 0 || layer->activation.per_expert;
+    p.bias1 = layer->gemm1_bias;
+    p.bias2 = layer->gemm2_bias;
+    p.experts = layer->num_experts + layer->routing.special_experts;
+    p.local = layer->parallel.local_experts;
+    p.always = layer->parallel.omit_common ? 0 : layer->routing.extra_slots;
+    p.top_k = layer->routing.top_k;
+    p.tokens = tokens;
+    p.x_dtype = desc->x_dtype;
+    p.weight_on_input = layer->routing.weight_on == MOE_WEIGHT_ON_INPUT;
+    p.invariant = (desc->flags & MOE_PLAN_BATCH_INVARIANT) != 0;
+    return p;
 }
 
-// Results that do not depend on the batch come out of one set.
-static int32_t moe__set_of(const moe_plan_desc *desc, int32_t tokens)
+// Makes a set's tiles those of so many token rows; 0: there are no kernels for them.
+static int32_t moe__set_take(moe__gemm_set *set, const moe__tile_problem *p, const moe__tile_chip *chip, int32_t tile)
 {
-    return tokens > MOE__FEW_TOKENS || (desc->flags & MOE_PLAN_BATCH_INVARIANT) != 0 ? MOE__SET_MANY : MOE__SET_FEW;
+    for (int32_t i = 0; i < MOE__TILES; i++) {
+        moe__tile_config c;
+        if (moe__tile_rows[i].tile.n != tile || (moe__tile_rows[i].built >> p->format & 1) == 0) continue;
+        moe__tile_config_make(&c, &moe__tile_rows[i].tile, p, 1);
+        set->tile = tile;
+        set->threads = moe__tile_threads(&c.tile);
+        set->ctas = moe__tile_ctas(&c, chip);
+        set->smem_bytes = moe__tile_smem(&c);
+        return 1;
+    }
+    return 0;
 }
 
-// Type of the rows between GEMM 2 and finalize.
-static int32_t moe__rows_dtype(const moe_layer_desc *layer, int32_t set)
+// Up to 64 tokens, up to 512, and more: each with the tiles that cost least for its most tokens.
+static void moe__sets_make(const moe_layer_desc *layer, const moe_plan_desc *desc, const moe__tile_chip *chip,
+                           moe__gemm_sets *out)
 {
-    return set == MOE__SET_FEW ? (int32_t)MOE_DTYPE_F32 : moe__format_dtype(layer->format);
+    static const int32_t most[MOE__SETS] = { 64, 512, INT32_MAX };
+    int32_t last = 0;
+    memset(out, 0, sizeof *out);
+    if (moe__products_refusal(layer) != NULL) return;
+    while (last < desc->max_tokens) {
+        moe__gemm_set *set = &out->set[out->count];
+        moe__tile_problem p;
+        moe__tile_choice choice;
+        last = moe__min32(most[out->count], desc->max_tokens);
+        p = moe__tile_problem_of(layer, desc, last);
+        moe__tiles_choose(&p, chip, &choice);
+        set->tokens = last;
+        set->rows_dtype = out->count++ == 0 && !p.invariant ? (int32_t)MOE_DTYPE_F32 : p.dtype;
+        if (!moe__set_take(set, &p, chip, moe__tile_choice_rows(&choice))) moe__set_take(set, &p, chip, 32);
+    }
+}
+
+static int32_t moe__set_of(const moe__gemm_sets *sets, int32_t tokens)
+{
+    int32_t i = 0;
+    while (i + 1 < sets->count && sets->set[i].tokens < tokens) i++;
+    return i;
+}
+
+static int32_t moe__kernel_finalize(int32_t rows_dtype)
+{
+    return MOE__KERNEL_FINALIZE + (rows_dtype != MOE_DTYPE_F32);
 }
 
 static void moe__instance_define(moe__instance *out, const char *parameter, int32_t value)
@@ -14174,15 +14260,15 @@ static void moe__instances_make(const moe_layer_desc *layer, const moe_plan_desc
     }
 }
 
-// Products of one set, at their places in out.
-static void moe__instances_products(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t set, int32_t arch,
-                                    moe__instance *out)
+// Products of the set `at`, at their places in out.
+static void moe__instances_products(const moe_layer_desc *layer, const moe_plan_desc *desc, const moe__gemm_sets *sets,
+                                    int32_t at, int32_t arch, moe__instance *out)
 {
-    moe__gemm_set shape = moe__gemm_set_of(set);
-    int32_t dtype = moe__format_dtype(layer->format), rows = moe__rows_dtype(layer, set);
+    const moe__gemm_set shape = sets->set[at];
+    int32_t dtype = moe__format_dtype(layer->format), rows = shape.rows_dtype;
     int32_t gated = moe__layer_is_gated(layer), slots = layer->routing.top_k + layer->routing.extra_slots;
-    moe__instance *gemm1 = &out[MOE__KERNEL_GEMM1 + set], *gemm2 = &out[MOE__KERNEL_GEMM2 + set],
-                  *finalize = &out[MOE__KERNEL_FINALIZE + set];
+    moe__instance *gemm1 = &out[MOE__KERNEL_GEMM1 + at], *gemm2 = &out[MOE__KERNEL_GEMM2 + at],
+                  *finalize = &out[moe__kernel_finalize(rows)];
     char kind[32];
     moe__text text = moe__text_make(kind, sizeof kind);
     moe__text_format(&text, "_%s%s_x_%s", moe_dtype_string(dtype), gated ? "_gated" : "",
@@ -14218,17 +14304,15 @@ static void moe__instances_group(const moe_layer_desc *layer, int32_t arch, moe_
                        MOE__GROUP_THREADS, moe__sort_smem(blocks));
 }
 
-// The instances that a plan runs on a chip.
-static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t arch,
-                                  moe__instance *out)
+// The instances that a plan runs on a chip: the same one may stand at several places.
+static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_desc *desc, const moe__gemm_sets *sets,
+                                  int32_t arch, moe__instance *out)
 {
     int32_t width = moe__routing_width(&layer->routing, layer->num_experts);
     moe__instances_make(layer, desc, width, moe__route_kind(&layer->routing, width), moe__one_tokens(width, arch), arch,
                         out);
-    if (moe__products_refusal(layer) != NULL) return;
-    for (int32_t set = moe__set_of(desc, 1); set <= moe__set_of(desc, desc->max_tokens); set++)
-        moe__instances_products(layer, desc, set, arch, out);
-    moe__instances_group(layer, arch, out);
+    for (int32_t set = 0; set < sets->count; set++) moe__instances_products(layer, desc, sets, set, arch, out);
+    if (sets->count > 0) moe__instances_group(layer, arch, out);
 }
 
 // The width whose kernels embedded PTX has for this one: few kernels serve all, always in two launches.
@@ -14292,6 +14376,7 @@ struct moe_plan {
     int32_t *expert_of_block;  // [blocks] global id, behind this struct
     uint64_t self_bytes;
 #if !defined(MOE_NO_CUDA)
+    moe__gemm_sets sets;
     moe__stages stages;
 #endif
 };
@@ -14403,11 +14488,11 @@ static int32_t moe__chunks_max(int32_t tokens, int32_t slots, int32_t sms)
 static int64_t moe__rows_max(const moe_plan *plan, int64_t slots, int32_t set)
 {
     if (plan->blocks == 0) return 0;
-    return moe_permutation_rows(slots, plan->blocks, moe__gemm_set_of(set).tile);
+    return moe_permutation_rows(slots, plan->blocks, plan->sets.set[set].tile);
 }
 
 // The set of rows that come in expert order: how many there are the device alone knows.
-static int32_t moe__set_of_rows(const moe_plan *plan) { return moe__set_of(&plan->desc, plan->desc.max_tokens); }
+static int32_t moe__set_of_rows(const moe_plan *plan) { return plan->sets.count - 1; }
 
 // Bytes of an intermediate.
 static uint64_t moe__mid_bytes(int32_t features, uint64_t rows)
@@ -14415,23 +14500,22 @@ static uint64_t moe__mid_bytes(int32_t features, uint64_t rows)
     return ((uint64_t)features + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS * rows * 128;
 }
 
-// Areas of the products, for the larger of the sets.
+// Areas of the products, for the largest of the sets.
 static int32_t moe__workspace_products(moe_plan *plan)
 {
     moe__workspace *ws = &plan->workspace;
     uint64_t slots = (uint64_t)plan->desc.max_tokens * (uint64_t)plan->slots, *end = &ws->bytes;
     uint64_t rows_most = 0, tiles = 0, mid = 0, rows = 0, shared_mid = 0, shared_rows = 0;
-    for (int32_t set = moe__set_of(&plan->desc, 1); set <= moe__set_of(&plan->desc, plan->desc.max_tokens); set++) {
-        int32_t tokens = set == MOE__SET_FEW ? moe__min32(plan->desc.max_tokens, MOE__FEW_TOKENS)
-                                             : plan->desc.max_tokens;
-        uint64_t size = (uint64_t)moe_dtype_bits(moe__rows_dtype(&plan->layer, set)) / 8;
+    for (int32_t set = 0; set < plan->sets.count; set++) {
+        int32_t tokens = plan->sets.set[set].tokens, tile = plan->sets.set[set].tile;
+        uint64_t size = (uint64_t)moe_dtype_bits(plan->sets.set[set].rows_dtype) / 8;
         int64_t own = (int64_t)tokens * plan->slots;
         int64_t most = set == moe__set_of_rows(plan) && plan->desc.max_rows > own ? plan->desc.max_rows : own;
         uint64_t n = (uint64_t)moe__rows_max(plan, most, set), h = (uint64_t)plan->layer.hidden_size;
         uint64_t row_bytes, shared_bytes, mid_bytes = moe__mid_bytes(plan->layout.expert.features, n);
         if (!moe__mul(n * size, h, &row_bytes) || !moe__mul((uint64_t)tokens * size, h, &shared_bytes)) return 0;
         if (n > rows_most) rows_most = n;
-        if (n / (uint64_t)moe__gemm_set_of(set).tile > tiles) tiles = n / (uint64_t)moe__gemm_set_of(set).tile;
+        if (n / (uint64_t)tile > tiles) tiles = n / (uint64_t)tile;
         if (row_bytes > rows) rows = row_bytes;
         if (mid_bytes > mid) mid = mid_bytes;
         if (plan->layout.shared.bytes == 0) continue;
@@ -14452,6 +14536,14 @@ static int32_t moe__workspace_products(moe_plan *plan)
            moe__workspace_area(end, &ws->mid_shared, shared_mid, 1, 1) &&
            moe__workspace_area(end, &ws->rows_shared, shared_rows, 1, 1) &&
            moe__workspace_area(end, &ws->gate, shared_rows > 0 ? (uint64_t)plan->desc.max_tokens : 0, 4, 1);
+}
+
+static moe__tile_chip moe__cuda_tile_chip(const moe__cuda *cuda)
+{
+    moe__tile_chip chip;
+    moe__tile_chip_make(&chip, cuda->arch, cuda->sms, cuda->smem_optin, cuda->smem_sm, cuda->clock_khz,
+                        cuda->memory_gbps);
+    return chip;
 }
 
 static int32_t moe__workspace_make_cuda(moe_plan *plan, moe_error *err)
@@ -14494,53 +14586,31 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
     plan->x_ld = moe__max32(plan->layout.expert.ld1, plan->layout.router_ld);
     if ((result = moe__plan_desc_resolve(&plan->desc, plan->layout.dtype, plan->slots, err)) != MOE_OK) return result;
 #if !defined(MOE_NO_CUDA)
-    if (ctx->desc.backend == MOE_BACKEND_CUDA) return moe__workspace_make_cuda(plan, err);
+    if (ctx->desc.backend == MOE_BACKEND_CUDA) {
+        const moe__tile_chip chip = moe__cuda_tile_chip(ctx->cuda);
+        moe__sets_make(&plan->layer, &plan->desc, &chip, &plan->sets);
+        return moe__workspace_make_cuda(plan, err);
+    }
 #endif
     return moe__workspace_make(plan, err);
 }
 
 #if !defined(MOE_NO_CUDA)
-static void moe__plan_tile_problem(const moe_plan *plan, int32_t tokens, moe__tile_problem *p)
-{
-    const moe_layer_desc *l = &plan->layer;
-    memset(p, 0, sizeof *p);
-    p->format = l->format;
-    p->block = l->format_block;
-    p->dtype = plan->layout.dtype;
-    p->hidden = l->hidden_size;
-    p->features = plan->layout.expert.features;
-    p->activation = l->activation.kind;
-    p->clamp = l->activation.limit > 0 || l->activation.per_expert;
-    p->bias1 = l->gemm1_bias;
-    p->bias2 = l->gemm2_bias;
-    p->experts = l->num_experts + l->routing.special_experts;
-    p->local = l->parallel.local_experts;
-    p->always = plan->blocks - p->local;
-    p->top_k = l->routing.top_k;
-    p->tokens = tokens;
-    p->x_dtype = plan->desc.x_dtype;
-    p->weight_on_input = l->routing.weight_on == MOE_WEIGHT_ON_INPUT;
-    p->invariant = (plan->desc.flags & MOE_PLAN_BATCH_INVARIANT) != 0;
-    p->only_rows = plan->stages.ptx || moe__products_refusal(l) != NULL
-                       ? -1
-                       : moe__gemm_set_of(moe__set_of(&plan->desc, tokens)).tile;
-}
-
 // Of info, the members that the caller sets are set.
 static void moe__plan_tiles(const moe_plan *plan, moe_plan_info *info)
 {
-    const moe__cuda *cuda = plan->ctx->cuda;
-    moe__tile_problem p;
-    moe__tile_chip chip;
+    int32_t tokens = info->tiles_tokens > 0 ? info->tiles_tokens : plan->desc.max_tokens;
+    moe__tile_problem p = moe__tile_problem_of(&plan->layer, &plan->desc, tokens);
+    moe__tile_chip chip = moe__cuda_tile_chip(plan->ctx->cuda);
     moe__tile_choice choice;
     char *names[2] = { info->gemm1, info->gemm2 };
     char nothing[1];
     int32_t wanted = info->tiles_text != NULL && info->tiles_text_bytes > 0;
     moe__text text = moe__text_make(wanted ? info->tiles_text : nothing,
                                     wanted ? (size_t)info->tiles_text_bytes : sizeof nothing);
-    moe__plan_tile_problem(plan, info->tiles_tokens > 0 ? info->tiles_tokens : plan->desc.max_tokens, &p);
-    moe__tile_chip_make(&chip, cuda->arch, cuda->sms, cuda->smem_optin, cuda->smem_sm, cuda->clock_khz,
-                        cuda->memory_gbps);
+    p.only_rows = plan->stages.ptx || plan->sets.count == 0
+                      ? -1
+                      : plan->sets.set[moe__set_of(&plan->sets, tokens)].tile;
     moe__tiles_choose(&p, &chip, &choice);
     info->tile_rows = moe__tile_choice_rows(&choice);
     for (int32_t i = 0; i < 2 && info->tile_rows > 0; i++) {
@@ -14548,6 +14618,9 @@ static void moe__plan_tiles(const moe_plan *plan, moe_plan_info *info)
         moe__tile_row_name(choice.chosen.row[i], &p, i + 1, &name);
     }
     if (wanted) moe__tiles_ladder(&p, &chip, plan->desc.max_tokens, &text);
+    for (int32_t i = 0; i < plan->sets.count; i++)
+        moe__text_format(&text, "this plan takes %d rows up to %d tokens, %s\n", plan->sets.set[i].tile,
+                         plan->sets.set[i].tokens, plan->sets.set[i].measured ? "measured" : "estimated");
     info->num_tiles = moe__tiles_list(&p, &chip, &choice, &text);
 }
 
@@ -14555,14 +14628,14 @@ static void moe__plan_candidates_cuda(const moe_plan *plan, moe_plan_info *info)
 {
     moe__instance instances[MOE__KERNELS];
     int32_t arch = plan->ctx->cuda->arch, one = moe__one_tokens(plan->width, arch);
-    int32_t many = moe__set_of(&plan->desc, plan->desc.max_tokens); // of products, those for max_tokens are shown
+    int32_t many = moe__max32(plan->sets.count - 1, 0); // of products, those for max_tokens are shown
     const int32_t shown[] = { MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32,
                               MOE__KERNEL_ROUTER_BF16, MOE__KERNEL_GEMM1 + many, MOE__KERNEL_GEMM2 + many,
-                              MOE__KERNEL_FINALIZE + many };
+                              moe__kernel_finalize(plan->sets.set[many].rows_dtype) };
     static const char *const stages[] = { "route_one", "route", "sort", "", "", "gemm1", "gemm2", "finalize" };
     const char *refusal = moe__products_refusal(&plan->layer);
     if (plan->stages.ptx) moe__instances_ptx(&plan->layer, &plan->desc, instances);
-    else moe__instances_select(&plan->layer, &plan->desc, arch, instances);
+    else moe__instances_select(&plan->layer, &plan->desc, &plan->sets, arch, instances);
     info->num_candidates = MOE__ARRAY_COUNT(shown);
     for (int32_t i = 0; i < MOE__ARRAY_COUNT(shown); i++) {
         moe_plan_candidate *c = &info->candidates[i];
@@ -14700,17 +14773,20 @@ static int32_t moe__stages_load(moe_plan *plan, moe_error *err)
     for (;;) {
         int32_t count = 0;
         if (stages->ptx) moe__instances_ptx(&plan->layer, &plan->desc, all);
-        else moe__instances_select(&plan->layer, &plan->desc, plan->ctx->cuda->arch, all);
+        else moe__instances_select(&plan->layer, &plan->desc, &plan->sets, plan->ctx->cuda->arch, all);
         for (int32_t i = 0; i < MOE__KERNELS; i++) {
             if (all[i].entry == NULL) continue;
-            place[count] = i;
-            used[count++] = all[i];
+            place[i] = 0;
+            while (place[i] < count && strcmp(used[place[i]].name, all[i].name) != 0) place[i]++;
+            used[place[i]] = all[i];
+            if (place[i] == count) count++;
         }
         result = stages->ptx ? moe__jit_load_ptx(plan->ctx, used, count, functions, tried.text + strlen("moe: "), err)
                              : moe__jit_load(plan->ctx, used, count, functions, &tried);
-        for (int32_t i = 0; i < count && result == MOE_OK; i++) {
-            stages->kernel[place[i]] = functions[i];
-            stages->threads[place[i]] = used[i].threads;
+        for (int32_t i = 0; i < MOE__KERNELS && result == MOE_OK; i++) {
+            if (all[i].entry == NULL) continue;
+            stages->kernel[i] = functions[place[i]];
+            stages->threads[i] = all[i].threads;
         }
         if (result != MOE_ERROR_NVRTC || stages->ptx) break;
         stages->ptx = 1;
@@ -15682,11 +15758,9 @@ static int32_t moe__stage_router(const moe__run *run, float *out, void *stream)
 // early behind the one before, by programmatic dependent launch.
 
 // CTAs of a product: as many as fit, but no more than it has tiles.
-static int32_t moe__gemm_ctas(const moe__run *run, moe__gemm_set shape, int64_t tiles, int32_t rows)
+static int32_t moe__gemm_ctas(const moe__run *run, int32_t each, int64_t tiles, int32_t rows)
 {
-    const moe__cuda *cuda = run->plan->ctx->cuda;
-    int32_t sms = cuda->sms, smem_sm = moe__max32(cuda->smem_sm, cuda->smem_optin + 1024), slabs = (rows + 127) / 128;
-    int32_t each = moe__max32(1, moe__min32(shape.ctas, smem_sm / (shape.smem_bytes + 1024))); // all at once
+    int32_t sms = run->plan->ctx->cuda->sms, slabs = (rows + 127) / 128;
     if (run->args.sm_limit > 0) sms = moe__min32(sms, run->args.sm_limit);
     return (int32_t)(tiles * slabs < (int64_t)sms * each ? moe__max32(1, (int32_t)(tiles * slabs)) : sms * each);
 }
@@ -15717,7 +15791,7 @@ static moe__cu_result moe__launch_product(const moe__run *run, const moe__produc
 {
     const moe_plan *plan = run->plan;
     const moe__block_shape *shape = p->shape;
-    moe__gemm_set tile = moe__gemm_set_of(set);
+    const moe__gemm_set tile = plan->sets.set[set];
     int32_t hidden = plan->layer.hidden_size;
     moe__gemm1_args one;
     moe__gemm2_args two;
@@ -15744,12 +15818,12 @@ static moe__cu_result moe__launch_product(const moe__run *run, const moe__produc
     one.hidden = two.hidden = hidden;
     one.features = two.features = shape->features;
     one.activation = moe__activation_args_of(p->activation);
-    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile, p->tiles, shape->rows1), 1,
+    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile.ctas, p->tiles, shape->rows1), 1,
                                plan->stages.pdl, tile.smem_bytes, &one, stream);
     if (result == 0 && p->between != NULL)
         result = plan->ctx->cuda->cuEventRecord((moe__cu_event)p->between, (moe__cu_stream)stream);
     if (result != 0) return result;
-    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile, p->tiles, hidden), 1,
+    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile.ctas, p->tiles, hidden), 1,
                              plan->stages.pdl && p->between == NULL, tile.smem_bytes, &two, stream);
 }
 
@@ -15786,7 +15860,7 @@ static moe__cu_result moe__launch_shared(const moe__run *run, int32_t set, void 
 {
     const moe_plan *plan = run->plan;
     const moe__workspace *ws = &plan->workspace;
-    int32_t tile = moe__gemm_set_of(set).tile;
+    int32_t tile = plan->sets.set[set].tile;
     moe__product p;
     memset(&p, 0, sizeof p);
     p.rows.experts = moe__device_addresses(run->weights) + plan->blocks;
@@ -15869,12 +15943,13 @@ static void moe__finalize_routing(const moe__run *run, moe__finalize_args *a)
 }
 
 // `rows`: of the output at most, each in parts of 128 threads with 8 columns.
-static moe__cu_result moe__launch_finalize(const moe_plan *plan, moe__finalize_args *a, int32_t set, int32_t rows,
-                                           void *stream)
+static moe__cu_result moe__launch_finalize(const moe_plan *plan, moe__finalize_args *a, int32_t rows_dtype,
+                                           int32_t rows, void *stream)
 {
     int32_t parts = (a->hidden / 8 + 127) / 128, most = 8 * plan->ctx->cuda->sms;
     int32_t ctas = rows < most / parts ? moe__max32(1, rows * parts) : most;
-    return moe__stage_launch(plan, MOE__KERNEL_FINALIZE + set, ctas, 1, plan->stages.pdl, 4 * a->slots, a, stream);
+    return moe__stage_launch(plan, moe__kernel_finalize(rows_dtype), ctas, 1, plan->stages.pdl, 4 * a->slots, a,
+                             stream);
 }
 
 // Tokens from rows of slots, and of the shared experts.
@@ -15895,7 +15970,7 @@ static moe__cu_result moe__launch_tokens(const moe__run *run, const moe_permutat
     }
     if (layer->row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
     a.row_norm_epsilon = layer->row_norm_epsilon;
-    return moe__launch_finalize(plan, &a, set, a.num_tokens, stream);
+    return moe__launch_finalize(plan, &a, plan->sets.set[set].rows_dtype, a.num_tokens, stream);
 }
 
 // Rows to rows of their own: of the input, or dense ones in expert order.
@@ -15917,7 +15992,7 @@ static moe__cu_result moe__launch_rows(const moe__run *run, const moe_permutatio
     }
     if (plan->layer.row_norm) a.row_norm = (const float *)moe__device_table(run->weights, MOE_TENSOR_ROW_NORM);
     a.row_norm_epsilon = plan->layer.row_norm_epsilon;
-    return moe__launch_finalize(plan, &a, set, INT32_MAX, stream);
+    return moe__launch_finalize(plan, &a, plan->sets.set[set].rows_dtype, INT32_MAX, stream);
 }
 
 // Tables of rows that come in expert order, or rows without padding of those that were sorted.
@@ -15955,7 +16030,7 @@ static void moe__stage_tables(const moe__run *run, int32_t set, moe_permutation 
 {
     const moe__workspace *ws = &run->plan->workspace;
     memset(t, 0, sizeof *t);
-    t->tile = moe__gemm_set_of(set).tile;
+    t->tile = run->plan->sets.set[set].tile;
     t->slot_of_row = run->slot_of_row;
     t->tile_expert = (int32_t *)(void *)(run->memory + ws->tile_expert);
     t->tile_limit = (int32_t *)(void *)(run->memory + ws->tile_limit);
@@ -15991,7 +16066,7 @@ static void moe__stage_place_routing(moe__run *run)
 static int32_t moe__stage_execute(moe__run *run, void *stream)
 {
     const moe_plan *plan = run->plan;
-    int32_t set = moe__set_of(&plan->desc, run->args.num_tokens), entered, result;
+    int32_t set = moe__set_of(&plan->sets, run->args.num_tokens), entered, result;
     moe_permutation t;
     moe__cu_result launched;
     if ((result = moe__check_cuda(run, NULL)) != MOE_OK) return result;
@@ -16026,16 +16101,16 @@ static int32_t moe__stage_execute_rows(moe__run *run, void *stream)
     return moe__cuda_result(launched);
 }
 
-// The weighted sum alone. rows_dtype says which of the plan's kernels: that of few tokens takes f32, that of many the
-// layer's type.
+// The weighted sum alone. rows_dtype says which of the plan's kernels: f32 or the layer's type.
 static int32_t moe__stage_finalize(moe__run *run, const void *rows, int32_t rows_dtype, const int32_t *row_of_slot,
                                    void *stream)
 {
     const moe_plan *plan = run->plan;
-    int32_t set = rows_dtype == MOE_DTYPE_F32 ? MOE__SET_FEW : MOE__SET_MANY, entered, result;
+    int32_t entered, result;
     moe_permutation none;
     moe__finalize_args a;
-    if (rows_dtype != moe__rows_dtype(&plan->layer, set) || plan->stages.kernel[MOE__KERNEL_FINALIZE + set] == NULL)
+    if ((rows_dtype != MOE_DTYPE_F32 && rows_dtype != plan->layout.dtype) ||
+        plan->stages.kernel[moe__kernel_finalize(rows_dtype)] == NULL)
         return MOE_ERROR_UNSUPPORTED;
     if ((uintptr_t)rows % 16 != 0 || (uintptr_t)row_of_slot % 4 != 0) return MOE_ERROR_ARGUMENT;
     if ((result = moe__check_aligned(run->args.out, moe_dtype_bits(plan->desc.out_dtype) / 8, "args.out", NULL)) !=
@@ -16050,7 +16125,7 @@ static int32_t moe__stage_finalize(moe__run *run, const void *rows, int32_t rows
     a.rows = rows;
     a.row_of_slot = row_of_slot;
     if ((result = moe__cuda_enter(plan->ctx, &entered)) != MOE_OK) return result;
-    result = moe__cuda_result(moe__launch_finalize(plan, &a, set, a.num_tokens, stream));
+    result = moe__cuda_result(moe__launch_finalize(plan, &a, rows_dtype, a.num_tokens, stream));
     moe__cuda_leave(plan->ctx, entered);
     return result;
 }
@@ -16401,22 +16476,40 @@ static void moe__ahead_add(moe__ahead *ahead, const moe__instance *instance, con
     ahead->count++;
 }
 
+static void moe__ahead_select(moe__ahead *ahead, const moe_layer_desc *layer, const moe_plan_desc *plan,
+                              const moe__tile_chip *on, const char *chip)
+{
+    moe__instance instances[MOE__KERNELS];
+    moe__gemm_sets sets;
+    moe__sets_make(layer, plan, on, &sets);
+    moe__instances_select(layer, plan, &sets, on->arch, instances);
+    for (int32_t i = 0; i < MOE__KERNELS; i++)
+        if (instances[i].entry != NULL) moe__ahead_add(ahead, &instances[i], chip);
+}
+
+// For every chip of this target that is known: their plans may take other tiles.
 static int32_t moe__ahead_layer(moe__ahead *ahead, const moe_layer_desc *given, const char *chip, int32_t arch,
                                 moe_error *err)
 {
     moe_layer_desc layer;
     moe_plan_desc plan;
-    moe__instance instances[MOE__KERNELS];
-    int32_t result;
+    int32_t result, known = 0;
     if ((result = moe__copy_desc(&layer, sizeof layer, given, "layer", err)) != MOE_OK ||
         (result = moe__copy_desc(&plan, sizeof plan, ahead->desc.plan, "desc.plan", err)) != MOE_OK ||
         (result = moe__layer_resolve(&layer, err)) != MOE_OK ||
         (result = moe__plan_desc_resolve(&plan, MOE_DTYPE_BF16, layer.routing.top_k + layer.routing.extra_slots,
                                          err)) != MOE_OK)
         return result;
-    moe__instances_select(&layer, &plan, arch, instances);
-    for (int32_t i = 0; i < MOE__KERNELS; i++)
-        if (instances[i].entry != NULL) moe__ahead_add(ahead, &instances[i], chip);
+    for (int32_t i = 0; i < MOE__TILE_CHIPS; i++) {
+        if (moe__tile_chips[i].chip.arch != arch) continue;
+        moe__ahead_select(ahead, &layer, &plan, &moe__tile_chips[i].chip, chip);
+        known = 1;
+    }
+    if (!known) {
+        moe__tile_chip some;
+        moe__tile_chip_make(&some, arch, 100, 101376, 102400, 0, 0);
+        moe__ahead_select(ahead, &layer, &plan, &some, chip);
+    }
     return MOE_OK;
 }
 
@@ -16448,7 +16541,7 @@ static int32_t moe__ahead_begin(moe__ahead *ahead, const moe_precompile_desc *de
     ahead->ctx->desc.log_user = ahead->desc.log_user;
     if ((result = moe__jit_open(ahead->ctx, &ahead->desc.jit, err)) != MOE_OK)
         return result;
-    ahead->capacity = ahead->desc.num_chips * ahead->desc.num_layers * MOE__KERNELS + 1;
+    ahead->capacity = ahead->desc.num_chips * ahead->desc.num_layers * MOE__KERNELS * MOE__TILE_CHIPS + 1;
     ahead->instances = (moe__instance *)moe__alloc(&ahead->ctx->desc.allocator,
                                                    (uint64_t)ahead->capacity * sizeof ahead->instances[0]);
     ahead->builds = (moe__build *)moe__alloc(&ahead->ctx->desc.allocator,

@@ -1,5 +1,5 @@
 // test_tiles.c - tiles of the two products: names there and back, each rule by a case that breaks it alone, the choice
-// for the layers of known models on eight chips (tests/data/tiles.tsv), what a plan tells of it. No GPU.
+// for the layers of known models on the known chips (tests/data/tiles.tsv), what a plan tells of it. No GPU.
 //
 // MOE_TEST_TILES=FILE writes the choices there, to replace tests/data/tiles.tsv.
 #define MOE_STATIC
@@ -11,22 +11,8 @@
 
 // ---- chips and layers -----------------------------------------------------------------------------------------------
 
-typedef struct chip_entry {
-    const char *name;
-    moe__tile_chip chip; // capability, SMs, shared memory of a CTA and of an SM, MHz, GB/s
-} chip_entry;
-
-static const chip_entry chips[] = {
-    { "A100", { 80, 108, 166912, 167936, 1410, 2039 } },
-    { "RTX4090", { 89, 128, 101376, 102400, 2520, 1008 } },
-    { "H100", { 90, 132, 232448, 233472, 1980, 3352 } },
-    { "H200", { 90, 132, 232448, 233472, 1980, 4917 } },
-    { "B200", { 100, 148, 232448, 233472, 1965, 8000 } },
-    { "B300", { 103, 148, 232448, 233472, 1920, 8000 } },
-    { "RTX5090", { 120, 170, 101376, 102400, 2407, 1792 } },
-    { "GH200", { 90, 132, 232448, 233472, 1980, 4023 } },
-};
-enum { CHIPS = sizeof chips / sizeof chips[0], A100 = 0, RTX4090 = 1, H200 = 3, B200 = 4, RTX5090 = 6 };
+#define chips moe__tile_chips
+enum { CHIPS = MOE__TILE_CHIPS, A100 = 0, RTX4090 = 2, H200 = 4, B200 = 6, RTX5090 = 8 };
 
 typedef struct layer_entry {
     const char *name;
@@ -82,6 +68,21 @@ static int check(const moe__tile_row *row, const moe__tile_problem *p, int chip,
 
 static int multiplies(const moe__tile_row *row, int format) { return (int)(row->formats >> format & 1); }
 
+static moe_layer_desc layer_desc(int format)
+{
+    moe_layer_desc l;
+    memset(&l, 0, sizeof l);
+    l.hidden_size = 4096;
+    l.intermediate_size = 1536;
+    l.num_experts = 128;
+    l.format = format;
+    l.activation.kind = MOE_ACTIVATION_SWIGLU;
+    l.routing.score = MOE_SCORE_SOFTMAX;
+    l.routing.score_order = MOE_SCORE_AFTER_TOPK;
+    l.routing.top_k = 8;
+    return l;
+}
+
 // ---- the tables -----------------------------------------------------------------------------------------------------
 
 TEST(every_row_is_legal_where_it_belongs)
@@ -107,15 +108,15 @@ TEST(every_row_is_legal_where_it_belongs)
 // Kernels exist for these: moe_kernels.cu.inc's GEMM_STAGES, GEMM_THREADS and GEMM_CTAS say the same.
 TEST(the_rows_with_kernels)
 {
-    static const int n[] = { 8, 16, 32, 64, 128 }, stages[] = { 4, 4, 4, 4, 3 };
-    static const int smem[] = { 69696, 73792, 81984, 98368, 98352 };
+    static const int n[] = { 16, 32, 64, 128 }, stages[] = { 4, 4, 4, 3 };
+    static const int smem[] = { 73792, 81984, 98368, 98352 };
     int built = 0;
     for (int i = 0; i < MOE__TILES; i++) {
         const moe__tile_row *row = &moe__tile_rows[i];
         moe__tile_problem p = plain(MOE_FORMAT_BF16);
         moe__tile_config c;
         if (row->built == 0) continue;
-        REQUIRE(built < 5);
+        REQUIRE(built < 4);
         CHECK_EQ(row->built, 1u << MOE_FORMAT_BF16 | 1u << MOE_FORMAT_F16);
         CHECK_EQ(row->tile.family, MOE__FAMILY_MMA);
         CHECK(row->tile.m == 128 && row->tile.n == n[built] && row->tile.k == 64);
@@ -123,7 +124,7 @@ TEST(the_rows_with_kernels)
         CHECK_EQ(moe__tile_threads(&row->tile), 128);
         CHECK(moe__tile_config_make(&c, &row->tile, &p, 1));
         CHECK_EQ(moe__tile_smem(&c), smem[built]);
-        CHECK_EQ(moe__tile_ctas(&c, &chips[H200].chip), built < 2 ? 3 : 2); // of 3, 81,984 bytes each do not fit
+        CHECK_EQ(moe__tile_ctas(&c, &chips[H200].chip), built < 1 ? 3 : 2); // of 3, 81,984 bytes each do not fit
         for (int chip = 0; chip < CHIPS; chip++)
             for (int product = 1; product <= 2; product++) {
                 char why[256];
@@ -131,19 +132,52 @@ TEST(the_rows_with_kernels)
             }
         built++;
     }
-    CHECK_EQ(built, 5);
-    for (int set = 0; set < MOE__SETS; set++) { // what plans launch is in the table
-        moe__gemm_set plan = moe__gemm_set_of(set);
-        int found = 0;
-        for (int i = 0; i < MOE__TILES; i++) {
-            moe__tile_problem p = plain(MOE_FORMAT_F16);
-            moe__tile_config c;
-            if (moe__tile_rows[i].built == 0 || moe__tile_rows[i].tile.n != plan.tile) continue;
-            CHECK(moe__tile_config_make(&c, &moe__tile_rows[i].tile, &p, 1));
-            CHECK(moe__tile_smem(&c) == plan.smem_bytes && moe__tile_threads(&c.tile) == plan.threads);
-            found++;
-        }
-        CHECK_EQ(found, 1);
+    CHECK_EQ(built, 4);
+}
+
+// Sets of plans: the cheapest tiles for the most tokens of each, f32 rows in the first alone.
+TEST(a_plan_has_a_set_for_few_some_and_many_tokens)
+{
+    static const int most[] = { 1, 64, 65, 512, 513, 8192 }, counts[] = { 1, 1, 2, 2, 3, 3 };
+    moe_layer_desc l = layer_desc(MOE_FORMAT_BF16);
+    REQUIRE_OK(moe_layer_resolve(&l, &err));
+    for (int chip = 0; chip < CHIPS; chip++)
+        for (int i = 0; i < 6; i++)
+            for (int invariant = 0; invariant < 2; invariant++) {
+                moe_plan_desc desc;
+                moe__gemm_sets sets;
+                memset(&desc, 0, sizeof desc);
+                desc.max_tokens = most[i];
+                desc.x_dtype = MOE_DTYPE_BF16;
+                desc.flags = invariant ? MOE_PLAN_BATCH_INVARIANT : 0;
+                moe__sets_make(&l, &desc, &chips[chip].chip, &sets);
+                REQUIRE(sets.count == counts[i]);
+                CHECK_EQ(sets.set[sets.count - 1].tokens, most[i]);
+                CHECK(sets.count < 2 || sets.set[0].tokens == 64);
+                CHECK(sets.count < 3 || sets.set[1].tokens == 512);
+                for (int set = 0; set < sets.count; set++) {
+                    const moe__gemm_set *own = &sets.set[set];
+                    moe__tile_problem p = moe__tile_problem_of(&l, &desc, own->tokens);
+                    moe__tile_choice choice;
+                    moe__tile_config c;
+                    moe__tiles_choose(&p, &chips[chip].chip, &choice);
+                    CHECK_EQ(own->tile, moe__tile_choice_rows(&choice));
+                    CHECK_EQ(own->rows_dtype, set == 0 && !invariant ? MOE_DTYPE_F32 : MOE_DTYPE_BF16);
+                    CHECK(moe__tile_config_make(&c, &moe__tile_rows[choice.chosen.row[0]].tile, &p, 1));
+                    CHECK(own->smem_bytes == moe__tile_smem(&c) && own->threads == moe__tile_threads(&c.tile));
+                    CHECK_EQ(own->ctas, moe__tile_ctas(&c, &chips[chip].chip));
+                    CHECK_EQ(moe__set_of(&sets, own->tokens), set);
+                    CHECK_EQ(moe__set_of(&sets, set == 0 ? 1 : sets.set[set - 1].tokens + 1), set);
+                }
+            }
+    l.format = MOE_FORMAT_F32; // no products: no sets
+    {
+        moe_plan_desc desc;
+        moe__gemm_sets sets;
+        memset(&desc, 0, sizeof desc);
+        desc.max_tokens = 8;
+        moe__sets_make(&l, &desc, &chips[H200].chip, &sets);
+        CHECK_EQ(sets.count, 0);
     }
 }
 
@@ -718,21 +752,6 @@ static void stand(standing *s, const moe__tile_chip *chip)
     s->cuda.memory_gbps = chip->gbps;
 }
 
-static moe_layer_desc layer_desc(int format)
-{
-    moe_layer_desc l;
-    memset(&l, 0, sizeof l);
-    l.hidden_size = 4096;
-    l.intermediate_size = 1536;
-    l.num_experts = 128;
-    l.format = format;
-    l.activation.kind = MOE_ACTIVATION_SWIGLU;
-    l.routing.score = MOE_SCORE_SOFTMAX;
-    l.routing.score_order = MOE_SCORE_AFTER_TOPK;
-    l.routing.top_k = 8;
-    return l;
-}
-
 static int occurrences(const char *text, const char *part)
 {
     int n = 0;
@@ -769,6 +788,21 @@ static void check_ladder(const moe__tile_chip *chip, int format, const char *tex
     CHECK(count > 1);
 }
 
+// Token rows that cost least for so many tokens.
+static int tile_of(const moe__tile_chip *chip, const moe_layer_desc *given, int tokens)
+{
+    moe_layer_desc l = *given;
+    moe_plan_desc desc;
+    moe__tile_problem p;
+    moe__tile_choice choice;
+    memset(&desc, 0, sizeof desc);
+    desc.x_dtype = moe__format_dtype(l.format);
+    if (moe_layer_resolve(&l, &err) != MOE_OK) return -1;
+    p = moe__tile_problem_of(&l, &desc, tokens);
+    moe__tiles_choose(&p, chip, &choice);
+    return moe__tile_choice_rows(&choice);
+}
+
 TEST(a_plan_tells_its_tiles_and_why_not_others)
 {
     static char text[32768], again[32768];
@@ -779,6 +813,8 @@ TEST(a_plan_tells_its_tiles_and_why_not_others)
             standing s;
             moe__tile_config c;
             const char *first;
+            char part[240];
+            int rows;
             stand(&s, &chips[chip].chip);
             memset(&info, 0, sizeof info);
             memset(&quiet, 0, sizeof quiet);
@@ -788,29 +824,33 @@ TEST(a_plan_tells_its_tiles_and_why_not_others)
             memset(text, 'x', sizeof text);
             REQUIRE_OK(moe_plan_query(&s.ctx, &l, NULL, &info, &err));
             CHECK(info.tiles_text == text && info.tiles_text_bytes == (int)sizeof text && info.tiles_tokens == 8);
-            CHECK_EQ(info.tile_rows, 32);
+            rows = tile_of(&chips[chip].chip, &l, 64);
+            CHECK_EQ(info.tile_rows, rows);
             CHECK_EQ(info.num_tiles, 5 + 6 + 7);
-            CHECK(moe__tile_parse(info.gemm1, &c) && c.tile.n == 32 && c.tile.gather == MOE__GATHER_LDGSTS);
-            CHECK(moe__tile_parse(info.gemm2, &c) && c.tile.n == 32 && c.out == MOE_DTYPE_F32);
+            CHECK(moe__tile_parse(info.gemm1, &c) && c.tile.n == rows && c.tile.gather == MOE__GATHER_LDGSTS);
+            CHECK(moe__tile_parse(info.gemm2, &c) && c.tile.n == rows && c.out == MOE_DTYPE_F32);
             CHECK_CONTAINS(text, "; not built\n");
             if (chips[chip].chip.arch >= 90 && chips[chip].chip.arch < 120)
                 CHECK_CONTAINS(text, " us, if it were there; not built\n");
             CHECK_CONTAINS(text, "chosen\n");
             CHECK_CONTAINS(text, "refused, its instructions are those of compute capability");
             check_ladder(&chips[chip].chip, l.format, text);
-            CHECK_CONTAINS(text, "us, not of this plan, whose tiles for 8 tokens have 32 rows\n");
+            snprintf(part, sizeof part, "us, not of this plan, whose tiles for 8 tokens have %d rows\n", rows);
+            CHECK_CONTAINS(text, part);
+            snprintf(part, sizeof part, "this plan takes %d rows up to 64 tokens, estimated\n", rows);
+            CHECK_CONTAINS(text, part);
+            CHECK_EQ(occurrences(text, "this plan takes"), 3);
             first = strstr(text, "gemm1 bmm_");
             REQUIRE(first != NULL);
             CHECK_EQ(occurrences(first, "\n"), 2 * info.num_tiles);
             for (int i = 0; i < 2; i++) { // exactly one line says so of each product
-                char part[240];
                 snprintf(part, sizeof part, "gemm%d %s: ", i + 1, i == 0 ? info.gemm1 : info.gemm2);
                 CHECK_CONTAINS(text, part);
             }
             CHECK_EQ(occurrences(text, "us, chosen\n"), 2);
             quiet.tiles_tokens = 65;
             REQUIRE_OK(moe_plan_query(&s.ctx, &l, NULL, &quiet, &err));
-            CHECK_EQ(quiet.tile_rows, 128);
+            CHECK_EQ(quiet.tile_rows, tile_of(&chips[chip].chip, &l, 512));
             quiet.tiles_tokens = 8;
             REQUIRE_OK(moe_plan_query(&s.ctx, &l, NULL, &quiet, &err));
             CHECK_STR(quiet.gemm1, info.gemm1);
@@ -918,6 +958,7 @@ TEST(chips_that_do_not_say_are_those_of_their_kind)
 TEST_MAIN(
     T(every_row_is_legal_where_it_belongs)
     T(the_rows_with_kernels)
+    T(a_plan_has_a_set_for_few_some_and_many_tokens)
     T(what_tiles_take)
     T(types_of_the_second_product)
     T(each_rule_refuses_what_breaks_it_and_says_why)
