@@ -43,9 +43,9 @@
 //     >>infer    config.json -> layer          >>checkpoint  safetensors    >>context    threads, instruction sets
 //     >>cuda     driver, NVRTC                 >>jit      compile, cache    >>layout     packed weights
 //     >>weights  set, seal, save               >>cpu      kernels           >>tiles      which there are, choice
-//     >>instances  kernels of a plan           >>plan     execute           >>stages     on CUDA
-//     >>ahead    compile without a GPU         >>reference  the oracle      >>kernels    their text
-//     >>history  changes, licence
+//     >>instances  kernels of a plan           >>tuned    measured tiles    >>plan       execute
+//     >>stages   on CUDA                       >>autotune measure           >>ahead      compile without a GPU
+//     >>reference  the oracle                  >>kernels  their text        >>history    changes, licence
 //
 // ---------------------------------------------------------------------------------------------------------------------
 // >>manual
@@ -141,8 +141,8 @@
 //     bandwidth what each would take. moe_plan_query() and moe_plan_get_info() tell the plan's, and of all others the
 //     reason or the cost. What no kernel of this version has is listed as "not built". A plan has up to three sets of
 //     products, for calls of up to 64, up to 512, and more tokens; the tiles of each are those that cost least for its
-//     most tokens. They do not change a result's bits. moe_jit_precompile() compiles those of every known chip of a
-//     target.
+//     most tokens, or that moe_plan_autotune() measured to be fastest, then or on such a chip before. They do not change
+//     a result's bits. moe_jit_precompile() compiles those of every known chip of a target.
 //
 // LAYERS ON CUDA
 //     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
@@ -809,8 +809,8 @@ MOE_API int32_t moe_jit_precompile(const moe_precompile_desc *desc, moe_error *e
 // Writes a C file with an array `name` of moe_jit_image and `name`_count, for moe_jit_desc.images. `chips` may also
 // hold "compute_80" (PTX for 8.x) and "compute_90" (for 9.0 and later), which the driver compiles when it loads them.
 MOE_API int32_t moe_jit_export(const moe_precompile_desc *desc, const char *path, const char *name, moe_error *err);
-// Removes entries, those written first, until at most max_bytes are left; 0: all. cache_dir NULL: the default one. Safe
-// while others use the folder.
+// Removes kernels, those written first, until at most max_bytes are left; 0: all. What moe_plan_autotune() measured
+// stays. cache_dir NULL: the default one. Safe while others use the folder.
 MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_error *err);
 
 // ---- routing and layer: inference, validation -----------------------------------------------------------------------
@@ -1050,7 +1050,8 @@ typedef struct moe_plan_info {
     int32_t tiles_tokens;     // 0: max_tokens
     int32_t num_tiles;        // candidates: configurations for the layer's format, on any chip
     int32_t tile_rows;        // token rows of the chosen tiles; 0: no kernel multiplies this layer here
-    uint32_t reserved[2];
+    int32_t tile_measured;    // 1: chosen by moe_plan_autotune(), 0: by estimated cost
+    uint32_t reserved;
     char gemm1[192];          // the chosen configurations; "": none
     char gemm2[192];
 } moe_plan_info;
@@ -1063,6 +1064,30 @@ MOE_API int32_t moe_plan_create(moe_context *ctx, const moe_layer_desc *layer, c
                                 moe_plan **out, moe_error *err);
 MOE_API int32_t moe_plan_get_info(const moe_plan *plan, moe_plan_info *info, moe_error *err);
 MOE_API void moe_plan_destroy(moe_plan *plan); // after the last work that uses it has finished
+
+typedef struct moe_autotune_progress {
+    int32_t done, total; // pairs of a number of tokens and tiles that have been timed, and of all that are to be
+    int32_t tokens;      // of the calls
+    int32_t tile_rows;   // token rows of the tiles
+    double us;           // of one call, the least of three times
+} moe_autotune_progress;
+
+typedef struct moe_autotune_desc {
+    uint32_t struct_size;
+    int32_t budget_ms;   // of the device's time; 0: 2,000
+    void (*progress)(void *user, const moe_autotune_progress *progress); // nullable; on the caller's thread
+    void *progress_user;
+    uint32_t reserved[8];
+} moe_autotune_desc;
+
+// Times the tiles that this plan can have, with calls of several numbers of tokens that are spread evenly over all
+// experts, and gives the plan the fastest. What was measured on such a chip before, for a plan with the same products,
+// is not measured again: results lie in the cache folder, a file each, where every later plan finds them. A set of
+// tiles whose turn has not ended when budget_ms is used up stays as it was. desc NULL: defaults. CUDA: compiles what
+// candidates lack, takes device memory for inputs and a workspace meanwhile, waits for the device; `plan` must not be in
+// use, and moe_plan_get_info() may say another workspace_bytes afterwards. Nothing to choose (CPU, embedded PTX): MOE_OK.
+MOE_API int32_t moe_plan_autotune(moe_plan *plan, const moe_weights *weights, const moe_autotune_desc *desc,
+                                  moe_error *err);
 
 typedef enum moe_input_mode {
     MOE_INPUT_UNSET = 0,
@@ -5249,10 +5274,6 @@ static const moe__name moe__group_rule_names[] = {
 static const moe__name moe__renormalize_names[] = {
     { MOE_RENORMALIZE_OFF, "off" }, { MOE_RENORMALIZE_SUM, "sum" }, { MOE_RENORMALIZE_CLAMP_MIN, "clamped sum" },
 };
-static const moe__name moe__special_names[] = {
-    { MOE_SPECIAL_ZERO, "zero" }, { MOE_SPECIAL_IDENTITY, "identity" }, { MOE_SPECIAL_SKIP, "skip" },
-    { MOE_SPECIAL_CONSTANT, "constant" },
-};
 
 // Starts from a named method; top_k stays as it was read.
 static void moe__infer_preset(moe__infer *in, int32_t method)
@@ -7422,7 +7443,11 @@ enum { // numbers of cuda.h
     X(cuStreamCreate, "", 12000, 1, (moe__cu_stream *stream, unsigned flags)) \
     X(cuStreamDestroy, "_v2", 12000, 1, (moe__cu_stream stream)) \
     X(cuStreamSynchronize, "", 12000, 1, (moe__cu_stream stream)) \
+    X(cuEventCreate, "", 12000, 1, (moe__cu_event *event, unsigned flags)) \
+    X(cuEventDestroy, "_v2", 12000, 1, (moe__cu_event event)) \
     X(cuEventRecord, "", 12000, 1, (moe__cu_event event, moe__cu_stream stream)) \
+    X(cuEventSynchronize, "", 12000, 1, (moe__cu_event event)) \
+    X(cuEventElapsedTime, "", 12000, 1, (float *ms, moe__cu_event begin, moe__cu_event end)) \
     X(cuThreadExchangeStreamCaptureMode, "", 12000, 1, (int *mode)) \
     X(cuLaunchKernelEx, "", 12000, 1, \
       (const moe__cu_launch_config *config, moe__cu_function function, void **params, void **extra))
@@ -14326,6 +14351,143 @@ static void moe__instances_ptx(const moe_layer_desc *layer, const moe_plan_desc 
 }
 #endif
 
+// >>tuned  tiles that were measured  What moe_plan_autotune() finds lies in the cache folder, a small text for each set
+// of a plan: which products it is of, the two configurations, and the times. A file that does not begin with the lines
+// of a choice that this version could make is passed over: of another text of the kernels, damaged, or foreign.
+#if !defined(MOE_NO_CUDA)
+
+enum { MOE__TUNE_POINTS = 3, MOE__TUNE_TILES = 8, MOE__TUNED_TEXT = 1024 };
+
+// Numbers of tokens that stand for a set's calls.
+static int32_t moe__tune_points(const moe__gemm_sets *sets, int32_t set, int32_t *points)
+{
+    static const int32_t all[MOE__SETS][MOE__TUNE_POINTS] = { { 1, 8, 32 }, { 128, 256, 512 }, { 1024, 2048, 4096 } };
+    int32_t count = 0;
+    for (int32_t i = 0; i < MOE__TUNE_POINTS; i++)
+        if (all[set][i] <= sets->set[set].tokens) points[count++] = all[set][i];
+    if (count == 0) points[count++] = sets->set[set].tokens;
+    return count;
+}
+
+// Token rows of the tiles that a set could have.
+static int32_t moe__tune_tiles(const moe__tile_problem *p, const moe__tile_chip *chip, int32_t *tiles)
+{
+    moe__tile_choice choice;
+    int32_t count = 0;
+    moe__tiles_choose(p, chip, &choice);
+    for (int32_t i = 0; i < MOE__TILES && count < MOE__TUNE_TILES; i++)
+        if (choice.verdict[i][0].taken && choice.verdict[i][0].rule == MOE__RULE_NONE &&
+            choice.verdict[i][1].rule == MOE__RULE_NONE)
+            tiles[count++] = moe__tile_rows[i].tile.n;
+    return count;
+}
+
+#if !defined(MOE_NO_FILES)
+// Everything that the times of a set depend on.
+static void moe__tuned_key(const moe_context *ctx, const moe_layer_desc *layer, const moe_plan_desc *desc,
+                           const moe__gemm_sets *sets, int32_t set, char key[65])
+{
+    const moe__cuda *cuda = ctx->cuda;
+    moe__tile_problem p = moe__tile_problem_of(layer, desc, 0);
+    char facts[512];
+    unsigned char digest[32];
+    moe__text text = moe__text_make(facts, sizeof facts), hex = moe__text_make(key, 65);
+    int32_t points[MOE__TUNE_POINTS], count = moe__tune_points(sets, set, points);
+    moe__text_format(&text, "%s %s %d %d %d %d\n", cuda->chip, cuda->name, cuda->sms, cuda->smem_optin, cuda->smem_sm,
+                     cuda->memory_gbps);
+    moe__text_format(&text, "%d %d %d %d %d %d %d %d %d %d %d %d %d\n", p.format, p.block, p.dtype, p.hidden, p.features,
+                     p.activation, p.bias1, p.bias2, p.experts, p.local, p.always, p.top_k, p.x_dtype);
+    moe__text_format(&text, "%d %d %d %d %d %d %d\n", p.clamp, p.weight_on_input, layer->row_norm, desc->out_dtype,
+                     sets->set[set].rows_dtype, layer->parallel.omit_common ? 0 : layer->shared.count,
+                     layer->shared.intermediate_size);
+    for (int32_t i = 0; i < count; i++) moe__text_format(&text, "%d ", points[i]);
+    moe__sha256_of(facts, text.length, digest);
+    moe__text_hex(&hex, digest, 32);
+}
+
+// What the file of a set begins with where these tiles are its choice.
+static void moe__tuned_text(const char *key, const moe__tile_problem *p, int32_t tile, moe__text *text)
+{
+    moe__text_format(text, "moe.h tiles 1\n%s\n", key);
+    for (int32_t product = 1; product <= 2; product++)
+        for (int32_t i = 0; i < MOE__TILES; i++) {
+            if (moe__tile_rows[i].tile.n != tile || (moe__tile_rows[i].built >> p->format & 1) == 0) continue;
+            moe__tile_row_name(i, p, product, text);
+            moe__text_char(text, '\n');
+        }
+}
+
+static void moe__tuned_name(const char *key, char name[64])
+{
+    moe__text text = moe__text_make(name, 64);
+    moe__text_format(&text, "tiles-%s", key);
+    text.length = 6 + 32;
+    name[text.length] = 0;
+    moe__text_string(&text, ".txt");
+}
+
+// Token rows of the tiles that a file chooses, or 0.
+static int32_t moe__tuned_find(const moe_context *ctx, const char *path, const char *key, const moe__tile_problem *p,
+                               const moe__tile_chip *chip)
+{
+    int32_t tiles[MOE__TUNE_TILES], count = moe__tune_tiles(p, chip, tiles), found = 0;
+    moe__folder folder;
+    moe__file file;
+    char name[64];
+    if (path[0] == 0 || !moe__folder_open(ctx, path, 0, &folder)) return 0;
+    moe__tuned_name(key, name);
+    if (moe__folder_read(ctx, &folder, name, &file)) {
+        for (int32_t i = 0; i < count && found == 0; i++) {
+            char begin[MOE__TUNED_TEXT];
+            moe__text text = moe__text_make(begin, sizeof begin);
+            moe__tuned_text(key, p, tiles[i], &text);
+            if (file.size > text.length && memcmp(file.data, begin, text.length) == 0) found = tiles[i];
+        }
+        if (found == 0) moe__log(ctx, MOE_LOG_WARNING, "measured tiles %s in %q passed over", name, path);
+        moe__file_close(&ctx->desc.allocator, &file);
+    }
+    moe__folder_close(&folder);
+    return found;
+}
+
+static void moe__tuned_write(const moe_context *ctx, const char *key, const moe__tile_problem *p, int32_t tile,
+                             const int32_t *points, const double *us, int32_t count)
+{
+    const moe__jit *jit = ctx->jit;
+    moe__folder folder;
+    moe__span span;
+    char name[64], all[MOE__TUNED_TEXT];
+    moe__text text = moe__text_make(all, sizeof all);
+    int32_t number;
+    if (jit->cache_dir[0] == 0 || jit->cache_mode != MOE_CACHE_READ_WRITE) return;
+    if (!moe__folder_open(ctx, jit->cache_dir, 1, &folder)) return;
+    moe__tuned_text(key, p, tile, &text);
+    for (int32_t i = 0; i < count; i++) moe__text_format(&text, "%d tokens %g us\n", points[i], us[i]);
+    moe__tuned_name(key, name);
+    span.data = all;
+    span.size = text.length;
+    number = moe__folder_write(&folder, name, &span, 1);
+    moe__folder_close(&folder);
+    if (number != 0) moe__cache_trouble(ctx, jit->cache_dir, "cannot be written", number);
+}
+
+// Gives sets the tiles that were measured before.
+static void moe__tuned_apply(const moe_context *ctx, const moe_layer_desc *layer, const moe_plan_desc *desc,
+                             const moe__tile_chip *chip, moe__gemm_sets *sets)
+{
+    for (int32_t i = 0; i < sets->count && ctx->jit != NULL; i++) {
+        moe__tile_problem p = moe__tile_problem_of(layer, desc, sets->set[i].tokens);
+        char key[65];
+        int32_t tile;
+        moe__tuned_key(ctx, layer, desc, sets, i, key);
+        tile = moe__tuned_find(ctx, ctx->jit->cache_dir, key, &p, chip);
+        if (tile == 0) tile = moe__tuned_find(ctx, ctx->jit->seed_dir, key, &p, chip);
+        if (tile != 0) sets->set[i].measured = moe__set_take(&sets->set[i], &p, chip, tile);
+    }
+}
+#endif
+#endif
+
 // >>plan  plans, checks, and execution on the CPU  A plan is a resolved copy of the layer with the offsets of a
 // workspace for max_tokens. One set of checks serves moe_execute() (without words), its stages and moe_execute_check().
 // Data that is refused is found before anything but out_faults is written.
@@ -14589,6 +14751,9 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
     if (ctx->desc.backend == MOE_BACKEND_CUDA) {
         const moe__tile_chip chip = moe__cuda_tile_chip(ctx->cuda);
         moe__sets_make(&plan->layer, &plan->desc, &chip, &plan->sets);
+#  if !defined(MOE_NO_FILES)
+        moe__tuned_apply(ctx, &plan->layer, &plan->desc, &chip, &plan->sets);
+#  endif
         return moe__workspace_make_cuda(plan, err);
     }
 #endif
@@ -14613,6 +14778,7 @@ static void moe__plan_tiles(const moe_plan *plan, moe_plan_info *info)
                       : plan->sets.set[moe__set_of(&plan->sets, tokens)].tile;
     moe__tiles_choose(&p, &chip, &choice);
     info->tile_rows = moe__tile_choice_rows(&choice);
+    info->tile_measured = info->tile_rows > 0 && plan->sets.set[moe__set_of(&plan->sets, tokens)].measured;
     for (int32_t i = 0; i < 2 && info->tile_rows > 0; i++) {
         moe__text name = moe__text_make(names[i], sizeof info->gemm1);
         moe__tile_row_name(choice.chosen.row[i], &p, i + 1, &name);
@@ -16428,6 +16594,276 @@ MOE_API int32_t moe_finalize(const moe_plan *plan, const moe_weights *weights, c
     f.columns = hidden;
     moe__work_run(plan->ctx, moe__tasks_of(run.tokens, f.tokens_per_task), moe__finalize_task, &f);
     return MOE_OK;
+}
+
+// >>autotune  measuring instead of estimating  Copies of the plan, one for each tile, run the same calls in turn; the
+// fastest over a set's numbers of tokens becomes the plan's. A call's time is a share of some in a row between two
+// events, the least of three.
+#if !defined(MOE_NO_CUDA)
+
+enum { MOE__TUNE_REPEATS = 3, MOE__TUNE_LISTS = 4, MOE__TUNE_BUDGET_MS = 2000, MOE__TUNE_BLOCK = 1 << 16 };
+static const double moe__tune_run_us = 2000; // of calls between two events
+
+typedef struct moe__tuner {
+    const moe_weights *weights;
+    moe_autotune_desc desc;
+    moe__tile_chip chip;
+    moe_plan *trials;            // one for each tile
+    int32_t tile[MOE__TUNE_TILES];
+    int32_t tiles;
+    moe__cu_ptr memory;          // x, lists of ids, output, workspace
+    uint64_t bytes, lists, list_bytes, out, workspace;
+    moe__cu_event events[2];
+    double spent_ms;
+    int32_t done, total;
+} moe__tuner;
+
+// Gives the sets these tiles: kernels and workspace follow. After a failure the plan is as it was.
+static int32_t moe__plan_take(moe_plan *plan, const int32_t *tiles, moe_error *err)
+{
+    const moe__tile_chip chip = moe__cuda_tile_chip(plan->ctx->cuda);
+    moe_plan next = *plan;
+    int32_t result;
+    for (int32_t i = 0; i < next.sets.count; i++) {
+        moe__tile_problem p = moe__tile_problem_of(&next.layer, &next.desc, next.sets.set[i].tokens);
+        moe__set_take(&next.sets.set[i], &p, &chip, tiles[i]);
+    }
+    memset(&next.workspace, 0, sizeof next.workspace);
+    if ((result = moe__workspace_make_cuda(&next, err)) != MOE_OK || (result = moe__stages_load(&next, err)) != MOE_OK)
+        return result;
+    *plan = next;
+    return MOE_OK;
+}
+
+// k different experts for each token, packed with a weight of 1 / 8, then the always-on ones.
+static void moe__tune_ids(const moe_plan *plan, int32_t tokens, uint32_t *random, int32_t *ids)
+{
+    const moe_routing_desc *r = &plan->layer.routing;
+    for (int32_t t = 0; t < tokens; t++, ids += plan->slots) {
+        for (int32_t j = 0; j < plan->slots; j++) {
+            int32_t again = j < r->top_k;
+            uint32_t id = (uint32_t)(plan->ids_end - plan->slots + j);
+            while (again) {
+                again = 0;
+                *random = *random * 1664525u + 1013904223u;
+                id = (uint32_t)((uint64_t)*random * (uint64_t)plan->layer.num_experts >> 32);
+                for (int32_t i = 0; i < j; i++) again |= (uint32_t)ids[i] >> 16 == id;
+            }
+            ids[j] = (int32_t)(id << 16 | 0x3e00u);
+        }
+    }
+}
+
+// Values between 1/2 and 1 of either sign, over all of x; ids behind it.
+static int32_t moe__tune_fill(const moe__tuner *tuner, int32_t tokens, unsigned char *block, int32_t *ids,
+                              moe_error *err)
+{
+    const moe_plan *plan = &tuner->trials[0];
+    int32_t bytes = moe_dtype_bits(plan->desc.x_dtype) / 8, result = MOE_OK;
+    uint32_t random = 1;
+    for (int32_t i = 0; i < MOE__TUNE_BLOCK; i += bytes) {
+        random = random * 1664525u + 1013904223u;
+        if (bytes == 4) moe__put_le(block + i, 0x3f000000u | (random >> 9) | (random & 1u) << 31, 4);
+        else if (plan->desc.x_dtype == MOE_DTYPE_F16)
+            moe__put_le(block + i, 0x3800u | random >> 22 | (random & 1u) << 15, 2);
+        else moe__put_le(block + i, 0x3f00u | random >> 25 | (random & 1u) << 15, 2);
+    }
+    for (uint64_t at = 0, size = MOE__TUNE_BLOCK; at < tuner->lists && result == MOE_OK; at += size) {
+        if (size > tuner->lists - at) size = tuner->lists - at;
+        result = moe__device_put(plan->ctx, tuner->memory + at, block, size, plan->ctx->cuda->stream, err);
+    }
+    for (int32_t i = 0; i < MOE__TUNE_LISTS && result == MOE_OK; i++) {
+        moe__tune_ids(plan, tokens, &random, ids);
+        result = moe__device_put(plan->ctx, tuner->memory + tuner->lists + (uint64_t)i * tuner->list_bytes, ids,
+                                 (uint64_t)tokens * (uint64_t)plan->slots * 4, plan->ctx->cuda->stream, err);
+    }
+    return result;
+}
+
+// Compiles every candidate. Inputs and a workspace for the largest.
+static int32_t moe__tune_begin(moe__tuner *tuner, const moe_plan *plan, int32_t tokens, moe_error *err)
+{
+    const moe_context *ctx = plan->ctx;
+    uint64_t rows = (uint64_t)tokens * (uint64_t)plan->layer.hidden_size, x = rows * 4, workspace = 0;
+    unsigned char *host;
+    int32_t result = MOE_OK;
+    for (int32_t i = 0; i < tuner->tiles; i++) {
+        int32_t same[MOE__SETS];
+        for (int32_t j = 0; j < MOE__SETS; j++) same[j] = tuner->tile[i];
+        tuner->trials[i] = *plan;
+        if ((result = moe__plan_take(&tuner->trials[i], same, err)) != MOE_OK) return result;
+        if (tuner->trials[i].workspace.bytes > workspace) workspace = tuner->trials[i].workspace.bytes;
+    }
+    tuner->lists = moe__align_up(x, 256);
+    tuner->list_bytes = moe__align_up((uint64_t)tokens * (uint64_t)plan->slots * 4, 256);
+    tuner->out = tuner->lists + MOE__TUNE_LISTS * tuner->list_bytes;
+    tuner->workspace = tuner->out + moe__align_up(x, 256);
+    tuner->bytes = tuner->workspace + workspace;
+    if ((result = moe__device_new(ctx, tuner->bytes, &tuner->memory, err)) != MOE_OK) return result;
+    host = (unsigned char *)moe__alloc(&ctx->desc.allocator, MOE__TUNE_BLOCK + tuner->list_bytes);
+    if (host == NULL) return moe__fail_memory(err, MOE__TUNE_BLOCK + tuner->list_bytes);
+    result = moe__tune_fill(tuner, tokens, host, (int32_t *)(void *)(host + MOE__TUNE_BLOCK), err);
+    moe__free(&ctx->desc.allocator, host, MOE__TUNE_BLOCK + tuner->list_bytes);
+    for (int32_t i = 0; i < 2 && result == MOE_OK; i++) {
+        moe__cuda_scope scope;
+        if ((result = moe__cuda_begin(ctx, &scope, err)) != MOE_OK) return result;
+        if (ctx->cuda->cuEventCreate(&tuner->events[i], 0) != 0)
+            result = moe__fail(err, MOE_ERROR_DRIVER, "", "the driver gave no event");
+        moe__cuda_end(ctx, &scope);
+    }
+    return result;
+}
+
+static void moe__tune_end(moe__tuner *tuner, const moe_context *ctx)
+{
+    moe__cuda_scope scope;
+    if (moe__cuda_begin(ctx, &scope, NULL) != MOE_OK) return;
+    for (int32_t i = 0; i < 2; i++)
+        if (tuner->events[i] != NULL) ctx->cuda->cuEventDestroy(tuner->events[i]);
+    if (tuner->memory != 0) moe__device_release(ctx, tuner->memory, tuner->bytes);
+    moe__cuda_end(ctx, &scope);
+}
+
+// us of one of `calls` calls.
+static int32_t moe__tune_run(moe__tuner *tuner, const moe_plan *trial, int32_t tokens, int32_t calls, double *us,
+                             moe_error *err)
+{
+    const moe__cuda *cuda = trial->ctx->cuda;
+    moe_execute_args args;
+    float ms = 0;
+    int32_t result = MOE_OK;
+    moe__cu_result driver;
+    memset(&args, 0, sizeof args);
+    args.input_mode = MOE_INPUT_PACKED;
+    args.num_tokens = tokens;
+    args.x = (const void *)(uintptr_t)tuner->memory;
+    args.out = (void *)(uintptr_t)(tuner->memory + tuner->out);
+    args.workspace = (void *)(uintptr_t)(tuner->memory + tuner->workspace);
+    args.workspace_bytes = trial->workspace.bytes;
+    driver = cuda->cuEventRecord(tuner->events[0], cuda->stream);
+    for (int32_t i = 0; i < calls && driver == 0 && result == MOE_OK; i++) {
+        args.ids = (const void *)(uintptr_t)(tuner->memory + tuner->lists +
+                                             (uint64_t)(i % MOE__TUNE_LISTS) * tuner->list_bytes);
+        result = moe_execute(trial, tuner->weights, &args, cuda->stream);
+        if (result != MOE_OK) moe_execute_check(trial, tuner->weights, &args, err);
+    }
+    if (driver == 0) driver = cuda->cuEventRecord(tuner->events[1], cuda->stream);
+    if (driver == 0) driver = cuda->cuEventSynchronize(tuner->events[1]);
+    if (driver == 0) driver = cuda->cuEventElapsedTime(&ms, tuner->events[0], tuner->events[1]);
+    tuner->spent_ms += (double)ms;
+    *us = 1000.0 * (double)ms / calls;
+    if (result != MOE_OK || driver == 0) return result;
+    return moe__cuda_fail(trial->ctx, err, MOE_ERROR_DRIVER, "timing a layer", driver);
+}
+
+// us of a call with each of the tiles. *whole = 0 where the budget ended before.
+static int32_t moe__tune_point(moe__tuner *tuner, int32_t tokens, double *us, int32_t *whole, moe_error *err)
+{
+    const moe_context *ctx = tuner->trials[0].ctx;
+    int32_t calls[MOE__TUNE_TILES], entered, result = moe__cuda_enter(ctx, &entered);
+    double once;
+    if (result != MOE_OK) return moe__fail(err, result, "", "the CUDA context cannot be made current");
+    for (int32_t r = 0; r <= MOE__TUNE_REPEATS && result == MOE_OK && *whole; r++) // the first warms up
+        for (int32_t i = 0; i < tuner->tiles && result == MOE_OK && *whole; i++) {
+            if (r == 0) calls[i] = MOE__TUNE_LISTS;
+            result = moe__tune_run(tuner, &tuner->trials[i], tokens, calls[i], &once, err);
+            if (r == 0) calls[i] = once > moe__tune_run_us / 64 ? 1 + (int32_t)(moe__tune_run_us / once) : 64;
+            if (r == 1 || (r > 1 && once < us[i])) us[i] = once;
+            *whole = tuner->spent_ms < tuner->desc.budget_ms;
+        }
+    moe__cuda_leave(ctx, entered);
+    for (int32_t i = 0; i < tuner->tiles && *whole && result == MOE_OK; i++) {
+        moe_autotune_progress progress;
+        progress.done = ++tuner->done;
+        progress.total = tuner->total;
+        progress.tokens = tokens;
+        progress.tile_rows = tuner->tile[i];
+        progress.us = us[i];
+        if (tuner->desc.progress != NULL) tuner->desc.progress(tuner->desc.progress_user, &progress);
+    }
+    return result;
+}
+
+// Times a set, and chooses: the least sum over the numbers of tokens of a time relative to the fastest there. *tile
+// stays as it was where the budget ends before.
+static int32_t moe__tune_set(moe__tuner *tuner, const moe_plan *plan, int32_t set, int32_t *tile, moe_error *err)
+{
+    int32_t points[MOE__TUNE_POINTS], count = moe__tune_points(&plan->sets, set, points), whole = 1, best = 0, result;
+    double us[MOE__TUNE_POINTS][MOE__TUNE_TILES], score[MOE__TUNE_TILES] = { 0 };
+    for (int32_t i = 0; i < count; i++) {
+        double least;
+        if ((result = moe__tune_point(tuner, points[i], us[i], &whole, err)) != MOE_OK || !whole) return result;
+        least = us[i][0];
+        for (int32_t j = 1; j < tuner->tiles; j++)
+            if (us[i][j] < least) least = us[i][j];
+        for (int32_t j = 0; j < tuner->tiles; j++) score[j] += least > 0 ? us[i][j] / least : 1;
+    }
+    for (int32_t j = 1; j < tuner->tiles; j++)
+        if (score[j] < score[best]) best = j;
+    *tile = tuner->tile[best];
+#if !defined(MOE_NO_FILES)
+    {
+        moe__tile_problem p = moe__tile_problem_of(&plan->layer, &plan->desc, plan->sets.set[set].tokens);
+        double times[MOE__TUNE_POINTS];
+        char key[65];
+        for (int32_t i = 0; i < count; i++) times[i] = us[i][best];
+        moe__tuned_key(plan->ctx, &plan->layer, &plan->desc, &plan->sets, set, key);
+        moe__tuned_write(plan->ctx, key, &p, *tile, points, times, count);
+    }
+#endif
+    return MOE_OK;
+}
+
+static int32_t moe__tune(moe__tuner *tuner, moe_plan *plan, moe_error *err)
+{
+    int32_t tiles[MOE__SETS], found[MOE__SETS] = { 0 }, points[MOE__TUNE_POINTS], most = 0, result = MOE_OK;
+    for (int32_t i = 0; i < plan->sets.count; i++) {
+        int32_t count = moe__tune_points(&plan->sets, i, points);
+        if (plan->sets.set[i].measured) continue;
+        tuner->total += count * tuner->tiles;
+        most = points[count - 1];
+    }
+    if (tuner->total == 0) return MOE_OK; // all is known
+    result = moe__tune_begin(tuner, plan, most, err);
+    for (int32_t i = 0; i < plan->sets.count && result == MOE_OK; i++)
+        if (!plan->sets.set[i].measured) result = moe__tune_set(tuner, plan, i, &found[i], err);
+    moe__tune_end(tuner, plan->ctx);
+    for (int32_t i = 0; i < plan->sets.count; i++) tiles[i] = found[i] != 0 ? found[i] : plan->sets.set[i].tile;
+    if (result == MOE_OK) result = moe__plan_take(plan, tiles, err);
+    for (int32_t i = 0; i < plan->sets.count && result == MOE_OK; i++) plan->sets.set[i].measured |= found[i] != 0;
+    return result;
+}
+#endif
+
+MOE_API int32_t moe_plan_autotune(moe_plan *plan, const moe_weights *weights, const moe_autotune_desc *desc,
+                                  moe_error *err)
+{
+    moe_autotune_desc own;
+    int32_t result;
+    if (plan == NULL) return moe__fail_null(err, "plan");
+    if (weights == NULL) return moe__fail_null(err, "weights");
+    if ((result = moe__copy_desc(&own, sizeof own, desc, "desc", err)) != MOE_OK) return result;
+    if (own.budget_ms < 0) return moe__fail_range(err, "desc.budget_ms", own.budget_ms, 0, INT32_MAX);
+    if ((result = moe__check_weights(plan, weights, err)) != MOE_OK) return result;
+#if !defined(MOE_NO_CUDA)
+    if (plan->ctx->desc.backend == MOE_BACKEND_CUDA && plan->sets.count > 0 && plan->blocks > 0 && !plan->stages.ptx) {
+        const moe_allocator *allocator = &plan->ctx->desc.allocator;
+        moe__tile_problem p = moe__tile_problem_of(&plan->layer, &plan->desc, plan->desc.max_tokens);
+        moe__tuner tuner;
+        memset(&tuner, 0, sizeof tuner);
+        tuner.weights = weights;
+        tuner.desc = own;
+        if (own.budget_ms == 0) tuner.desc.budget_ms = MOE__TUNE_BUDGET_MS;
+        tuner.chip = moe__cuda_tile_chip(plan->ctx->cuda);
+        tuner.tiles = moe__tune_tiles(&p, &tuner.chip, tuner.tile);
+        tuner.trials = (moe_plan *)moe__alloc(allocator, (uint64_t)tuner.tiles * sizeof *plan);
+        if (tuner.trials == NULL) return moe__fail_memory(err, (uint64_t)tuner.tiles * sizeof *plan);
+        result = moe__tune(&tuner, plan, err);
+        moe__free(allocator, tuner.trials, (uint64_t)tuner.tiles * sizeof *plan);
+        return result == MOE_OK ? moe__ok(err) : result;
+    }
+#endif
+    return moe__ok(err);
 }
 
 // >>ahead  compiling without a device  The same instances as plans choose, for chips that need not be here: into the

@@ -999,6 +999,180 @@ TEST(rows_go_out_without_padding)
         }
 }
 
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+TEST(tiles_do_not_change_a_bit)
+{
+    static const int32_t rows[] = { 16, 32, 64, 128 };
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call few = logits_of(20), some = logits_of(70);
+    pair p;
+    if (!gpu_open()) return;
+    l.shared.count = 1;
+    l.shared.intermediate_size = 40;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 600)) return;
+    CHECK_EQ(p.plan[1]->sets.count, 3);
+    for (int i = 0; i < 4; i++) {
+        int32_t tiles[MOE__SETS];
+        char what[64];
+        for (int j = 0; j < MOE__SETS; j++) tiles[j] = rows[(i + j) % 4];
+        CHECK_OK(moe__plan_take(p.plan[1], tiles, &err));
+        CHECK_OK(moe_plan_get_info(p.plan[1], &p.info[1], &err));
+        snprintf(what, sizeof what, "tiles of %d and %d rows", (int)tiles[0], (int)tiles[1]);
+        check_layer(&p, &few, 1, what);
+        check_layer(&p, &some, 1, what);
+    }
+    pair_close(&p);
+}
+
+typedef struct measured {
+    int calls, last, total;
+    double us[2][200]; // of T = 1 and T = 8, by token rows
+} measured;
+
+static void on_measured(void *user, const moe_autotune_progress *progress)
+{
+    measured *m = (measured *)user;
+    CHECK_EQ(progress->done, m->last + 1);
+    CHECK(progress->tokens == 1 || progress->tokens == 8);
+    CHECK(progress->us > 0 && progress->tile_rows < 200);
+    m->us[progress->tokens == 8][progress->tile_rows] = progress->us;
+    m->last = progress->done;
+    m->total = progress->total;
+    m->calls++;
+}
+
+// Of T = 1 and T = 8: the tiles whose times are least, each relative to the fastest.
+static int fastest(const measured *m)
+{
+    double least[2] = { 1e30, 1e30 }, best = 1e30;
+    int rows = 0;
+    for (int i = 0; i < 2; i++)
+        for (int n = 0; n < 200; n++)
+            if (m->us[i][n] > 0 && m->us[i][n] < least[i]) least[i] = m->us[i][n];
+    for (int n = 0; n < 200; n++) {
+        double score = m->us[0][n] / least[0] + m->us[1][n] / least[1];
+        if (m->us[0][n] > 0 && score < best) {
+            best = score;
+            rows = n;
+        }
+    }
+    return rows;
+}
+
+static int tuned_info(const moe_plan *plan, int tokens, int *rows)
+{
+    moe_plan_info info;
+    memset(&info, 0, sizeof info);
+    info.tiles_tokens = tokens;
+    CHECK_OK(moe_plan_get_info(plan, &info, &err));
+    *rows = info.tile_rows;
+    return info.tile_measured;
+}
+
+// The only file of measured tiles below a cache folder.
+static int find_measured(const char *folder, char path[1200])
+{
+    char command[1300];
+    FILE *list;
+    snprintf(command, sizeof command, "find '%s' -name 'tiles-*.txt'", folder);
+    list = popen(command, "r");
+    if (list == NULL || fgets(path, 1200, list) == NULL) path[0] = 0;
+    if (list != NULL) pclose(list);
+    path[strcspn(path, "\n")] = 0;
+    return path[0] != 0;
+}
+
+TEST(tiles_are_measured_once_and_kept)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
+    layer_call c = logits_of(8);
+    moe_context_desc desc;
+    moe_autotune_desc tune;
+    moe_context *before, *own;
+    moe_plan *plan;
+    measured m;
+    pair p;
+    char path[1200], folder[1024];
+    int rows;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    memset(&desc, 0, sizeof desc);
+    memset(&tune, 0, sizeof tune);
+    memset(&m, 0, sizeof m);
+    snprintf(folder, sizeof folder, "%s", test_temp("measured"));
+    desc.backend = MOE_BACKEND_CUDA;
+    desc.log = gpu_message;
+    desc.jit.cache_dir = folder;
+    tune.progress = on_measured;
+    tune.progress_user = &m;
+    tune.budget_ms = 600000;
+    REQUIRE(moe_context_create(&desc, &own, &err) == MOE_OK);
+    before = gpu.ctx;
+    gpu.ctx = own;
+    gpu.cuda = own->cuda;
+    if (open_layer(&p, &l, 8)) {
+        CHECK_EQ(tuned_info(p.plan[1], 8, &rows), 0);
+        CHECK_ERR(moe_plan_autotune(NULL, p.weights[1], NULL, &err), MOE_ERROR_ARGUMENT, "plan");
+        CHECK_ERR(moe_plan_autotune(p.plan[1], NULL, NULL, &err), MOE_ERROR_ARGUMENT, "weights");
+        tune.budget_ms = -1;
+        CHECK_ERR(moe_plan_autotune(p.plan[1], p.weights[1], &tune, &err), MOE_ERROR_ARGUMENT, "desc.budget_ms");
+        tune.budget_ms = 600000;
+        CHECK_OK(moe_plan_autotune(p.plan[0], p.weights[0], &tune, &err)); // a CPU has nothing to choose
+        CHECK_EQ(m.calls, 0);
+        CHECK_OK(moe_plan_autotune(p.plan[1], p.weights[1], &tune, &err));
+        CHECK_EQ(m.calls, 8); // four tiles, one and eight tokens
+        CHECK(m.last == m.total && m.total == 8);
+        CHECK_EQ(tuned_info(p.plan[1], 8, &rows), 1);
+        CHECK_EQ(rows, fastest(&m));
+        CHECK_OK(moe_plan_get_info(p.plan[1], &p.info[1], &err));
+        check_layer(&p, &c, 0, "with measured tiles");
+        CHECK_OK(moe_plan_autotune(p.plan[1], p.weights[1], &tune, &err)); // known
+        CHECK_EQ(m.calls, 8);
+        REQUIRE(find_measured(folder, path));
+        REQUIRE_OK(moe_plan_create(own, &l, &p.desc, &plan, &err)); // another plan finds it
+        CHECK_EQ(tuned_info(plan, 8, &rows), 1);
+        CHECK_EQ(rows, fastest(&m));
+        CHECK_OK(moe_plan_autotune(plan, p.weights[1], &tune, &err));
+        CHECK_EQ(m.calls, 8);
+        moe_plan_destroy(plan);
+        p.desc.max_tokens = 7; // other numbers of tokens are another question
+        REQUIRE_OK(moe_plan_create(own, &l, &p.desc, &plan, &err));
+        CHECK_EQ(tuned_info(plan, 7, &rows), 0);
+        moe_plan_destroy(plan);
+        p.desc.max_tokens = 8;
+        for (int i = 0; i < 3; i++) { // cut, of another key, of tiles that there are not: passed over
+            static const char *const damage[] = { "head -c 90", "sed 's/^[0-9a-f]/g/'", "sed 's/_t128x[0-9]*/_t128x24/'" };
+            char command[8000];
+            snprintf(command, sizeof command, "%s '%s' >'%s.new' && cp '%s' '%s.old' && mv '%s.new' '%s'", damage[i],
+                     path, path, path, path, path, path);
+            CHECK_EQ(system(command), 0);
+            REQUIRE_OK(moe_plan_create(own, &l, &p.desc, &plan, &err));
+            CHECK_EQ(tuned_info(plan, 8, &rows), 0);
+            moe_plan_destroy(plan);
+            snprintf(command, sizeof command, "mv '%s.old' '%s'", path, path);
+            CHECK_EQ(system(command), 0);
+        }
+        CHECK_EQ(remove(path), 0);
+        REQUIRE_OK(moe_plan_create(own, &l, &p.desc, &plan, &err));
+        CHECK_EQ(tuned_info(plan, 8, &rows), 0);
+        memset(&m, 0, sizeof m);
+        tune.budget_ms = 1; // ends within the first of them: nothing is decided, nothing kept
+        CHECK_OK(moe_plan_autotune(plan, p.weights[1], &tune, &err));
+        if (!gpu_large()) { // a real device may be done by then
+            CHECK_EQ(m.calls, 0);
+            CHECK_EQ(tuned_info(plan, 8, &rows), 0);
+            CHECK(!find_measured(folder, path));
+        }
+        moe_plan_destroy(plan);
+        pair_close(&p);
+    }
+    gpu.ctx = before;
+    gpu.cuda = before->cuda;
+    moe_context_destroy(own);
+}
+
 TEST(what_is_not_built_is_refused_by_name)
 {
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
@@ -1035,7 +1209,8 @@ TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
           T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
-          T(a_layer_only_enqueues_and_is_replayed_from_a_graph)
+          T(a_layer_only_enqueues_and_is_replayed_from_a_graph) T(tiles_do_not_change_a_bit)
+          T(tiles_are_measured_once_and_kept)
           T(two_streams_with_two_workspaces) T(several_devices_in_one_process)
           T(an_event_is_recorded_before_the_second_product) T(a_replaced_expert_is_the_new_one)
           T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
