@@ -141,8 +141,8 @@
 //     bandwidth what each would take. moe_plan_query() and moe_plan_get_info() tell the plan's, and of all others the
 //     reason or the cost. What no kernel of this version has is listed as "not built". A plan has up to three sets of
 //     products, for calls of up to 64, up to 512, and more tokens; the tiles of each are those that cost least for its
-//     most tokens, or that moe_plan_autotune() measured to be fastest, then or on such a chip before. They do not change
-//     a result's bits. moe_jit_precompile() compiles those of every known chip of a target.
+//     most tokens, or that moe_plan_autotune() measured to be fastest, now or on such a chip before. Tiles do not
+//     change a result's bits. moe_jit_precompile() compiles those of every known chip of a target.
 //
 // LAYERS ON CUDA
 //     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
@@ -1066,10 +1066,11 @@ MOE_API int32_t moe_plan_get_info(const moe_plan *plan, moe_plan_info *info, moe
 MOE_API void moe_plan_destroy(moe_plan *plan); // after the last work that uses it has finished
 
 typedef struct moe_autotune_progress {
-    int32_t done, total; // pairs of a number of tokens and tiles that have been timed, and of all that are to be
-    int32_t tokens;      // of the calls
-    int32_t tile_rows;   // token rows of the tiles
-    double us;           // of one call, the least of three times
+    int32_t done;      // pairs of a number of tokens and tiles that have been timed
+    int32_t total;     // that are to be
+    int32_t tokens;    // of the calls
+    int32_t tile_rows; // token rows of the tiles
+    double us;         // of one call, the least of three times
 } moe_autotune_progress;
 
 typedef struct moe_autotune_desc {
@@ -1084,8 +1085,8 @@ typedef struct moe_autotune_desc {
 // experts, and gives the plan the fastest. What was measured on such a chip before, for a plan with the same products,
 // is not measured again: results lie in the cache folder, a file each, where every later plan finds them. A set of
 // tiles whose turn has not ended when budget_ms is used up stays as it was. desc NULL: defaults. CUDA: compiles what
-// candidates lack, takes device memory for inputs and a workspace meanwhile, waits for the device; `plan` must not be in
-// use, and moe_plan_get_info() may say another workspace_bytes afterwards. Nothing to choose (CPU, embedded PTX): MOE_OK.
+// candidates lack, takes device memory for inputs and a workspace meanwhile, waits for the device; `plan` must not be
+// in use, and moe_plan_get_info() may say another workspace_bytes afterwards. CPU, embedded PTX: nothing to choose.
 MOE_API int32_t moe_plan_autotune(moe_plan *plan, const moe_weights *weights, const moe_autotune_desc *desc,
                                   moe_error *err);
 
@@ -14395,8 +14396,8 @@ static void moe__tuned_key(const moe_context *ctx, const moe_layer_desc *layer, 
     int32_t points[MOE__TUNE_POINTS], count = moe__tune_points(sets, set, points);
     moe__text_format(&text, "%s %s %d %d %d %d\n", cuda->chip, cuda->name, cuda->sms, cuda->smem_optin, cuda->smem_sm,
                      cuda->memory_gbps);
-    moe__text_format(&text, "%d %d %d %d %d %d %d %d %d %d %d %d %d\n", p.format, p.block, p.dtype, p.hidden, p.features,
-                     p.activation, p.bias1, p.bias2, p.experts, p.local, p.always, p.top_k, p.x_dtype);
+    moe__text_format(&text, "%d %d %d %d %d %d %d %d %d %d %d %d %d\n", p.format, p.block, p.dtype, p.hidden,
+                     p.features, p.activation, p.bias1, p.bias2, p.experts, p.local, p.always, p.top_k, p.x_dtype);
     moe__text_format(&text, "%d %d %d %d %d %d %d\n", p.clamp, p.weight_on_input, layer->row_norm, desc->out_dtype,
                      sets->set[set].rows_dtype, layer->parallel.omit_common ? 0 : layer->shared.count,
                      layer->shared.intermediate_size);
