@@ -154,7 +154,10 @@
 //     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory
 //     too, where everything that writes them has ended. moe_weights_replace_expert() copies on `stream` and waits for
 //     that stream. moe_weights_read_row() and _save() copy blocks back. Saved weights are for the CPU or for CUDA, as
-//     the context that saved them.
+//     the context that saved them. Experts that the device has no room for may lie in page-locked host memory of the
+//     caller's (moe_weights_desc.memory with MOE_MEMORY_HOST); only their addresses and the layer's tables take device
+//     memory then. Results are the same bits. Each call reads the blocks of the experts that it uses over the bus, once
+//     per tile of an expert's rows, and PCIe 5.0 x16 carries 63 GB/s at most: device memory has 50 times that.
 //     Every pointer in moe_execute_args and moe_permutation is a device address, a multiple of its elements' size;
 //     calls only enqueue, and may be captured. Routing gives the CPU's bits. Products are multiplied in 16 bits with
 //     sums of fp32, K ascending, so that a call gives the same bits every time; the intermediate is rounded once. Rows
@@ -951,8 +954,9 @@ MOE_API int32_t moe_checkpoint_facts(const moe_checkpoint *ckpt, int32_t layer_i
 typedef struct moe_weights_desc {
     uint32_t struct_size;
     int32_t memory_kind;   // moe_memory of `memory`
-    void *memory;          // NULL: the library allocates; else the caller's, 256-aligned, kept until destroy: on the
-                           // device where CUDA runs the layer, else on the host
+    void *memory;          // NULL: the library allocates, on the device where CUDA runs the layer; else the caller's,
+                           // 256-aligned, kept until destroy. On the host where CUDA runs the layer: page-locked by
+                           // cuMemHostAlloc or cuMemHostRegister, and read over the bus by every call
     uint64_t memory_bytes; // at least moe_plan_info.weight_bytes
     uint32_t reserved[8];
 } moe_weights_desc;
@@ -7434,6 +7438,7 @@ enum { // numbers of cuda.h
     X(cuFuncLoad, "", 12040, 0, (moe__cu_function function)) \
     X(cuMemAlloc, "_v2", 12000, 1, (moe__cu_ptr *ptr, size_t bytes)) \
     X(cuMemFree, "_v2", 12000, 1, (moe__cu_ptr ptr)) \
+    X(cuMemHostGetDevicePointer, "_v2", 12000, 1, (moe__cu_ptr *ptr, void *host, unsigned flags)) \
     X(cuMemcpyHtoD, "_v2", 12000, 1, (moe__cu_ptr to, const void *from, size_t bytes)) \
     X(cuMemcpyDtoH, "_v2", 12000, 1, (void *to, moe__cu_ptr from, size_t bytes)) \
     X(cuMemcpyHtoDAsync, "_v2", 12000, 1, \
@@ -9526,7 +9531,8 @@ struct moe_weights {
     uint64_t mapping_bytes;
 #if !defined(MOE_NO_CUDA)
     moe__device_tables device; // made when sealed in a CUDA context
-    moe__cu_ptr device_blocks; // layout.tables bytes of blocks, then their addresses; 0: they are in host memory
+    moe__cu_ptr device_blocks;    // layout.tables bytes, as the device addresses them; 0: the CPU's, in `memory`
+    moe__cu_ptr device_addresses; // of the blocks: behind them, or owned where the blocks lie in host memory
 #endif
 };
 
@@ -9591,10 +9597,15 @@ static moe__cu_ptr moe__device_block(const moe_weights *weights, int32_t local)
            (local < layout->blocks ? (uint64_t)local * layout->expert.bytes : layout->shared_offset);
 }
 
+static moe__cu_ptr moe__device_behind_blocks(const moe_weights *weights)
+{
+    return weights->device_blocks + weights->layout.tables;
+}
+
 // The table of all these.
 static const uint64_t *moe__device_addresses(const moe_weights *weights)
 {
-    return (const uint64_t *)(uintptr_t)(weights->device_blocks + weights->layout.tables);
+    return (const uint64_t *)(uintptr_t)weights->device_addresses;
 }
 #endif
 
@@ -10898,9 +10909,6 @@ static int32_t moe__weights_check_memory(const moe_weights_desc *desc, const moe
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory", "is NULL, but desc.memory_bytes is %U",
                          desc->memory_bytes);
     }
-    if (desc->memory_kind == MOE_MEMORY_HOST && layout->tiled)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "desc.memory_kind",
-                         "is MOE_MEMORY_HOST: these weights are packed in device memory");
     if ((uintptr_t)desc->memory % MOE__LAYOUT_ALIGN != 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory", "is not aligned to %d bytes",
                          (int32_t)MOE__LAYOUT_ALIGN);
@@ -10949,6 +10957,8 @@ MOE_API void moe_weights_destroy(moe_weights *weights)
     if (weights->device.memory != 0) moe__device_free(weights->ctx, weights->device.memory, weights->device.bytes);
     if (weights->device_blocks != 0 && weights->owns_memory)
         moe__device_free(weights->ctx, weights->device_blocks, moe__layout_weight_bytes(&weights->layout));
+    if (weights->device_addresses != 0 && weights->device_addresses != moe__device_behind_blocks(weights))
+        moe__device_free(weights->ctx, weights->device_addresses, moe__layout_addresses(&weights->layout));
 #endif
     if (weights->layout.tiled)
         moe__free(allocator, weights->tables, weights->layout.bytes - weights->layout.tables);
@@ -10957,8 +10967,24 @@ MOE_API void moe_weights_destroy(moe_weights *weights)
 }
 
 #if !defined(MOE_NO_CUDA)
-// Blocks of zeros and the table of their addresses in memory of the device, the caller's or new; tables in host memory.
-static int32_t moe__device_place(moe_weights *weights, void *memory, moe_error *err)
+// Where the device finds host memory of the caller's.
+static int32_t moe__device_map(const moe_context *ctx, void *memory, moe__cu_ptr *out, moe_error *err)
+{
+    moe__cuda_scope scope;
+    moe__cu_result found;
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    found = ctx->cuda->cuMemHostGetDevicePointer(out, memory, 0);
+    moe__cuda_end(ctx, &scope);
+    if (found == 0) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.memory",
+                     "is host memory that the device cannot address: it must come from cuMemHostAlloc or be registered "
+                     "by cuMemHostRegister (%s, %d)", moe__cuda_error_name(ctx->cuda, found), (int32_t)found);
+}
+
+// Blocks of zeros, new ones on the device or in the caller's memory there or on the host, and the table of their
+// addresses, which every CTA reads and so lies on the device always. The tables of >>layout are in host memory.
+static int32_t moe__device_place(moe_weights *weights, void *memory, int32_t kind, moe_error *err)
 {
     const moe__layout *layout = &weights->layout;
     const moe_context *ctx = weights->ctx;
@@ -10967,25 +10993,30 @@ static int32_t moe__device_place(moe_weights *weights, void *memory, moe_error *
     int32_t result = MOE_OK;
     weights->tables = (unsigned char *)moe__alloc(allocator, layout->bytes - layout->tables);
     if (weights->tables == NULL) return moe__fail_memory(err, layout->bytes - layout->tables);
-    weights->device_blocks = (moe__cu_ptr)(uintptr_t)memory;
     weights->owns_memory = memory == NULL;
     if (memory == NULL) result = moe__device_new(ctx, bytes, &weights->device_blocks, err);
+    else if (kind == MOE_MEMORY_HOST) result = moe__device_map(ctx, memory, &weights->device_blocks, err);
+    else weights->device_blocks = (moe__cu_ptr)(uintptr_t)memory;
     if (result != MOE_OK || (result = moe__device_clear(ctx, weights->device_blocks, bytes, err)) != MOE_OK)
         return result;
+    if (memory == NULL || kind == MOE_MEMORY_DEVICE) weights->device_addresses = moe__device_behind_blocks(weights);
+    else result = moe__device_new(ctx, moe__layout_addresses(layout), &weights->device_addresses, err);
+    if (result != MOE_OK) return result;
     if ((table = (uint64_t *)moe__alloc(allocator, table_bytes)) == NULL) return moe__fail_memory(err, table_bytes);
     for (int32_t i = 0; i <= layout->blocks; i++) table[i] = (uint64_t)moe__device_block(weights, i);
-    result = moe__device_put(ctx, weights->device_blocks + layout->tables, table, table_bytes, ctx->cuda->stream, err);
+    result = moe__device_put(ctx, weights->device_addresses, table, table_bytes, ctx->cuda->stream, err);
     moe__free(allocator, table, table_bytes);
     return result;
 }
 #endif
 
 // Memory of the weights' size; that of desc, where there is one.
-static int32_t moe__weights_allocate(moe_weights *weights, void *memory, moe_error *err)
+static int32_t moe__weights_allocate(moe_weights *weights, void *memory, int32_t kind, moe_error *err)
 {
 #if !defined(MOE_NO_CUDA)
-    if (weights->layout.tiled) return moe__device_place(weights, memory, err);
+    if (weights->layout.tiled) return moe__device_place(weights, memory, kind, err);
 #endif
+    (void)kind;
     if (memory == NULL) {
         memory = moe__alloc(&weights->ctx->desc.allocator, weights->layout.bytes);
         if (memory == NULL) return moe__fail_memory(err, weights->layout.bytes);
@@ -11009,7 +11040,7 @@ MOE_API int32_t moe_weights_create(moe_context *ctx, const moe_layer_desc *layer
         (result = moe__weights_new(ctx, &resolved, &weights, err)) != MOE_OK)
         return result;
     if ((result = moe__weights_check_memory(&checked, &weights->layout, err)) != MOE_OK ||
-        (result = moe__weights_allocate(weights, checked.memory, err)) != MOE_OK) {
+        (result = moe__weights_allocate(weights, checked.memory, checked.memory_kind, err)) != MOE_OK) {
         moe_weights_destroy(weights);
         return result;
     }
@@ -11708,7 +11739,7 @@ static int32_t moe__load_data(moe_weights *weights, const unsigned char *data, m
 #if !defined(MOE_NO_CUDA)
     const moe__layout *layout = &weights->layout;
     if (layout->tiled) { // one copy is enough: the file is closed
-        int32_t result = moe__weights_allocate(weights, NULL, err);
+        int32_t result = moe__weights_allocate(weights, NULL, MOE_MEMORY_DEVICE, err);
         if (result == MOE_OK)
             result = moe__device_put(weights->ctx, weights->device_blocks, data, layout->tables,
                                      weights->ctx->cuda->stream, err);
