@@ -532,6 +532,15 @@ TEST(experts_in_host_memory_that_the_device_addresses)
         else GPU_CALL(gpu_calls.host_alloc(&desc.memory, bytes, 2));
         gpu_leave();
         host = (const unsigned char *)desc.memory;
+        if (gpu_calls.leaks != NULL) { // no device memory for the addresses
+            int before = gpu_calls.leaks(NULL, 0);
+            setenv("MOE_EMU_FAIL", "cuMemAlloc:1=2", 1);
+            GPU_CALL(gpu_calls.init(0));
+            CHECK_ERR(moe_weights_create(gpu.ctx, &l, &desc, &mapped, &err), MOE_ERROR_MEMORY, "");
+            unsetenv("MOE_EMU_FAIL");
+            GPU_CALL(gpu_calls.init(0));
+            CHECK_EQ(gpu_calls.leaks(NULL, 0), before);
+        }
         CHECK_OK(moe_weights_create(gpu.ctx, &l, &desc, &mapped, &err));
         if (mapped != NULL) {
             for (int32_t e = 0; e < 3; e++) set_plain_expert(mapped, &l, e);

@@ -139,7 +139,7 @@ if [ -f README.md ]; then
         [ "$lines" -ge 15 ] && [ "$lines" -le 25 ] || { echo "$lines lines"; return 1; }
         program=$2
         shift 2
-        $CC -std=c99 -Wall -Wextra -Werror -O1 -I. -o "$temp/$program" "$temp/$program.c" "$@" -lpthread
+        $CC -std=c99 -Wall -Wextra -Werror -I. -o "$temp/$program" "$temp/$program.c" "$@" -lpthread
     }
     try "README's program builds" readme 1 readme
     try "README's program runs" says "^[0-9.-]" "$temp/readme"
