@@ -65,6 +65,7 @@ int main(void)
     MEMBER(moe_router_desc, input_multiplier)
     MEMBER(moe_router_desc, bias)
     MEMBER(moe_router_desc, input_size)
+    MEMBER(moe_router_desc, dtype)
     MEMBER(moe_router_desc, reserved)
 
     STRUCT(moe_shared_desc)

@@ -359,6 +359,8 @@ static int pair_table(const pair *p, moe_weights *weights, int role, int64_t row
     float *data = (float *)malloc((size_t)(rows * columns) * sizeof data[0]);
     int rank = role == MOE_TENSOR_ROUTER || (role == MOE_TENSOR_SELECT_BIAS && rows > 1) ? 2 : 1, result;
     for (int64_t i = 0; i < rows * columns; i++) data[i] = offset + scale * test_random_float(&state);
+    for (int64_t i = 0; i < rows * columns && role == MOE_TENSOR_ROUTER; i++)
+        if (p->layer.router.dtype == MOE_DTYPE_BF16) data[i] = moe__bf16_to_f32(moe__f32_to_bf16(data[i]));
     result = pair_tensor(weights, role, -1, rank, rank == 2 ? rows : columns, columns, 0, MOE_DTYPE_F32, data, err);
     free(data);
     return result;

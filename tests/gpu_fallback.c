@@ -86,18 +86,117 @@ TEST(router_logits)
     check_router(64, 40, 1);
 }
 
-// Both kernels of the router's product are there, and every one that a plan would run.
+// Whole layers of bf16: the bits of the reference, whose sums of these values are exact.
+static void check_layer(int activation, int out_dtype, int tokens)
+{
+    enum { H = 72, SLOTS = 2 };
+    moe_reference_layer_args r;
+    moe_execute_args args;
+    pair p = { 0 };
+    float *x = (float *)malloc((size_t)tokens * H * 4), *want = (float *)malloc((size_t)tokens * H * 4);
+    float *weights = (float *)malloc((size_t)tokens * SLOTS * 4);
+    int32_t *ids = (int32_t *)malloc((size_t)tokens * SLOTS * 4);
+    uint16_t *narrow = (uint16_t *)malloc((size_t)tokens * H * 2);
+    uint8_t *got = (uint8_t *)malloc((size_t)tokens * H * 4);
+    uint64_t seed = 11;
+    int bytes = moe_dtype_bits(out_dtype) / 8, wrong = 0;
+    p.layer.hidden_size = H;
+    p.layer.intermediate_size = 40;
+    p.layer.format = MOE_FORMAT_BF16;
+    p.layer.activation.kind = activation;
+    p.layer.shared.count = 1;
+    p.layer.shared.intermediate_size = 40;
+    p.layer.shared.gate = 1;
+    p.desc.max_tokens = tokens;
+    p.desc.out_dtype = out_dtype;
+    p.router = 1;
+    if (pair_make(&p, &(moe_routing_desc){ .score = MOE_SCORE_SOFTMAX, .score_order = MOE_SCORE_BEFORE_TOPK,
+                                           .top_k = SLOTS }, 6)) {
+        CHECK(p.plan[1]->stages.ptx && p.plan[1]->sets.count == 1);
+        for (int i = 0; i < tokens * H; i++) {
+            x[i] = (float)((int)(test_random_u32(&seed) % 9) - 4) * 0.25f;
+            narrow[i] = moe__f32_to_bf16(x[i]);
+        }
+        for (int i = 0; i < tokens * SLOTS; i++) {
+            ids[i] = (int32_t)(test_random_u32(&seed) % 7) - 1;
+            weights[i] = (float)(test_random_u32(&seed) % 8) * 0.125f;
+        }
+        memset(&r, 0, sizeof r);
+        r.num_tokens = tokens;
+        r.rows_dtype = MOE_DTYPE_BF16;
+        r.x = x;
+        r.ids = ids;
+        r.weights = weights;
+        r.rows = moe_weights_row;
+        r.rows_user = p.weights[0];
+        r.out = want;
+        CHECK_OK(moe_reference_layer(&p.layer, &r, &err));
+        memset(&args, 0, sizeof args);
+        args.input_mode = MOE_INPUT_IDS;
+        args.num_tokens = tokens;
+        args.x = gpu_copy(narrow, (size_t)tokens * H * 2);
+        args.ids = gpu_copy(ids, (size_t)tokens * SLOTS * 4);
+        args.weights = gpu_copy(weights, (size_t)tokens * SLOTS * 4);
+        args.out = gpu_make((size_t)(tokens * H * bytes));
+        args.workspace_bytes = p.info[1].workspace_bytes;
+        args.workspace = gpu_make_raw((size_t)args.workspace_bytes);
+        CHECK_OK(moe_execute_check(p.plan[1], p.weights[1], &args, &err));
+        CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &args, NULL), MOE_OK);
+        gpu_get(got, args.out, (size_t)(tokens * H * bytes));
+        for (int i = 0; i < tokens * H; i++)
+            wrong += moe__load(got, out_dtype, i) != moe__round_to(want[i], out_dtype);
+        CHECK_EQ(wrong, 0);
+        gpu_release();
+        pair_close(&p);
+    }
+    free(x);
+    free(want);
+    free(weights);
+    free(ids);
+    free(narrow);
+    free(got);
+}
+
+TEST(layers)
+{
+    if (!fallback_open()) return;
+    check_layer(MOE_ACTIVATION_RELU, MOE_DTYPE_F32, 5);
+    check_layer(MOE_ACTIVATION_RELU, MOE_DTYPE_BF16, 70);
+}
+
+// Every kernel that a plan would run: of layers with these types of x and output, gated and not, and no other.
 TEST(what_is_embedded)
 {
-    moe_layer_desc layer = { .num_experts = 64, .routing = { .top_k = 2 } };
-    moe_plan_desc plan = { .max_tokens = 5 };
-    moe__instance instances[MOE__KERNELS];
+    static const int out[] = { MOE_DTYPE_BF16, MOE_DTYPE_F32 }, xs[] = { MOE_DTYPE_BF16, MOE_DTYPE_F32, MOE_DTYPE_F16 };
+    char names[64][sizeof ((moe__instance *)0)->name];
     int32_t count = 0, used = 0;
-    moe__instances_ptx(&layer, &plan, instances);
-    for (int i = 0; i < MOE__KERNELS; i++) {
-        if (instances[i].entry == NULL) continue;
-        used++;
-        CHECK(moe__ptx_find(&instances[i]) != NULL);
+    moe__tile_chip chip;
+    moe__tile_chip_make(&chip, 80, 108, 166912, 167936, 0, 0);
+    for (int i = 0; i < 24; i++) {
+        moe_layer_desc layer = { .num_experts = 64, .hidden_size = 64, .intermediate_size = 64 };
+        moe_plan_desc plan = { .max_tokens = 5 };
+        moe__instance instances[MOE__KERNELS];
+        moe__gemm_sets sets;
+        int products;
+        layer.routing.top_k = 2;
+        layer.format = i % 2 == 0 ? MOE_FORMAT_BF16 : MOE_FORMAT_F16;
+        layer.activation.kind = i / 2 % 2 == 0 ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_RELU;
+        layer.routing.score = MOE_SCORE_SOFTMAX;
+        layer.routing.score_order = MOE_SCORE_AFTER_TOPK;
+        plan.out_dtype = out[i / 4 % 2];
+        plan.x_dtype = xs[i / 8];
+        REQUIRE_OK(moe_layer_resolve(&layer, &err));
+        moe__sets_ptx(&layer, &plan, &chip, &sets);
+        products = layer.format == MOE_FORMAT_BF16 && plan.x_dtype == MOE_DTYPE_BF16;
+        CHECK_EQ(sets.count, products);
+        moe__instances_ptx(&layer, &plan, &sets, instances);
+        for (int k = 0; k < MOE__KERNELS; k++) {
+            int at = 0;
+            if (instances[k].entry == NULL) continue;
+            CHECK(moe__ptx_find(&instances[k]) != NULL);
+            while (at < used && strcmp(names[at], instances[k].name) != 0) at++;
+            if (at == used) strcpy(names[used++], instances[k].name);
+        }
     }
     CHECK(moe__kernel_ptx(&count) != NULL);
     CHECK_EQ(count, used);
@@ -125,6 +224,7 @@ TEST(a_plan_that_has_none_says_what_was_tried)
 TEST_MAIN(
     T(routing_and_permuting)
     T(router_logits)
+    T(layers)
     T(what_is_embedded)
     T(a_plan_that_has_none_says_what_was_tried)
 )

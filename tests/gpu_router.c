@@ -129,11 +129,15 @@ TEST(norm_scale_multiplier_and_bias)
 TEST(the_matrix_keeps_its_values)
 {
     if (!gpu_open()) return;
-    for (int narrow = 0; narrow < 3; narrow++) {
+    for (int i = 0; i < 6; i++) { // values of f32, one of it, of bf16; and layers that say what they are
+        static const int narrows[] = { 0, 1, 2, 0, 2, 2 };
+        static const int dtypes[] = { 0, 0, 0, MOE_DTYPE_F32, MOE_DTYPE_F32, MOE_DTYPE_BF16 };
+        int narrow = narrows[i];
         product r = { 0 };
         r.tokens = 3;
+        r.p.layer.router.dtype = dtypes[i];
         if (product_open(&r, 16, 64, 5)) {
-            for (int i = 0; i < 2; i++) { // weights of our own instead of the random ones
+            for (int side = 0; side < 2; side++) { // weights of our own instead of the random ones
                 moe_error err;
                 float matrix[16 * 64];
                 moe_weights *weights = NULL;
@@ -142,13 +146,16 @@ TEST(the_matrix_keeps_its_values)
                     matrix[j] = moe__bf16_to_f32(moe__f32_to_bf16(test_random_float(&seed))) +
                                 (narrow == 0 || (narrow == 1 && j == 1023) ? 1e-4f : 0);
                 memset(&err, 0, sizeof err);
-                CHECK_OK(moe_weights_create(i == 0 ? gpu.cpu : gpu.ctx, &r.p.layer, NULL, &weights, &err));
+                CHECK_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &r.p.layer, NULL, &weights, &err));
                 CHECK_OK(pair_experts(&r.p, weights, &err));
                 CHECK_OK(pair_tensor(weights, MOE_TENSOR_ROUTER, -1, 2, 16, 64, 0, MOE_DTYPE_F32, matrix, &err));
                 CHECK_OK(moe_weights_seal(weights, &err));
-                moe_weights_destroy(r.p.weights[i]);
-                r.p.weights[i] = weights;
+                moe_weights_destroy(r.p.weights[side]);
+                r.p.weights[side] = weights;
             }
+            CHECK_EQ(r.p.weights[1]->device.router_bf16, narrow == 2 && dtypes[i] != MOE_DTYPE_F32);
+            CHECK_EQ(r.p.plan[1]->stages.kernel[MOE__KERNEL_ROUTER_F32] != NULL, dtypes[i] != MOE_DTYPE_BF16);
+            CHECK_EQ(r.p.plan[1]->stages.kernel[MOE__KERNEL_ROUTER_BF16] != NULL, dtypes[i] != MOE_DTYPE_F32);
             product_run(&r, narrow == 2 ? "bf16" : "f32");
         }
         product_free(&r);

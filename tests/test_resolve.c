@@ -112,6 +112,7 @@ TEST(every_illegal_flag_and_scale_is_refused_by_name)
     ILLEGAL("layer.router.norm_epsilon", l.router.norm_epsilon = -1e-6f);
     ILLEGAL("layer.router.input_multiplier", l.router.input_multiplier = not_a_number());
     ILLEGAL("layer.router.input_size", l.router.input_size = -1);
+    ILLEGAL("layer.router.dtype", l.router.dtype = MOE_DTYPE_F16);
 }
 
 TEST(every_illegal_activation_is_refused_by_name)

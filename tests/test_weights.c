@@ -957,6 +957,38 @@ TEST(the_router_is_optional_but_not_without_its_bias)
     moe_context_destroy(ctx);
 }
 
+TEST(a_router_that_is_not_of_the_type_that_the_layer_says_is_refused)
+{
+    static const int dtypes[] = { 0, MOE_DTYPE_F32, MOE_DTYPE_BF16 };
+    moe_context *ctx = open_context(NULL, 1);
+    moe_plan *plan;
+    for (int i = 0; i < 6; i++) {
+        moe_layer_desc layer = make_layer(8, 8, 2, MOE_FORMAT_F32, 1);
+        float values[16];
+        moe_tensor t = table(MOE_TENSOR_ROUTER, values, 2, 2, 8);
+        moe_execute_args args;
+        moe_weights *w;
+        int narrow = i % 2, dtype = dtypes[i / 2], result;
+        for (int j = 0; j < 16; j++) values[j] = j == 15 && !narrow ? 0.1f : (float)j;
+        layer.router.dtype = dtype;
+        w = make_weights(ctx, &layer, 0);
+        CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+        result = moe_weights_seal(w, &err);
+        CHECK_EQ(result, dtype == MOE_DTYPE_BF16 && !narrow ? MOE_ERROR_DATA : MOE_OK);
+        if (result != MOE_OK) CHECK_CONTAINS(err.text, "layer.router.dtype is BF16");
+        layer.router.dtype = dtype == 0 ? MOE_DTYPE_F32 : 0; // another plan's
+        REQUIRE_OK(moe_plan_create(ctx, &layer, NULL, &plan, &err));
+        memset(&args, 0, sizeof args);
+        if (result == MOE_OK) {
+            CHECK_ERR(moe_execute_check(plan, w, &args, &err), MOE_ERROR_ARGUMENT, "weights");
+            CHECK_CONTAINS(err.text, "layer.router.dtype");
+        }
+        moe_plan_destroy(plan);
+        moe_weights_destroy(w);
+    }
+    moe_context_destroy(ctx);
+}
+
 TEST(a_tensor_given_twice_is_refused_by_name_whole_or_in_part)
 {
     moe_context *ctx = open_context(NULL, 1);
@@ -2087,6 +2119,7 @@ TEST_MAIN(
     T(a_role_that_the_layer_does_not_have_is_refused_with_the_member_that_says_so)
     T(a_missing_tensor_is_named_and_all_are_counted)
     T(the_router_is_optional_but_not_without_its_bias)
+    T(a_router_that_is_not_of_the_type_that_the_layer_says_is_refused)
     T(a_tensor_given_twice_is_refused_by_name_whole_or_in_part)
     T(sealed_weights_refuse_tensors_and_a_second_seal)
     T(create_refuses_what_it_cannot_hold)
