@@ -733,6 +733,22 @@ TEST(an_event_is_recorded_before_the_second_product)
     pair_close(&p);
 }
 
+static moe_tensor tensor_of(int role, int expert, int rows, int columns, const float *data)
+{
+    moe_tensor t;
+    memset(&t, 0, sizeof t);
+    t.role = role;
+    t.expert = expert;
+    t.index = -1;
+    t.dtype = MOE_DTYPE_F32;
+    t.rank = columns > 0 ? 2 : 1;
+    t.dims[0] = rows;
+    t.dims[1] = columns;
+    t.data = data;
+    t.data_bytes = (uint64_t)rows * (uint64_t)(columns > 0 ? columns : 1) * 4;
+    return t;
+}
+
 TEST(a_replaced_expert_is_the_new_one)
 {
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
@@ -743,18 +759,8 @@ TEST(a_replaced_expert_is_the_new_one)
     moe_tensor t[2];
     if (!gpu_open()) return;
     memset(&p, 0, sizeof p);
-    memset(t, 0, sizeof t);
-    for (int i = 0; i < 2; i++) {
-        t[i].role = i == 0 ? MOE_TENSOR_UP : MOE_TENSOR_DOWN;
-        t[i].expert = 4;
-        t[i].index = -1;
-        t[i].dtype = MOE_DTYPE_F32;
-        t[i].rank = 2;
-        t[i].dims[0] = i == 0 ? I : H;
-        t[i].dims[1] = i == 0 ? H : I;
-        t[i].data = i == 0 ? up : down;
-        t[i].data_bytes = (uint64_t)I * H * 4;
-    }
+    t[0] = tensor_of(MOE_TENSOR_UP, 4, I, H, up);
+    t[1] = tensor_of(MOE_TENSOR_DOWN, 4, H, I, down);
     if (open_layer(&p, &l, 12)) {
         for (int side = 0; side < 2; side++)
             CHECK_OK(moe_weights_replace_expert(p.weights[side], 4, t, 2, NULL, &err));
@@ -763,6 +769,88 @@ TEST(a_replaced_expert_is_the_new_one)
     }
     free(up);
     free(down);
+}
+
+// Weights of these values with experts 2 and 5 pruned, in place of the pair's.
+static void prune(pair *p, const float *up, const float *down, const float *constant)
+{
+    for (int side = 0; side < 2; side++) {
+        moe_weights_destroy(p->weights[side]);
+        CHECK_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &p->layer, NULL, &p->weights[side], &err));
+        for (int e = 0; e < EXPERTS; e++) {
+            moe_tensor t = tensor_of(MOE_TENSOR_CONSTANT, e, H, 0, constant);
+            if (e == 2 || e == 5) {
+                CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
+                continue;
+            }
+            t = tensor_of(MOE_TENSOR_UP, e, I, H, up);
+            CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
+            t = tensor_of(MOE_TENSOR_DOWN, e, H, I, down);
+            CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
+        }
+        CHECK_OK(moe_weights_seal(p->weights[side], &err));
+    }
+}
+
+TEST(a_pruned_expert_gives_its_constant)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call few = logits_of(20), many = logits_of(70);
+    uint64_t state = 12;
+    float *up = grid_values(I * H, 0.125f, 4, &state), *down = grid_values(H * I, 0.125f, 4, &state);
+    float *constant = grid_values(H, 0.5f, 4, &state);
+    const char *path = test_temp("pruned.moe");
+    moe_tensor t[2];
+    moe_weights *loaded;
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    if (open_layer(&p, &l, 70)) {
+        prune(&p, up, down, constant);
+        check_layer(&p, &few, 1, "pruned, few tokens");
+        check_layer(&p, &many, 1, "pruned, many tokens");
+        t[0] = tensor_of(MOE_TENSOR_CONSTANT, 1, H, 0, constant); // one more, while the others are in use
+        for (int side = 0; side < 2; side++)
+            CHECK_OK(moe_weights_replace_expert(p.weights[side], 1, t, 1, NULL, &err));
+        check_layer(&p, &few, 1, "pruned later");
+        CHECK_OK(moe_weights_save(p.weights[1], path, &err));
+        REQUIRE_OK(moe_weights_load(gpu.ctx, &p.layer, path, &loaded, &err));
+        moe_weights_destroy(p.weights[1]);
+        p.weights[1] = loaded;
+        check_layer(&p, &few, 1, "pruned, saved and loaded");
+        t[0] = tensor_of(MOE_TENSOR_UP, 2, I, H, up); // back
+        t[1] = tensor_of(MOE_TENSOR_DOWN, 2, H, I, down);
+        for (int side = 0; side < 2; side++)
+            CHECK_OK(moe_weights_replace_expert(p.weights[side], 2, t, 2, NULL, &err));
+        check_layer(&p, &few, 1, "with matrices again");
+        pair_close(&p);
+    }
+    free(up);
+    free(down);
+    free(constant);
+}
+
+TEST(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call c = logits_of(20);
+    uint64_t state = 12;
+    float *up = grid_values(I * H, 0.125f, 4, &state), *down = grid_values(H * I, 0.125f, 4, &state);
+    float *constant = grid_values(H, 0.5f, 4, &state);
+    pair p;
+    if (!gpu_open()) return;
+    for (int rank = 0; rank < 2; rank++) {
+        memset(&p, 0, sizeof p);
+        l.parallel.tp_size = 2;
+        l.parallel.tp_rank = rank;
+        if (!open_layer(&p, &l, 20)) break;
+        prune(&p, up, down, constant);
+        check_layer(&p, &c, 1, rank == 0 ? "rank 0" : "rank 1");
+        pair_close(&p);
+    }
+    free(up);
+    free(down);
+    free(constant);
 }
 
 // ---- rows in expert order -------------------------------------------------------------------------------------------
@@ -1213,5 +1301,6 @@ TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_
           T(tiles_are_measured_once_and_kept)
           T(two_streams_with_two_workspaces) T(several_devices_in_one_process)
           T(an_event_is_recorded_before_the_second_product) T(a_replaced_expert_is_the_new_one)
+          T(a_pruned_expert_gives_its_constant) T(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
           T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
           T(what_is_not_built_is_refused_by_name))
