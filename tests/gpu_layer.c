@@ -783,9 +783,9 @@ static void prune(pair *p, const float *up, const float *down, const float *cons
                 CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
                 continue;
             }
-            t = tensor_of(MOE_TENSOR_UP, e, I, H, up);
+            t = tensor_of(MOE_TENSOR_UP, e, p->layer.intermediate_size, H, up);
             CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
-            t = tensor_of(MOE_TENSOR_DOWN, e, H, I, down);
+            t = tensor_of(MOE_TENSOR_DOWN, e, H, p->layer.intermediate_size, down);
             CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
         }
         CHECK_OK(moe_weights_seal(p->weights[side], &err));
@@ -835,10 +835,11 @@ TEST(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
     layer_call c = logits_of(20);
     uint64_t state = 12;
-    float *up = grid_values(I * H, 0.125f, 4, &state), *down = grid_values(H * I, 0.125f, 4, &state);
+    float *up = grid_values(48 * H, 0.125f, 4, &state), *down = grid_values(H * 48, 0.125f, 4, &state);
     float *constant = grid_values(H, 0.5f, 4, &state);
     pair p;
     if (!gpu_open()) return;
+    l.intermediate_size = 48;
     for (int rank = 0; rank < 2; rank++) {
         memset(&p, 0, sizeof p);
         l.parallel.tp_size = 2;
