@@ -10,6 +10,7 @@
 #include "../moe.h"
 #include "test.h"
 #include "gpu.h"
+#include "gpu_text.h"
 
 #include <math.h>
 
@@ -888,7 +889,7 @@ static void check_rows(const pair *p, const rows_call *c, const char *what)
     float *weights = grid_values((size_t)c->held, 0.25f, 8, &state);
     void *x = narrowed(values, n, x_dtype), *start = narrowed(old, n, out_dtype), *got = malloc(out_bytes + 4);
     unsigned char *memory = (unsigned char *)malloc(ws + 256), *cpu = (unsigned char *)malloc(out_bytes + 4);
-    uint32_t faults[2][MOE_FAULTS];
+    uint32_t faults[2][MOE_FAULTS], done[EXPERTS];
     moe_execute_args a;
     int results[2];
     rows_args(p, c, &a, state);
@@ -908,9 +909,17 @@ static void check_rows(const pair *p, const rows_call *c, const char *what)
     a.out_faults = (uint32_t *)gpu_make(sizeof faults[1]);
     a.workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
     a.workspace_bytes = p->info[1].workspace_bytes;
+    for (int e = 0; e < EXPERTS; e++) done[e] = 1000;
+    if (c->weights) a.done_signal = (uint32_t *)gpu_copy(done, sizeof done);
     results[1] = moe_execute(p->plan[1], p->weights[1], &a, NULL);
     gpu_get(faults[1], a.out_faults, sizeof faults[1]);
     gpu_get(got, a.out, out_bytes);
+    if (a.done_signal != NULL) gpu_get(done, a.done_signal, sizeof done);
+    for (int e = 0; e < p->info[1].local_experts && a.done_signal != NULL; e++) {
+        int rows = masked ? c->table[e] : c->table[e + 1] - c->table[e];
+        if (done[e] != 1000u + (uint32_t)(results[0] == MOE_OK ? rows : 0))
+            test_fail2(__FILE__, __LINE__, what, "another number of rows was signalled");
+    }
     gpu_release();
     CHECK_EQ(results[1], MOE_OK); // contents are not refused there
     if (results[0] != MOE_OK && results[0] != MOE_ERROR_DATA) test_fail2(__FILE__, __LINE__, what, "refused");
@@ -1061,6 +1070,62 @@ static void check_rows_out(const pair *p, int tokens, int finalize, const char *
     free(logits);
     free(narrow);
     free(memory);
+}
+
+typedef struct await_args { // of moe_k_await_rows
+    const void *done, *rows;
+    void *copy;
+    uint32_t count, words;
+} await_args;
+
+// A kernel on another stream, enqueued first, copies an expert's rows as soon as their signal says that they are there.
+TEST(a_signal_says_that_rows_are_there)
+{
+    enum { MOST = 9 };
+    static const int32_t counts[EXPERTS] = { 3, 0, 7, 1, 0, 5 };
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    moe_execute_args a;
+    moe_context *text;
+    moe__cu_function function;
+    await_args w;
+    uint64_t state = 3;
+    uint32_t zeros[EXPERTS] = { 0 };
+    float *values = grid_values(MOST * EXPERTS * H, 0.25f, 4, &state), *out, got[2][7 * H];
+    void *x = narrowed(values, MOST * EXPERTS * H, MOE_DTYPE_BF16), *stream;
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    p.desc.max_rows = MOST * EXPERTS;
+    text = gpu_text_open(test_data("gpu_signal.cu.inc"));
+    function = gpu_text_load(text, "moe_k_await_rows", (int)sizeof w, 128, 0);
+    if (open_layer(&p, &l, 8)) {
+        stream = gpu_stream();
+        memset(&a, 0, sizeof a);
+        a.input_mode = MOE_INPUT_MASKED;
+        a.rows_per_expert = MOST;
+        a.counts_or_offsets = (const int32_t *)gpu_copy(counts, sizeof counts);
+        a.x = gpu_copy(x, MOST * EXPERTS * H * 2);
+        a.out = out = (float *)gpu_make(MOST * EXPERTS * H * 4);
+        a.workspace = gpu_make_raw((size_t)p.info[1].workspace_bytes);
+        a.workspace_bytes = p.info[1].workspace_bytes;
+        a.done_signal = (uint32_t *)gpu_copy(zeros, sizeof zeros);
+        w.done = a.done_signal + 2;
+        w.rows = out + 2 * MOST * H;
+        w.copy = gpu_make(sizeof got[0]);
+        w.count = 7;
+        w.words = 7 * H;
+        CHECK_EQ(gpu_text_launch(function, 1, 128, 0, 0, 0, &w), 0); // on the legacy stream
+        CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &a, stream), MOE_OK);
+        gpu_get(got[0], w.copy, sizeof got[0]);
+        gpu_get(got[1], out + 2 * MOST * H, sizeof got[1]);
+        CHECK(memcmp(got[0], got[1], sizeof got[0]) == 0);
+        gpu_release();
+        gpu_stream_end(stream);
+        pair_close(&p);
+    }
+    moe_context_destroy(text);
+    free(values);
+    free(x);
 }
 
 TEST(rows_go_out_without_padding)
@@ -1286,7 +1351,9 @@ TEST(what_is_not_built_is_refused_by_name)
         CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &a, NULL), code); \
     } while (0)
     CHECK_OK(moe_execute_check(p.plan[1], p.weights[1], &good, &err));
-    REFUSED(a.done_signal = (uint32_t *)good.out, MOE_ERROR_UNSUPPORTED, "args.done_signal");
+    REFUSED(a.done_signal = (uint32_t *)good.out, MOE_ERROR_ARGUMENT, "args.done_signal");
+    REFUSED(a.flags = MOE_EXECUTE_ROWS_OUT; a.out_row_of_slot = (int32_t *)good.workspace;
+            a.done_signal = (uint32_t *)((char *)good.workspace + 2), MOE_ERROR_ARGUMENT, "args.done_signal");
     REFUSED(a.out = (char *)good.out + 2, MOE_ERROR_ARGUMENT, "args.out");
     REFUSED(a.x = (const char *)good.x + 1, MOE_ERROR_ARGUMENT, "args.x");
 #undef REFUSED
@@ -1299,7 +1366,7 @@ TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_
           T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
           T(a_layer_only_enqueues_and_is_replayed_from_a_graph) T(tiles_do_not_change_a_bit)
-          T(tiles_are_measured_once_and_kept)
+          T(tiles_are_measured_once_and_kept) T(a_signal_says_that_rows_are_there)
           T(two_streams_with_two_workspaces) T(several_devices_in_one_process)
           T(an_event_is_recorded_before_the_second_product) T(a_replaced_expert_is_the_new_one)
           T(a_pruned_expert_gives_its_constant) T(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
