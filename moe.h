@@ -147,9 +147,9 @@
 // LAYERS ON CUDA
 //     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
 //     multiples of 8, and the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version,
-//     and refused by name: f32 layers, pruned experts beside a norm of rows, always-on experts beside parameters of each expert's own,
-//     weights that are not f32 on MASKED or SORTED rows of the input; and where there is no NVRTC, layers and types
-//     that embedded PTX lacks: it has bf16 weights and x, output in bf16 or f32, tiles of 64 rows.
+//     and refused by name: f32 layers, pruned experts beside a norm of rows, always-on experts beside parameters of
+//     each expert's own, weights that are not f32 on MASKED or SORTED rows of the input; and where there is no NVRTC,
+//     layers and types that embedded PTX lacks: it has bf16 weights and x, output in bf16 or f32, tiles of 64 rows.
 //     moe_plan_create() compiles the products of such a layer also where only its stages are called. Experts of the
 //     layers that run are packed into device memory while tensors are set, in the layout that the kernels read, and are
 //     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory

@@ -1093,7 +1093,7 @@ TEST(a_signal_says_that_rows_are_there)
     float *values = grid_values(MOST * EXPERTS * H, 0.25f, 4, &state), *out, got[2][7 * H];
     void *x = narrowed(values, MOST * EXPERTS * H, MOE_DTYPE_BF16), *stream;
     pair p;
-    if (!gpu_open()) return;
+    if (!gpu_open_driver()) return;
     memset(&p, 0, sizeof p);
     p.desc.max_rows = MOST * EXPERTS;
     text = gpu_text_open(test_data("gpu_signal.cu.inc"));
@@ -1297,7 +1297,8 @@ TEST(tiles_are_measured_once_and_kept)
         moe_plan_destroy(plan);
         p.desc.max_tokens = 8;
         for (int i = 0; i < 3; i++) { // cut, of another key, of tiles that there are not: passed over
-            static const char *const damage[] = { "head -c 90", "sed 's/^[0-9a-f]/g/'", "sed 's/_t128x[0-9]*/_t128x24/'" };
+            static const char *const damage[] = { "head -c 90", "sed 's/^[0-9a-f]/g/'",
+                                                  "sed 's/_t128x[0-9]*/_t128x24/'" };
             char command[8000];
             snprintf(command, sizeof command, "%s '%s' >'%s.new' && cp '%s' '%s.old' && mv '%s.new' '%s'", damage[i],
                      path, path, path, path, path, path);
