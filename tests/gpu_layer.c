@@ -506,38 +506,54 @@ TEST(types_of_inputs_and_outputs)
     }
 }
 
+// Tokens alone, among 31 others, among all of 70 (8,192 on hardware), and with all in the opposite order: their rows.
 TEST(a_token_does_not_depend_on_its_batch)
 {
+    const int many = gpu_large() ? 8192 : 70;
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
-    layer_call all = logits_of(70), one = logits_of(1);
+    layer_call all = logits_of(many), some = logits_of(32), one = logits_of(1);
     layer_data d;
     uint64_t state = 99;
     pair p;
     int differ = 0;
-    float *rows = (float *)malloc(70 * H * 4), row[H];
+    float *rows = (float *)malloc((size_t)many * H * 4), *turned = (float *)malloc((size_t)many * H * 4), row[32 * H];
     if (!gpu_open()) return;
     memset(&p, 0, sizeof p);
     memset(&d, 0, sizeof d);
     p.desc.flags = MOE_PLAN_BATCH_INVARIANT;
-    d.x = grid_values(70 * H, 0.01f, 400, &state);
-    d.old = grid_values(70 * H, 1, 1, &state);
-    d.logits = grid_values(70 * EXPERTS, 0.125f, 40, &state);
-    if (open_layer(&p, &l, 70)) {
+    d.x = grid_values((size_t)many * H, 0.01f, 400, &state);
+    d.old = grid_values((size_t)many * H, 1, 1, &state);
+    d.logits = grid_values((size_t)many * EXPERTS, 0.125f, 40, &state);
+    if (open_layer(&p, &l, many)) {
+        layer_data back = d;
         CHECK_EQ(run_gpu(&p, &all, &d, rows), MOE_OK);
-        for (int t = 0; t < 70; t += 23) {
-            layer_data alone = d;
-            alone.x = d.x + t * H;
-            alone.logits = d.logits + t * EXPERTS;
-            CHECK_EQ(run_gpu(&p, &one, &alone, row), MOE_OK);
+        for (int t = 0; t + 32 <= many; t += many / 3) {
+            layer_data part = d;
+            part.x = d.x + t * H;
+            part.logits = d.logits + t * EXPERTS;
+            CHECK_EQ(run_gpu(&p, &one, &part, row), MOE_OK);
+            differ += memcmp(row, rows + t * H, H * 4) != 0;
+            CHECK_EQ(run_gpu(&p, &some, &part, row), MOE_OK);
             differ += memcmp(row, rows + t * H, sizeof row) != 0;
         }
+        back.x = (float *)malloc((size_t)many * H * 4);
+        back.logits = (float *)malloc((size_t)many * EXPERTS * 4);
+        for (int t = 0; t < many; t++) {
+            memcpy(back.x + (many - 1 - t) * H, d.x + t * H, H * 4);
+            memcpy(back.logits + (many - 1 - t) * EXPERTS, d.logits + t * EXPERTS, EXPERTS * 4);
+        }
+        CHECK_EQ(run_gpu(&p, &all, &back, turned), MOE_OK);
+        for (int t = 0; t < many; t++) differ += memcmp(turned + (many - 1 - t) * H, rows + t * H, H * 4) != 0;
         CHECK_EQ(differ, 0);
+        free(back.x);
+        free(back.logits);
         pair_close(&p);
     }
     free(d.x);
     free(d.old);
     free(d.logits);
     free(rows);
+    free(turned);
 }
 
 // The calls of the driver that a line of its log names; anything but launches and the context's stack is a failure.
