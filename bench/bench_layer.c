@@ -4,7 +4,7 @@
 //     build/bench_layer [result.json [LAYER [TOKENS]]]
 //
 // Runs in the repository's root: the stream's text is read from bench/. Tiles are those that moe_plan_autotune() finds
-// fastest. Up to 512 tokens a time is the slope between graphs of few and of many layers, one after the other, each node
+// fastest. Up to 512 tokens a time is the slope between graphs of few and of many layers, one after the other, each
 // with logits of its own, two graphs with different ones in turn. From 1,024 on it is one layer in a graph: "rested",
 // each after 60 ms of idle, and "sustained", the last half of 0.3 s back to back. A floor is the time of a bare stream
 // of the layer's bytes (weights of the experts that have tokens, once; input and output), measured in the same run.
