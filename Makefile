@@ -25,7 +25,8 @@ help:
 	@echo "make check        make test, other compilers, sanitizers, valgrind, fuzzing, other processors"
 	@echo "make test-bare    the README's two commands in a new Debian that has nothing but git (root)"
 	@echo "make lib          build/libmoe.so"
-	@echo "make bench        speed of the CPU back end, and of the GPU where there is one"
+	@echo "make bench        speed of the CPU back end, and of the GPU where there is one; results and a page of plots in"
+	@echo "                  build/results/"
 	@echo "make test-gpu     the tests of GPU code on this machine's own GPU, large sizes too"
 	@echo "make soak         200,000 small layers on this machine's own GPU, outputs compared; N=1000000: as many"
 	@echo "make test-sanitizer  the same small under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
@@ -61,7 +62,10 @@ golden:
 	$(PYTHON) tests/data/make_data.py
 
 bench: $(BENCHES:%=$(B)/%)
-	@for b in $^; do $$b || exit 1; done
+	@mkdir -p $(B)/results && rm -f $(B)/results/*
+	@for b in $^; do $$b $(B)/results/$$(basename $$b).json || exit 1; done
+	@if $(PYTHON) -c 'import matplotlib' 2>/dev/null; then $(PYTHON) bench/report.py $(B)/results; \
+	    else echo "no page of plots: $(PYTHON) has no matplotlib"; fi
 
 picture: $(B)/moe_layer
 	$(B)/moe_layer tests/golden/qwen3_moe --layer 1 --svg examples/demo.svg

@@ -1535,7 +1535,8 @@ static int32_t moe__fail_range(moe_error *err, const char *member, int64_t value
     return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %D: it must be %D..%D", value, low, high);
 }
 
-// Copies a desc of the caller's into a full-size zeroed one. src NULL: all zero. `name` is the argument.
+// Copies a desc of the caller's into a full-size zeroed one. src NULL: all zero. `name` is the argument. The library's
+// own calls of public functions go through it too: they set struct_size.
 static int32_t moe__copy_desc(void *dst, size_t size, const void *src, const char *name, moe_error *err)
 {
     uint32_t given = 0;
@@ -11981,6 +11982,7 @@ static int32_t moe__ckpt_take(moe_weights *weights, const moe_checkpoint_tensor 
     int32_t result;
     moe__text_format(&text, "%s: %s", found->file, found->name);
     memset(&t, 0, sizeof t);
+    t.struct_size = sizeof t;
     t.role = what->role;
     t.part = what->part;
     t.expert = what->expert;
@@ -16877,6 +16879,7 @@ static int32_t moe__tune_run(moe__tuner *tuner, const moe_plan *trial, int32_t t
     int32_t result = MOE_OK;
     moe__cu_result driver;
     memset(&args, 0, sizeof args);
+    args.struct_size = sizeof args;
     args.input_mode = MOE_INPUT_PACKED;
     args.num_tokens = tokens;
     args.x = (const void *)(uintptr_t)tuner->memory;
@@ -17112,6 +17115,7 @@ static int32_t moe__ahead_begin(moe__ahead *ahead, const moe_precompile_desc *de
     if ((result = moe__copy_desc(&ahead->desc, sizeof ahead->desc, desc, "desc", err)) != MOE_OK ||
         (result = moe__ahead_check(&ahead->desc, err)) != MOE_OK)
         return result;
+    context.struct_size = sizeof context;
     context.backend = MOE_BACKEND_CPU;
     context.allocator = ahead->desc.allocator;
     context.threads = ahead->desc.threads;

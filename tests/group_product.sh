@@ -101,7 +101,19 @@ Linux)
     try "make lib" ${MAKE:-make} -s lib
     try "it exports moe_ symbols and no others" exports
     try "a program links to it" compile -std=c99 -o "$o/shared" tests/compile/shared.c -Lbuild -lmoe
-    try "it refuses struct_size 0" env LD_LIBRARY_PATH=build "$o/shared"
+    mkdir -p "$o/cache" build/emu/objects && chmod 700 "$o/cache"
+    shared() { # SETTINGS...
+        env "$@" LD_LIBRARY_PATH=build "$o/shared" tests/golden/qwen3_moe "$(cd "$o" && pwd)/cache"
+    }
+    try "it refuses struct_size 0, and gives it in its own calls" shared -u MOE_CUDA_LIB
+    if have g++ && [ "$(uname -m)" = x86_64 ]; then
+        try "the emulated device builds" ${MAKE:-make} -s build/emu/libcuda.so.1 build/emu/libnvrtc.so.13
+        try "so it does on the emulated device" shared MOE_CUDA_LIB="$(pwd)/build/emu/libcuda.so.1" \
+            MOE_NVRTC_LIB="$(pwd)/build/emu/libnvrtc.so.13" MOE_EMU_DEVICE_H="$(pwd)/tests/emu/device.h" \
+            MOE_EMU_CACHE="$(pwd)/build/emu/objects" MOE_CACHE=off
+    else
+        skip "the shared library on the emulated device" "it needs g++ and an x86-64 processor"
+    fi
     ;;
 *) skip "the shared library" "only built on Linux" ;;
 esac
