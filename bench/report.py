@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 WHO = ("moe.h", "torch", "triton", "vllm", "sglang")
 COLOURS = {"moe.h": "#1f6feb", "torch": "#d9480f", "triton": "#2b8a3e", "vllm": "#862e9c", "sglang": "#c2255c"}
-LOADS = ("uniform", "one hot", "zipf")
+LOADS = ("uniform", "one hot", "zipf", "empty", "one local")
 STYLE = """body { font: 15px/1.45 sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 12px } td, th { padding: 1px 8px; text-align: right }
 th { position: sticky; top: 0; background: #eee } tr:nth-child(even) { background: #f6f6f6 }
