@@ -153,9 +153,10 @@
 //     moe_plan_create() compiles the products of such a layer also where only its stages are called. Experts of the
 //     layers that run are packed into device memory while tensors are set, in the layout that the kernels read, and are
 //     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory
-//     too, where everything that writes them has ended. moe_weights_replace_expert() copies on `stream` and waits for
-//     that stream. moe_weights_read_row() and _save() copy blocks back. Saved weights are for the CPU or for CUDA, as
-//     the context that saved them. Experts that the device has no room for may lie in page-locked host memory of the
+//     too, where everything that writes them has ended: a kernel packs those (the host where there is no NVRTC).
+//     moe_weights_replace_expert() copies on `stream` and waits for that stream. moe_weights_read_row() and _save()
+//     copy blocks back. Saved weights are for the CPU or for CUDA, as the context that saved them. Experts that the
+//     device has no room for may lie in page-locked host memory of the
 //     caller's (moe_weights_desc.memory with MOE_MEMORY_HOST); only their addresses and the layer's tables take device
 //     memory then. Results are the same bits. Each call reads the blocks of the experts that it uses over the bus, once
 //     per tile of an expert's rows, and PCIe 5.0 x16 carries 63 GB/s at most: device memory has 50 times that.
@@ -8467,6 +8468,7 @@ typedef struct moe__jit {
     int32_t num_images;
     int32_t cache_mode;   // moe_cache_mode
     int32_t quiet;        // the cache folder's trouble has been told
+    int32_t pack_missing; // the kernel that packs cannot be had
     char cache_dir[MOE__PATH_MAX]; // "": memory only
     char seed_dir[MOE__PATH_MAX];  // "": none
     char nvrtc_library[MOE__PATH_MAX];
@@ -9802,6 +9804,7 @@ typedef struct moe__checked {
     moe__tensor_shape shape; // of one matrix of it
     int32_t stacked;         // [E, ...]
     int32_t index;           // one of several shared experts, or one row of the selection bias; -1: all
+    int32_t by_kernel;       // source and packed memory are the device's
 } moe__checked;
 
 static int32_t moe__check_dtype(const moe_tensor *t, int32_t kind, moe_error *err)
@@ -10051,6 +10054,7 @@ static int32_t moe__tensor_check(moe__checked *c, const moe_weights *weights, co
     if ((result = moe__check_role(&c->tensor, layer, err)) != MOE_OK) return result;
     c->shape = moe__tensor_shape_of(layer, c->tensor.role);
     c->index = -1;
+    c->by_kernel = 0;
     if (c->tensor.expert == 0 && c->shape.kind != MOE__KIND_EXPERT && c->shape.kind != MOE__KIND_CONSTANT)
         c->tensor.expert = -1; // zero-initialised
     if ((result = moe__check_storage(weights->ctx, &c->tensor, c->shape.kind, err)) != MOE_OK ||
@@ -10075,6 +10079,7 @@ typedef struct moe__pack {
     unsigned char *out;
     int32_t out_dtype;
     int32_t tiled;                        // where those rows lie: 0 one after the other, 1 in tiles, 2 in gated ones
+    int32_t by_kernel;                    // data and out are addresses of the device
     int64_t out_ld, out_row, out_step, out_half, out_column, out_end; // zeros behind the columns, up to out_end
 } moe__pack;
 
@@ -10297,10 +10302,89 @@ static void moe__source_end(const moe_context *ctx, const moe_tensor *t, uint64_
     if (t->memory == MOE_MEMORY_DEVICE) moe__free(&ctx->desc.allocator, copy, bytes);
 }
 
-static int32_t moe__pack_run(const moe_context *ctx, moe__pack *p, int32_t matrix, moe_error *err)
+#if !defined(MOE_NO_CUDA)
+// moe_kernels.cu.inc explains each member.
+typedef struct moe__pack_args {
+    const void *data;
+    void *out;
+    int32_t rows, columns, first_row, count_rows, first_column, count_columns;
+    int32_t out_row, out_step, out_half, out_column, out_ld;
+    int32_t dtype, out_dtype, layout, shuffle, fused, halves, half, gated, reserved;
+} moe__pack_args;
+
+enum { MOE__PACK_THREADS = 256, MOE__PACK_CTAS = 8 }; // of an SM
+
+static void moe__pack_instance(int32_t arch, moe__instance *out)
+{
+    moe__text name = moe__text_make(out->name, sizeof out->name);
+    memset(out, 0, sizeof *out);
+    out->entry = "moe_k_pack";
+    out->args_bytes = (int32_t)sizeof(moe__pack_args);
+    out->threads = MOE__PACK_THREADS;
+    moe__text_format(&name, "pack_sm%d", arch);
+}
+
+// The kernel that packs, or NULL where it cannot be had: then the host does.
+static moe__cu_function moe__pack_kernel(moe_context *ctx)
+{
+    moe__cu_function function = NULL;
+    moe__instance instance;
+    moe_error none;
+    int32_t missing;
+    moe__lock_enter(&ctx->jit->lock);
+    missing = ctx->jit->pack_missing;
+    moe__lock_leave(&ctx->jit->lock);
+    if (missing) return NULL;
+    moe__pack_instance(ctx->cuda->arch, &instance);
+    if (moe__jit_load(ctx, &instance, 1, &function, &none) == MOE_OK) return function;
+    moe__log(ctx, MOE_LOG_WARNING, "tensors of the device are packed by the host: %s", none.text);
+    moe__lock_enter(&ctx->jit->lock);
+    ctx->jit->pack_missing = 1;
+    moe__lock_leave(&ctx->jit->lock);
+    return NULL;
+}
+
+static int32_t moe__pack_launch(moe_context *ctx, const moe__pack *p, moe_error *err)
+{
+    moe__cu_function function = moe__pack_kernel(ctx);
+    const int64_t items = (p->rows + 31) / 32 * ((p->count_columns + 126) / 64);
+    moe__cu_launch_config config;
+    moe__cuda_scope scope;
+    moe__pack_args a;
+    void *params[1];
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    memset(&a, 0, sizeof a);
+    memset(&config, 0, sizeof config);
+#define MOE__COPY(member) a.member = (int32_t)p->member
+    MOE__COPY(rows); MOE__COPY(columns); MOE__COPY(first_row); MOE__COPY(count_rows); MOE__COPY(first_column);
+    MOE__COPY(count_columns); MOE__COPY(out_row); MOE__COPY(out_step); MOE__COPY(out_half); MOE__COPY(out_column);
+    MOE__COPY(out_ld); MOE__COPY(dtype); MOE__COPY(out_dtype); MOE__COPY(layout); MOE__COPY(fused); MOE__COPY(half);
+#undef MOE__COPY
+    a.data = p->data;
+    a.out = p->out;
+    a.halves = p->tensor->halves;
+    a.shuffle = p->row_order == MOE_ROWS_SHUFFLED_128 ? 4 : p->row_order == MOE_ROWS_SHUFFLED_64 ? 2 : 0;
+    a.gated = p->tiled == 2;
+    params[0] = &a;
+    config.gridDimX = (unsigned)(items < ctx->cuda->sms * MOE__PACK_CTAS ? items : ctx->cuda->sms * MOE__PACK_CTAS);
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+    config.blockDimX = MOE__PACK_THREADS;
+    config.hStream = ctx->cuda->stream;
+    result = moe__device_copied(ctx, ctx->cuda->cuLaunchKernelEx(&config, function, params, NULL), ctx->cuda->stream,
+                                err);
+    moe__cuda_end(ctx, &scope);
+    return result;
+}
+#endif
+
+static int32_t moe__pack_run(moe_context *ctx, moe__pack *p, int32_t matrix, moe_error *err)
 {
     uint64_t bytes = (uint64_t)(p->rows * p->columns) * (uint64_t)(moe_dtype_bits(p->dtype) / 8);
     int32_t result;
+#if !defined(MOE_NO_CUDA)
+    if (p->by_kernel) return moe__pack_launch(ctx, p, err);
+#endif
     if (p->data == NULL) return moe__pack_rows(&ctx->desc.allocator, p, matrix, err);
     result = moe__source_begin(ctx, p->tensor, bytes, &p->data, err);
     if (result == MOE_OK) moe__pack_data(p);
@@ -10318,6 +10402,7 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     p.tensor = t;
     p.expert = expert;
     p.fused = c->shape.fused;
+    p.by_kernel = c->by_kernel;
     p.dtype = t->rows != NULL ? MOE_DTYPE_F32 : t->dtype;
     p.layout = c->shape.matrix ? t->layout : (int32_t)MOE_LAYOUT_MAJOR_K;
     p.row_order = t->row_order;
@@ -10456,6 +10541,17 @@ static moe__part moe__part_of(const moe_weights *weights, const moe__checked *c,
     return part;
 }
 
+// A matrix on the device into a block there, by a kernel: tiles are zeros where nothing is packed.
+static int32_t moe__device_pack(const moe_weights *weights, const moe__checked *given, int32_t expert, int32_t position,
+                                int32_t local, uint32_t *set, moe_error *err)
+{
+    unsigned char *block = (unsigned char *)(uintptr_t)moe__device_block(weights, local);
+    moe__checked c = *given;
+    c.by_kernel = 1;
+    if (local == weights->layout.blocks) return moe__set_in_shared(weights, &c, block, err);
+    return moe__set_in_block(weights, &c, expert, position, block, set, err);
+}
+
 // A tensor into a block on the device; number `blocks`: the shared experts. What others have set of its part is read
 // back.
 static int32_t moe__device_set(const moe_weights *weights, const moe__checked *c, int32_t expert, int32_t position,
@@ -10468,7 +10564,11 @@ static int32_t moe__device_set(const moe_weights *weights, const moe__checked *c
     moe__cu_ptr to = moe__device_block(weights, local) + part.begin;
     uint64_t bytes = part.end - part.begin;
     uint32_t flags = set == NULL ? 0 : *set;
-    unsigned char *staging = (unsigned char *)moe__alloc(&ctx->desc.allocator, shape->bytes);
+    unsigned char *staging;
+    if (c->tensor.memory == MOE_MEMORY_DEVICE && c->shape.matrix && c->tensor.role != MOE_TENSOR_CONSTANT &&
+        moe__pack_kernel(weights->ctx) != NULL)
+        return moe__device_pack(weights, c, expert, position, local, set, err);
+    staging = (unsigned char *)moe__alloc(&ctx->desc.allocator, shape->bytes);
     if (staging == NULL) return moe__fail_memory(err, shape->bytes);
     if (part.alone) memset(staging + part.begin, 0, (size_t)bytes);
     else result = moe__device_get(ctx, staging + part.begin, to, bytes, err);
@@ -17619,7 +17719,7 @@ static const char *const moe__kernel_text[] = {
 "// defined:\n"
 "//\n"
 "//   MOE_K_ROUTE_ONE, _ROUTE     MOE_P_EXPERTS_PER_LANE 2, 4, 8, 12, 16, 32, 64   MOE_P_ROUTE 0..3 (>>routing)\n"
-"//   MOE_K_SORT, _GROUP\n"
+"//   MOE_K_SORT, _GROUP, _PACK\n"
 "//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights); MOE_P_X f32, else any of 16 bits\n"
 "//   MOE_K_GEMM1, _GEMM2         MOE_P_TILE 8, 16, 32, 64, 128; MOE_P_DTYPE; and MOE_P_X, MOE_P_GATED or MOE_P_ROWS\n"
 "//   MOE_K_FINALIZE              MOE_P_ROWS, MOE_P_X, MOE_P_OUT\n"
@@ -17658,7 +17758,8 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "// Wrappers that no entry needs are left out of a program of one: reading them takes as long as a small kernel.\n"
 "#if defined(MOE_K_ROUTE_ONE) || defined(MOE_K_ROUTE) || defined(MOE_K_SORT) || defined(MOE_K_GROUP) || \\\n"
-"    defined(MOE_K_ROUTER_LOGITS) || defined(MOE_K_GEMM1) || defined(MOE_K_GEMM2) || defined(MOE_K_FINALIZE)\n"
+"    defined(MOE_K_ROUTER_LOGITS) || defined(MOE_K_GEMM1) || defined(MOE_K_GEMM2) || defined(MOE_K_FINALIZE) || \\\n"
+"    defined(MOE_K_PACK)\n"
 "#define MOE_ENTRY_ALONE 1\n"
 "#else\n"
 "#define MOE_ENTRY_ALONE 0\n"
@@ -18479,6 +18580,23 @@ static const char *const moe__kernel_text[] = {
 "    f32 scale, shared_scale, output_scale, row_norm_epsilon;\n"
 "}; // 208 bytes\n"
 "\n"
+"// moe_k_pack. One matrix of the source, as moe.h's moe__pack has it.\n"
+"enum : i32 {\n"
+"    LAYOUT_MAJOR_K = 1, LAYOUT_MAJOR_MN = 2, LAYOUT_BLOCK_MAJOR_K = 3,\n"
+"    HALVES_GATE_UP = 2, HALVES_UP_GATE = 3, HALVES_INTERLEAVED = 4, HALVES_INTERLEAVED_UP_GATE = 5\n"
+"};\n"
+"struct pack_args {\n"
+"    const void *data;             // rows x columns\n"
+"    void *out;                    // the first tile of the matrix\n"
+"    i32 rows, columns;\n"
+"    i32 first_row, count_rows, first_column, count_columns;\n"
+"    i32 out_row, out_step, out_half, out_column, out_ld;\n"
+"    i32 dtype, out_dtype, layout;\n"
+"    i32 shuffle;                  // groups of 8 rows that make a block of the source's row order; 0: natural\n"
+"    i32 fused, halves, half;\n"
+"    i32 gated;                    // how packed rows alternate\n"
+"}; // 96 bytes\n"
+"\n"
 "// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
 "// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
@@ -18489,7 +18607,7 @@ static const char *const moe__kernel_text[] = {
 "DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
 "DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
 "DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
-"\n"
+"\n",
 "// e^x without a branch, so that the exponentials of a row overlap: what moe.h returns early is what the limits give,\n"
 "// and of the products by two powers of two only the second rounds, if any does. Of no use for NaN.\n"
 "DI f32 exp_f32(f32 x)\n"
@@ -18512,7 +18630,7 @@ static const char *const moe__kernel_text[] = {
 "    r = fmaf(r * r, q, r) + 1.0f;\n"
 "    return r * from_bits(((u32)(k >> 1) << 23) + 0x3f800000u) * from_bits(((u32)(k - (k >> 1)) << 23) + 0x3f800000u);\n"
 "}\n"
-"\n",
+"\n"
 "// The same for x in -87..0, where 2^k times the rest needs one factor.\n"
 "DI f32 exp_near_f32(f32 x)\n"
 "{\n"
@@ -18607,7 +18725,7 @@ static const char *const moe__kernel_text[] = {
 "    return dtype == DTYPE_BF16 \? bf16_f32(half) : cvt_f16(half);\n"
 "}\n"
 "\n"
-"// The sum of 32 lanes in the order of moe.h: lane ^ 16, ^ 8, ^ 4, ^ 2, ^ 1. Every lane gets it; with 8, where the\n"
+"// The sum of 32 lanes in the order of moe.h: lane ^ 16, ^ 8, ^ 4, ^ 2, ^ 1. Every lane gets it; with 8, where the\n",
 "// others have zeros, the first eight.\n"
 "DI f32 lanes_sum(f32 x, u32 lanes = 32)\n"
 "{\n"
@@ -18629,7 +18747,7 @@ static const char *const moe__kernel_text[] = {
 "DI f32 of_order(u32 key) { return from_bits(key >> 31 != 0 \? key ^ 0x80000000u : ~key); }\n"
 "\n"
 "// >>routing  logits -> experts and weights of a token  A warp routes a token, as moe.h's >>routing does: what that says\n"
-"// about sums, ties and -inf holds here, and where data is legal all bits are the same. Data that it refuses: a logit or\n",
+"// about sums, ties and -inf holds here, and where data is legal all bits are the same. Data that it refuses: a logit or\n"
 "// a key that is NaN or +inf counts as -inf, so that it sorts last; the token is counted in MOE_FAULT_NAN_LOGITS and\n"
 "// routed all the same. A token without a row in the forced table or the bias gets ids -1 and weights 0. An id outside\n"
 "// its range becomes -1 with weight 0.\n"
@@ -18709,7 +18827,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 step = 1; step < N; step *= 2)\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i + step < N; i += 2 * step) {\n"
+"        for (u32 i = 0; i + step < N; i += 2 * step) {\n",
 "            p[i] = t[i + step] > t[i] \? p[i + step] : p[i];\n"
 "            t[i] = max_u32(t[i], t[i + step]);\n"
 "        }\n"
@@ -18728,7 +18846,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 base = part; base < N; base += part) {\n"
 "            u32 t, p;\n"
-"            best_key<part>(key, base, t, p);\n",
+"            best_key<part>(key, base, t, p);\n"
 "            place = t > top \? p : place;\n"
 "            top = max_u32(top, t);\n"
 "        }\n"
@@ -18810,7 +18928,7 @@ static const char *const moe__kernel_text[] = {
 "template <class T> DI void load_row(const T *row, u32 width, T none, T (&x)[PER_LANE])\n"
 "{\n"
 "    const i32 left = (i32)(width - lane()); // compared with constants: 32 i + lane would be a register each\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 i = 0; i < PER_LANE; i++) x[i] = ROW_IS_FULL || (i32)(32 * i) < left \? row[lane() + 32 * i] : none;\n"
 "}\n"
 "\n"
@@ -18835,7 +18953,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 width = (u32)a.width;\n"
 "    const i64 at = token * a.logits_stride;\n"
 "    bool bad = false;\n"
-"    if (a.logits_dtype == DTYPE_F32) {\n",
+"    if (a.logits_dtype == DTYPE_F32) {\n"
 "        load_row((const f32 *)a.logits + at, width, -INF_F32, x);\n"
 "    } else {\n"
 "        u16 half[PER_LANE];\n"
@@ -18913,7 +19031,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    f32 top = x[0], d[PER_LANE];\n"
 "    bool bad = false;\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 i = 1; i < PER_LANE; i++) top = x[i] > top \? x[i] : top;\n"
 "    s.best = of_order(redux_max(order_of(top)));\n"
 "    far = false;\n"
@@ -18938,7 +19056,7 @@ static const char *const moe__kernel_text[] = {
 "    return bad;\n"
 "}\n"
 "\n"
-"// Scores of a row, in place, where `all`; else only what score_of() needs.\n",
+"// Scores of a row, in place, where `all`; else only what score_of() needs.\n"
 "DI softmax_sum route_scores(i32 score, bool all, const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], bool &bad)\n"
 "{\n"
 "    softmax_sum s = { 0, 0 };\n"
@@ -19015,7 +19133,7 @@ static const char *const moe__kernel_text[] = {
 "// Ranks groups; the keys of those that are not kept become the excluded value.\n"
 "DI void route_groups(const tokens_args &a, const warp_rows &rows, u32 (&key)[PER_LANE])\n"
 "{\n"
-"    const routing_args r = routing_of(a);\n"
+"    const routing_args r = routing_of(a);\n",
 "    const u32 experts = (u32)a.num_experts, groups = (u32)r.groups, size = experts / groups;\n"
 "    const u32 inverse = (1u << 21) / size + 1; // e * inverse >> 21 is e / size for e < 2048\n"
 "    const u32 excluded = r.group_excluded == EXCLUDED_ZERO \? KEY_ZERO : KEY_NEG_INF;\n"
@@ -19036,7 +19154,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    keep_groups(groups, r.groups_kept, rows.key);\n"
 "    warp_sync();\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        u32 e = lane() + 32 * i;\n"
 "        if (e < experts && rows.key[e * inverse >> 21] != 0) key[i] = excluded;\n"
@@ -19104,7 +19222,7 @@ static const char *const moe__kernel_text[] = {
 "        u32 most = redux_max(best), id = redux_min(best == most \? place : 0xffffffffu);\n"
 "        warp_sync();\n"
 "        f32 top = rest[id], sum = 0;\n"
-"        for (u32 e = lane(); e < ranked; e += 32) {\n"
+"        for (u32 e = lane(); e < ranked; e += 32) {\n",
 "            f32 logit = rows.logit[e], size = abs_f32(logit), far = (top - logit) / (size > top \? size : top);\n"
 "            sum = sum + (far > threshold || top == -INF_F32 \? 0 : exp_f32(rest[e] - top));\n"
 "        }\n"
@@ -19126,7 +19244,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 n = (u32)(r.top_k + (r.extra_scored \? r.extra_slots : 0));\n"
 "    const bool second = SLOT_REGS > 1 && n > 32;\n"
 "    f32 x[2] = { -INF_F32, -INF_F32 }, w[2] = { 0, 0 };\n"
-"    for (u32 h = 0; h < SLOT_REGS; h++)\n",
+"    for (u32 h = 0; h < SLOT_REGS; h++)\n"
 "        if (lane() + 32 * h < n) x[h] = KEYS_ARE_SCORES \? of_order(key) : rows.logit[s.id[h]];\n"
 "    if (r.score_order == SCORE_AFTER_TOPK && r.score == SCORE_SOFTMAX) {\n"
 "        f32 best = of_order(redux_max(max_u32(order_of(x[0]), order_of(x[1]))));\n"
@@ -19186,7 +19304,7 @@ static const char *const moe__kernel_text[] = {
 "        u32 at = (u32)((u64)route_random(r.simulate_seed, token, j) * total >> 32), id = 0, mine = 0;\n"
 "        for (u32 base = 0; base < experts; base += 32) {\n"
 "            u32 running = mine = draw_weight(a, drawn, base + lane());\n"
-"            for (u32 step = 1; step < 32; step *= 2) {\n"
+"            for (u32 step = 1; step < 32; step *= 2) {\n",
 "                u32 below = shfl_up(running, step);\n"
 "                if (lane() >= step) running += below;\n"
 "            }\n"
@@ -19212,7 +19330,7 @@ static const char *const moe__kernel_text[] = {
 "    bool bad = route_logits(a, token, rows, x);\n"
 "    if (r.sparse_mixer > 0) {\n"
 "        route_sparse_mixer(a, rows, s);\n"
-"        return bad;\n",
+"        return bad;\n"
 "    }\n"
 "    if (r.score_order == SCORE_BEFORE_TOPK && (r.score == SCORE_SOFTMAX || (r.select == SELECT_SCORE && !forced)))\n"
 "        sum = route_scores(r.score, r.select == SELECT_SCORE && !forced, rows, (u32)a.width, x, bad);\n"
@@ -19274,7 +19392,7 @@ static const char *const moe__kernel_text[] = {
 "        bias_row = a.bias_index[token];\n"
 "        lost = bias_row < 0 || bias_row >= r.bias_rows;\n"
 "    }\n"
-"    if (r.forced_rows > 0 && !marked) {\n"
+"    if (r.forced_rows > 0 && !marked) {\n",
 "        if (token_id < 0 || token_id >= r.forced_rows) lost = true;\n"
 "        else forced = a.forced_ids + token_id * r.top_k;\n"
 "    }\n"
@@ -19300,7 +19418,7 @@ static const char *const moe__kernel_text[] = {
 "        bool there = slot < a.slots, outside;\n"
 "        u32 packed = 0;\n"
 "        s.weight[h] = 0;\n"
-"        if (there && a.input_mode == INPUT_PACKED) {\n",
+"        if (there && a.input_mode == INPUT_PACKED) {\n"
 "            packed = ((const u32 *)a.ids)[at];\n"
 "            id = (i16)(u16)(packed >> 16);\n"
 "        } else if (there) {\n"
@@ -19368,7 +19486,7 @@ static const char *const moe__kernel_text[] = {
 "};\n"
 "\n"
 "DI u32 sort_stride(u32 ids_end) { return (ids_end + 7) / 8 * 8; }\n"
-"\n"
+"\n",
 "// Lays out what all need but own and counters, from `memory` on (16-aligned); returns what is behind.\n"
 "DI u8 *sort_layout(u8 *memory, u32 ids_end, sort_memory &m)\n"
 "{\n"
@@ -19394,7 +19512,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    u32 before = 0, below = 0, many = 1;\n"
 "    if (!distinct) {\n"
-"        u32 same = match_any((u32)id);\n",
+"        u32 same = match_any((u32)id);\n"
 "        below = popc(same & ((1u << lane()) - 1));\n"
 "        many = popc(same);\n"
 "    }\n"
@@ -19469,7 +19587,7 @@ static const char *const moe__kernel_text[] = {
 "        if (writes) {\n"
 "            if (p.expert_counts != nullptr) p.expert_counts[e] = (i32)count;\n"
 "            if (p.expert_offsets != nullptr) p.expert_offsets[e] = (i32)at;\n"
-"        }\n"
+"        }\n",
 "        at += tiles_of(p, count + tile - 1) * tile;\n"
 "    }\n"
 "    if (tid() == ntid() - 1) {\n"
@@ -19488,7 +19606,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 tile = (u32)p.tile, shift = tile <= 16 \? 0 : 3, tiles = tiles_of(p, end);\n"
 "    if (p.out_expert_counts != nullptr)\n"
 "        for (u32 id = thread; id < (u32)experts; id += threads) p.out_expert_counts[id] = (i32)m.all[id];\n"
-"    if (p.slot_of_row != nullptr)\n",
+"    if (p.slot_of_row != nullptr)\n"
 "        for (u32 row = end + thread; row < (u32)p.rows_max; row += threads) p.slot_of_row[row] = -1;\n"
 "    if (p.tile_expert == nullptr && p.tile_limit == nullptr && p.slot_of_row == nullptr) return;\n"
 "    for (u32 i = thread >> shift; i < tiles; i += threads >> shift) {\n"
@@ -19547,7 +19665,7 @@ static const char *const moe__kernel_text[] = {
 "    if (lane() == 0)\n"
 "        for (u32 f = 0; f < 4; f++)\n"
 "            if (faults[f] != 0) red_add_shared(&m.faults[f], faults[f]);\n"
-"    cta_sync();\n"
+"    cta_sync();\n",
 "    sum_warps(m, (u32)a.ids_end, mine < warps \? mine : warps);\n"
 "    return run;\n"
 "}\n"
@@ -19563,7 +19681,7 @@ static const char *const moe__kernel_text[] = {
 "//   to 512    16 x 16                      4 x 4        4 x 4   256\n"
 "//   more      32 x 32                      4 x 4        8 x 8   64\n"
 "//\n"
-"// A CTA takes tiles cta, cta + ncta, ... It has two stages: while one is multiplied, cp.async fills the other's weights\n",
+"// A CTA takes tiles cta, cta + ncta, ... It has two stages: while one is multiplied, cp.async fills the other's weights\n"
 "// and x is on its way to registers. Behind norm and scale x is put down in pairs, k and k + 16 side by side. Rows of\n"
 "// weights are 16 words longer than their contents, so that the halves of a warp do not meet in a bank.\n"
 "\n"
@@ -19643,7 +19761,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI void router_store(const router_args &a, f32 sum, u32 token, u32 expert, u32 tokens)\n"
 "{\n"
-"    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n"
+"    if (lane16() != 0 || token >= tokens || expert >= (u32)a.width) return;\n",
 "    a.out[(i64)token * a.width + expert] = a.bias == nullptr \? sum : sum + a.bias[expert];\n"
 "}\n"
 "\n"
@@ -19668,7 +19786,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "    }\n"
 "}\n"
-"\n",
+"\n"
 "// TM WM tokens from `first_token` on x TN WN experts from `first` on. Half-warp h has tokens h / WN TM ..., experts\n"
 "// h % WN, + WN, + 2 WN, ...\n"
 "template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K>\n"
@@ -19728,7 +19846,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// All tiles of this CTA, experts fastest.\n"
 "template <class X, u32 TM, u32 TN, u32 WM, u32 WN, u32 K> DI void router_tiles(const router_args &a, u32 tokens)\n"
-"{\n"
+"{\n",
 "    const u32 height = TM * WM, breadth = TN * WN, across = ((u32)a.width + breadth - 1) / breadth;\n"
 "    const u32 tiles = across * ((tokens + height - 1) / height);\n"
 "    for (u32 tile = cta(); tile < tiles; tile += ncta())\n"
@@ -19747,7 +19865,7 @@ static const char *const moe__kernel_text[] = {
 "    else router_tiles<u16, 8, 8, 4, 4, 64>(a, tokens);\n"
 "}\n"
 "\n"
-"// >>gemm  products of the mma family, from compute capability 8.0 on  y = x W^T by mma.sync m16n8k16: weights are M,\n",
+"// >>gemm  products of the mma family, from compute capability 8.0 on  y = x W^T by mma.sync m16n8k16: weights are M,\n"
 "// token rows N, so that a tile of few rows costs little more than its weights. The list of tiles is [expert][slab of\n"
 "// 128 packed weight rows][token tile], the last one fastest; CTA c takes the entries c, c + ncta, ..., so that those at\n"
 "// work at the same time share weights. That is a list, not a queue: nothing evens out CTAs of unequal speed.\n"
@@ -19813,7 +19931,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "template <i32 D> DI void widen_8(const raw_8 &raw, f32 (&v)[8])\n"
 "{\n"
-"    const u32 words[8] = { raw.low.x, raw.low.y, raw.low.z, raw.low.w,\n"
+"    const u32 words[8] = { raw.low.x, raw.low.y, raw.low.z, raw.low.w,\n",
 "                           raw.high.x, raw.high.y, raw.high.z, raw.high.w };\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < 8; i++) {\n"
@@ -19845,7 +19963,7 @@ static const char *const moe__kernel_text[] = {
 "        s = x * x;\n"
 "        q = 7.99249465e-05f;\n"
 "        q = fmaf(q, s, -0.000804914627f);\n"
-"        q = fmaf(q, s, 0.00519237667f);\n",
+"        q = fmaf(q, s, 0.00519237667f);\n"
 "        q = fmaf(q, s, -0.0268557277f);\n"
 "        q = fmaf(q, s, 0.112836257f);\n"
 "        q = fmaf(q, s, -0.376126289f);\n"
@@ -19926,7 +20044,7 @@ static const char *const moe__kernel_text[] = {
 "    default: break;\n"
 "    }\n"
 "}\n"
-"\n"
+"\n",
 "// ---- the list of tiles ----\n"
 "\n"
 "// Rows row .. row + rows - 1 times a slab of a block. No rows: the end.\n"
@@ -19953,7 +20071,7 @@ static const char *const moe__kernel_text[] = {
 "    end = at + 1;\n"
 "    do {\n"
 "        others = ballot(end + lane() >= tiles || gemm_table(r.tile_expert, end + lane(), early) != expert);\n"
-"        end += others != 0 \? ffs(others) - 1 : 32;\n",
+"        end += others != 0 \? ffs(others) - 1 : 32;\n"
 "    } while (others == 0);\n"
 "}\n"
 "\n"
@@ -20019,7 +20137,7 @@ static const char *const moe__kernel_text[] = {
 "        const u64 at = (u64)(job.row + i / 32) * (u32)a.hidden + feature;\n"
 "        f32x4 v = { 0, 0, 0, 0 };\n"
 "        if (feature >= (u32)a.hidden) continue;\n"
-"        if (a.constants) v = *(const f32x4 *)(row + feature);\n"
+"        if (a.constants) v = *(const f32x4 *)(row + feature);\n",
 "        if (MOE_P_ROWS == DTYPE_F32) *(f32x4 *)((f32 *)a.out + at) = v;\n"
 "        else *(u32x2 *)((u16 *)a.out + at) = { pack_16<MOE_P_ROWS>(v.x, v.y), pack_16<MOE_P_ROWS>(v.z, v.w) };\n"
 "    }\n"
@@ -20045,7 +20163,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI void gemm_load_weights(const u8 *from, u8 *to)\n"
-"{\n",
+"{\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_BLOCK / 16 / GEMM_THREADS; i++)\n"
 "        cp_async_16(to + 16 * (tid() + i * GEMM_THREADS), from + 16 * i * GEMM_THREADS, 16);\n"
@@ -20112,7 +20230,7 @@ static const char *const moe__kernel_text[] = {
 "    if (tid() == 0) gemm_jobs()[stage] = l.job;\n"
 "    if (l.job.rows != 0) {\n"
 "        if (weights_too) gemm_load_weights(l.weights, to);\n"
-"        gemm_load_rows(a, l, to + GEMM_BLOCK);\n"
+"        gemm_load_rows(a, l, to + GEMM_BLOCK);\n",
 "        l.weights += GEMM_BLOCK;\n"
 "        if (++l.k == gemm_blocks(a)) {\n"
 "            l.at += ncta();\n"
@@ -20136,7 +20254,7 @@ static const char *const moe__kernel_text[] = {
 "    return GEMM_BLOCK + (gemm_half() * eights * 8 + row) * 128 + ((piece ^ lane() % 8) << 4);\n"
 "}\n"
 "\n"
-"// Adds the product of the warp's weight rows and its first 8 N columns in a stage.\n",
+"// Adds the product of the warp's weight rows and its first 8 N columns in a stage.\n"
 "template <u32 N> DI void gemm_multiply(gemm_sums &acc, const u8 *stage, u32 left, u32 right)\n"
 "{\n"
 "    u32 x[4];\n"
@@ -20205,7 +20323,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "DI void gemm_add_bias(const gemm2_args &a, u32 block, u32 feature, gemm_sums &acc, u32 group)\n"
-"{\n"
+"{\n",
 "    if (a.bias2 == NO_BIAS || feature >= (u32)a.hidden) return;\n"
 "    const f32 *from = (const f32 *)(a.rows.experts[block] + a.bias2) + feature;\n"
 "    gemm_add(acc, group, *(const f32x2 *)from, *(const f32x2 *)(from + 2));\n"
@@ -20233,7 +20351,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "#pragma unroll\n"
 "    for (u32 m = 0; m + 2 < 2 * GEMM_HALVES; m++)\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "        for (u32 i = 0; i < 4 * GEMM_EIGHTS; i++) acc[m][i / 4][i % 4] = acc[m + 2][i / 4][i % 4];\n"
 "}\n"
 "\n"
@@ -20303,7 +20421,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "    }\n"
 "}\n"
-"\n"
+"\n",
 "// Whether the first tile and its weights are known before the kernel ahead ends. Tables are known to the second\n"
 "// product: the first one has waited for them before it let its dependents start.\n"
 "DI bool gemm_starts_early(const gemm1_args &a)\n"
@@ -20330,7 +20448,7 @@ static const char *const moe__kernel_text[] = {
 "    l.count = a.rows.slot_of_row != nullptr \? (u32)gemm_table(a.rows.num_tiles, 0, early)\n"
 "                                            : count_tokens(a.rows.num_tokens_dev, a.rows.num_tokens, wrong);\n"
 "    l.at = cta();\n"
-"    gemm_open(a, l, early);\n",
+"    gemm_open(a, l, early);\n"
 "    if (early) {\n"
 "        for (u32 s = 0; s < GEMM_STAGES - 1 && s < blocks && l.job.rows != 0; s++)\n"
 "            gemm_load_weights(l.weights + s * GEMM_BLOCK, smem() + s * GEMM_STAGE);\n"
@@ -20399,7 +20517,7 @@ static const char *const moe__kernel_text[] = {
 "            f32 u = load_float(a.rows, MOE_P_ROWS, (i64)row * a.hidden + k) * (1.0f + a.row_norm[k]);\n"
 "            sum = fmaf(u, u, sum);\n"
 "        }\n"
-"        sum = lanes16_sum(sum);\n"
+"        sum = lanes16_sum(sum);\n",
 "        if (lane() % 16 == 0 && j + group < slots)\n"
 "            scale[j + group] = 1.0f / sqrt_rn(sum / (f32)a.hidden + a.row_norm_epsilon);\n"
 "    }\n"
@@ -20421,7 +20539,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = 0; i < 8; i++) total[i] = fmaf(weight, v[i], total[i]);\n"
 "}\n"
 "\n"
-"// total += the slots first, first + 1, ... of a token, a batch of them at most; 8 columns from k on.\n",
+"// total += the slots first, first + 1, ... of a token, a batch of them at most; 8 columns from k on.\n"
 "DI void finalize_slots(const finalize_args &a, u32 token, u32 first, u32 k, const f32 *norms, f32 (&total)[8])\n"
 "{\n"
 "    const i64 at = (i64)token * (u32)a.slots + first;\n"
@@ -20490,7 +20608,7 @@ static const char *const moe__kernel_text[] = {
 "    if (a.shared_rows != nullptr) {\n"
 "        f32 gate = a.shared_gate == nullptr \? 1.0f : a.shared_gate[token];\n"
 "        if (a.gate_is_logit) gate = sigmoid_f32(gate);\n"
-"        const f32 factor = a.shared_scale * gate;\n"
+"        const f32 factor = a.shared_scale * gate;\n",
 "        load_8<MOE_P_ROWS>(a.shared_rows, (i64)token * a.hidden + k, true, v);\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 8; i++) total[i] = fmaf(factor, v[i], total[i]);\n"
@@ -20513,7 +20631,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = 0; i < 8; i++) {\n"
 "        if (a.row_norm != nullptr) v[i] = v[i] * (1.0f + a.row_norm[k + i]) * norms[0];\n"
 "        if (!a.plain) v[i] = fmaf(weight, v[i], 0.0f) * scale * a.output_scale;\n"
-"    }\n",
+"    }\n"
 "    finalize_store(a, a.row_of_slot != nullptr \? a.row_of_slot[slot] : slot, k, v);\n"
 "}\n"
 "\n"
@@ -20550,6 +20668,98 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
+"// >>pack  weights into tiles  Bits of moe.h's moe__pack_data(). A thread takes 8 elements of a row that lie in one\n"
+"// piece of 16 bytes of a tile: a warp 4 rows of 64 columns where the source has rows, 32 neighbouring rows where it has\n"
+"// columns, so that what lanes read lies side by side; a CTA's pieces fill whole lines of the tiles.\n"
+"\n"
+"enum : u32 { NOT_PACKED = ~0u };\n"
+"\n"
+"DI u16 f32_bf16(f32 x)\n"
+"{\n"
+"    const u32 word = bits(x);\n"
+"    if ((word & 0x7fffffffu) > 0x7f800000u) return (u16)((word >> 16) | 0x40u);\n"
+"    return (u16)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);\n"
+"}\n"
+"\n"
+"DI u16 f32_f16(f32 x)\n"
+"{\n"
+"    if ((bits(x) & 0x7fffffffu) > 0x7f800000u) return (u16)((bits(x) >> 16 & 0x8000u) | 0x7e00u);\n"
+"    return (u16)cvt_f16x2(x, 0);\n"
+"}\n"
+"\n"
+"// The packed row where natural row `row` of the source goes, or NOT_PACKED.\n"
+"DI u32 pack_target(const pack_args &a, u32 row)\n"
+"{\n"
+"    u32 half = (u32)a.half, feature = row;\n"
+"    if (a.fused) {\n"
+"        const bool alternate = a.halves >= HALVES_INTERLEAVED;\n"
+"        const u32 size = (u32)a.rows / 2;\n"
+"        half = alternate \? row % 2 : row >= size;\n"
+"        feature = alternate \? row / 2 : row - half * size;\n"
+"        if (a.halves == HALVES_UP_GATE || a.halves == HALVES_INTERLEAVED_UP_GATE) half = 1 - half;\n"
+"    }\n"
+"    feature -= (u32)a.first_row; // below it: a large number\n"
+"    if (feature >= (u32)a.count_rows) return NOT_PACKED;\n",
+"    const u32 target = (u32)a.out_row + feature * (u32)a.out_step + half * (u32)a.out_half, f = target / 2;\n"
+"    if (!a.gated) return target / 32 * 32 + target % 4 * 8 + target % 32 / 4;\n"
+"    return f / 16 * 32 + target % 2 * 16 + f % 2 * 8 + f % 16 / 2;\n"
+"}\n"
+"\n"
+"// Element of the source at a natural row and a column.\n"
+"DI u64 pack_source(const pack_args &a, u32 row, u32 column)\n"
+"{\n"
+"    const u32 s = (u32)a.shuffle, block = a.dtype == DTYPE_F32 \? 32 : 64;\n"
+"    if (s != 0) row = row - row % (8 * s) + row % s * 8 + row % (8 * s) / s;\n"
+"    if (a.layout == LAYOUT_MAJOR_MN) return (u64)column * (u32)a.rows + row;\n"
+"    if (a.layout == LAYOUT_MAJOR_K) return (u64)row * (u32)a.columns + column;\n"
+"    return ((u64)(column / block) * (u32)a.rows + row) * block + column % block;\n"
+"}\n"
+"\n"
+"DI u16 pack_element(const pack_args &a, u64 at)\n"
+"{\n"
+"    if (a.dtype == a.out_dtype) return ((const u16 *)a.data)[at];\n"
+"    const f32 wide = load_float(a.data, a.dtype, (i64)at);\n"
+"    return a.out_dtype == DTYPE_BF16 \? f32_bf16(wide) : f32_f16(wide);\n"
+"}\n"
+"\n"
+"// Columns column .. + 7 of the output that are the source's, from natural row `row`.\n"
+"DI void pack_piece(const pack_args &a, u32 row, u32 column)\n"
+"{\n"
+"    const u32 target = pack_target(a, row), from = (u32)a.first_column - (u32)a.out_column; // may wrap\n"
+"    const u32 begin = (u32)a.out_column, end = begin + (u32)a.count_columns;\n"
+"    if (target == NOT_PACKED) return;\n"
+"    const u64 tile = (u64)(target / 128) * ((u32)a.out_ld / 64) + column / 64;\n"
+"    u16 *to = (u16 *)((u8 *)a.out + tile * 16384 + target % 128 * 128 + ((column % 64 / 8) ^ (target % 8)) * 16);\n"
+"    if (column < begin || column + 8 > end) {\n"
+"        for (u32 c = column; c < column + 8; c++)\n"
+"            if (c >= begin && c < end) to[c - column] = pack_element(a, pack_source(a, row, c + from));\n"
+"        return;\n"
+"    }\n"
+"    const bool across = a.layout == LAYOUT_MAJOR_MN;\n"
+"    const u64 first = pack_source(a, row, column + from);\n"
+"    if (!across && (column + from) % 8 == 0 && a.dtype == a.out_dtype && ((u64)a.data + 2 * first) % 16 == 0) {\n"
+"        *(u32x4 *)to = *(const u32x4 *)((const u16 *)a.data + first);\n"
+"        return;\n"
+"    }\n"
+"    u32 v[8];\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 8; i++)\n"
+"        v[i] = pack_element(a, across \? first + (u64)i * (u32)a.rows : pack_source(a, row, column + from + i));\n"
+"    *(u32x4 *)to = { v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16 };\n"
+"}\n"
+"\n"
+"DI void pack_run(const pack_args &a)\n"
+"{\n"
+"    const bool across = a.layout == LAYOUT_MAJOR_MN;\n"
+"    const u32 first = (u32)a.out_column / 64, groups = (u32)(a.out_column + a.count_columns + 63) / 64 - first;\n"
+"    const u32 items = ((u32)a.rows + 31) / 32 * groups;\n"
+"    for (u32 item = cta(); item < items; item += ncta()) {\n"
+"        const u32 r = across \? tid() % 32 : tid() / 8, piece = across \? tid() / 32 : tid() % 8;\n"
+"        const u32 row = item / groups * 32 + r, column = (first + item % groups) * 64 + piece * 8;\n"
+"        if (row < (u32)a.rows) pack_piece(a, row, column);\n"
+"    }\n"
+"}\n"
+"\n"
 "// >>entry  kernels\n"
 "\n"
 "#if PER_LANE > 16\n"
@@ -20581,7 +20791,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// The whole of K0 for few tokens: a cluster of C CTAs, each with T / C neighbouring tokens, each of its warps with a\n"
 "// run of those.\n"
-"//\n"
+"//\n",
 "//   route      warps: token -> ids, weights, slot, counter; threads: ids; counters over warps -> own  | cluster barrier\n"
 "//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
 "//   place      threads: experts -> rows; warps: slots; threads: tiles, shared out by CTA  | wait is the last thing\n"
@@ -20605,7 +20815,7 @@ static const char *const moe__kernel_text[] = {
 "    sort_clear(m);\n"
 "    cta_sync();\n"
 "    grid_launch();\n"
-"    grid_wait();\n",
+"    grid_wait();\n"
 "    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
 "    if (rank != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
 "    const u32 each = (tokens + ctas - 1) >> shift, begin = rank * each;\n"
@@ -20660,7 +20870,7 @@ static const char *const moe__kernel_text[] = {
 "    clear_words(m.own, m.stride + 64 + warps * m.stride / 2);\n"
 "    cta_sync();\n"
 "    grid_launch();\n"
-"    grid_wait();\n"
+"    grid_wait();\n",
 "    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
 "    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
 "    const u32 begin = cta() * chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
@@ -20688,7 +20898,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 fours = (u32)a.counts_stride / 4, groups = fours < ntid() \? ntid() / fours : 1, chunks = (u32)a.chunks;\n"
 "    for (u32 thread = tid(); thread < fours * groups; thread += ntid()) {\n"
 "        const u32 four = thread % fours, group = thread / fours;\n"
-"        const u32x2 *counts = (const u32x2 *)a.chunk_counts + four;\n",
+"        const u32x2 *counts = (const u32x2 *)a.chunk_counts + four;\n"
 "        u32 all[4] = { 0, 0, 0, 0 }, before[4] = { 0, 0, 0, 0 };\n"
 "        for (u32 base = group; base < chunks; base += 16 * groups) { // 16 loads under way; their sums fit 16 bits\n"
 "            u32x2 count[16], sum = { 0, 0 }, part = { 0, 0 };\n"
@@ -20746,7 +20956,7 @@ static const char *const moe__kernel_text[] = {
 "    const i64 at = (i64)begin * slots;\n"
 "    i32 id[2];\n"
 "    u32 before[2];\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 h = 0; h < 2; h++) { // the first ones are on their way while counters are added\n"
 "        u32 i = tid() + h * ntid();\n"
 "        id[h] = i < mine \? a.ids[at + i] : -1;\n"
@@ -20778,7 +20988,7 @@ static const char *const moe__kernel_text[] = {
 "    if (a.kind == GROUP_SORTED && tid() == 0) wrong = a.table[0] != 0;\n"
 "    for (u32 e = tid(); e < n; e += ntid()) {\n"
 "        i32 low = a.kind == GROUP_SORTED \? a.table[e] : 0, high = a.table[e + (a.kind == GROUP_SORTED)];\n"
-"        bool bad = low < 0 || high < low || high - low > most || (a.kind == GROUP_SORTED && high > a.rows_limit);\n",
+"        bool bad = low < 0 || high < low || high - low > most || (a.kind == GROUP_SORTED && high > a.rows_limit);\n"
 "        wrong |= bad;\n"
 "        m.all[e] = bad \? 0 : (u32)(high - low);\n"
 "        sum += m.all[e];\n"
@@ -20841,7 +21051,7 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "\n"
 "#if defined(MOE_K_GEMM1) || defined(MOE_K_ALL)\n"
-"\n"
+"\n",
 "// First product, activation and rounding: x -> intermediate. Registers: see GEMM_CTAS.\n"
 "MOE_ENTRY(moe_k_gemm1, gemm1_args, GEMM_THREADS, GEMM_CTAS) { gemm_run(a); }\n"
 "\n"
@@ -20868,6 +21078,12 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "#endif\n"
+"\n"
+"#if defined(MOE_K_PACK) || defined(MOE_K_ALL)\n"
+"\n"
+"MOE_ENTRY(moe_k_pack, pack_args, 256, 4) { pack_run(a); }\n"
+"\n"
+"#endif\n"
 };
 
 static const char *const *moe__kernel_pieces(int32_t *count)
@@ -20878,10 +21094,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "4eec8329ccb28d588d299f8090c193a81da02ac3dc2ef4924a4afc495480b2c3";
+    return "6be8f69a89474d6822bfba7947a2cebccd41c3ebfa4ade6cd7edccfe4a8bbf61";
 }
 
-// >>kernels-ptx 4eec8329ccb28d588d299f8090c193a81da02ac3dc2ef4924a4afc495480b2c3  of the text with this digest
+// >>kernels-ptx 6be8f69a89474d6822bfba7947a2cebccd41c3ebfa4ade6cd7edccfe4a8bbf61  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

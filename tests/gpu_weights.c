@@ -217,6 +217,41 @@ TEST(every_source_layout_from_host_and_from_device)
             }
 }
 
+// Sizes that do not fill tiles, and slices that begin within one: by the kernel, since the sources are on the device.
+TEST(odd_sizes_and_slices_from_device)
+{
+    static const int32_t sizes[][3] = { { 72, 40, 1 }, { 8, 136, 1 }, { 200, 48, 2 }, { 64, 88, 3 } }; // H, I, ranks
+    if (!gpu_open()) return;
+    CHECK(moe__pack_kernel(gpu.ctx) != NULL);
+    for (int s = 0; s < 4; s++)
+        for (int32_t rank = 0; rank < sizes[s][2]; rank++)
+            for (int variant = 0; variant < 4; variant++) {
+                int32_t h = sizes[s][0], n = sizes[s][1];
+                int32_t layout = variant % 2 ? MOE_LAYOUT_MAJOR_MN : MOE_LAYOUT_MAJOR_K;
+                int32_t halves = variant / 2 ? MOE_HALVES_INTERLEAVED : MOE_HALVES_UP_GATE;
+                moe_layer_desc l = make_layer(h, n, 2, variant == 1 ? MOE_FORMAT_F16 : MOE_FORMAT_BF16, 1);
+                int32_t d = variant == 3 ? MOE_DTYPE_F32 : MOE_DTYPE_BF16;
+                moe_weights *w = NULL;
+                char what[64];
+                l.parallel.tp_size = sizes[s][2];
+                l.parallel.tp_rank = rank;
+                snprintf(what, sizeof what, "H %d I %d, rank %d, variant %d", h, n, rank, variant);
+                CHECK_OK(moe_weights_create(gpu.ctx, &l, NULL, &w, &err));
+                if (w == NULL) continue;
+                if (!w->layout.tiled) { // a slice that the kernels of products do not take
+                    moe_weights_destroy(w);
+                    continue;
+                }
+                for (int32_t e = 0; e < 2; e++) {
+                    set_from_device(w, make_source(MOE_TENSOR_GATE_UP, e, 0, 2 * n, h, d, layout, halves, 0, 0));
+                    set_from_device(w, make_source(MOE_TENSOR_DOWN, e, 0, h, n, d, layout, 0, 0, 0));
+                }
+                CHECK_OK(moe_weights_seal(w, &err));
+                check_blocks(w, &l, what);
+                moe_weights_destroy(w);
+            }
+}
+
 static int32_t give_rows(void *user, int32_t role, int32_t expert, int32_t row, float *out)
 {
     const moe_layer_desc *l = (const moe_layer_desc *)user;
@@ -778,6 +813,7 @@ TEST(failures_of_the_driver_are_errors)
 }
 
 TEST_MAIN(T(blocks_lie_as_the_kernels_read_them) T(every_source_layout_from_host_and_from_device)
+          T(odd_sizes_and_slices_from_device)
           T(rows_by_a_callback_and_slices_of_ranks) T(shared_experts_lie_side_by_side)
           T(tables_and_ids_from_device_memory) T(several_threads_set_different_experts)
           T(the_callers_device_memory_holds_the_experts)
