@@ -144,8 +144,8 @@ def table(rows, known):
         texts = [r["file"], r["layer"], r["format"], r["load"], r["stage"], r["config"]]
         values = [number(r["tokens"]), f"{r['us']:,.2f}", f"{r['us_min']:,.2f}", f"{r['us_max']:,.2f}",
                   f"{floor:,.2f}" if floor > 0 else "", f"{r['us'] / floor:.2f}" if floor > 0 else "",
-                  f"{r['bytes'] / r['us'] * 1e-6:.3f}" if r.get("bytes") else "",
-                  f"{r['flops'] / r['us'] * 1e-6:.1f}" if r.get("flops") else ""]
+                  number(r["bytes"] / r["us"] * 1e-6) if r.get("bytes") else "",
+                  number(r["flops"] / r["us"] * 1e-6) if r.get("flops") else ""]
         out.append("<tr>" + "".join(f"<td class=t>{html.escape(t)}</td>" for t in texts)
                    + "".join(f"<td>{v}</td>" for v in values) + "</tr>")
     return "\n".join(out + ["</table>"])
@@ -182,8 +182,8 @@ def page(files, rows):
                            "layers")]
     if loads:
         out += ["<h2>Uneven loads</h2>",
-                "<p>Time / stream over that of the uniform load. One hot: every token chooses expert 5 and others; zipf: "
-               " expert e with 1 / (e + 1). Dashed: 1.15, the aim.</p>",
+                "<p>Time / stream over that of the uniform load. One hot: every token chooses expert 5 and others; "
+                "zipf: expert e with 1 / (e + 1). Dashed: 1.15, the aim.</p>",
                 draw_loads(panels(loads, lambda r: (r["chip"], r["layer"], r["format"])), known)]
     if others:
         out += ["<h2>Stages</h2>",
