@@ -115,7 +115,7 @@ def draw_lines(groups, value, title, label, name):
 
 
 def draw_loads(groups, known):
-    """Bars: a load's time / stream over that of the uniform load, for each number of tokens."""
+    """A panel for each layer of a file. Bars: time / stream of a load over that of the uniform load."""
     figure, axes = grid(len(groups))
     for ax, (key, rows) in zip(axes, groups.items()):
         times = {(r["load"], r["tokens"]): r["us"] / floor_of(r, known) for r in rows}
@@ -144,8 +144,8 @@ def table(rows, known):
         texts = [r["file"], r["layer"], r["format"], r["load"], r["stage"], r["config"]]
         values = [number(r["tokens"]), f"{r['us']:,.2f}", f"{r['us_min']:,.2f}", f"{r['us_max']:,.2f}",
                   f"{floor:,.2f}" if floor > 0 else "", f"{r['us'] / floor:.2f}" if floor > 0 else "",
-                  f"{r['bytes'] / r['us'] * 1e-6:.3f}" if r.get("bytes") else "",
-                  f"{r['flops'] / r['us'] * 1e-6:.1f}" if r.get("flops") else ""]
+                  number(r["bytes"] / r["us"] * 1e-6) if r.get("bytes") else "",
+                  number(r["flops"] / r["us"] * 1e-6) if r.get("flops") else ""]
         out.append("<tr>" + "".join(f"<td class=t>{html.escape(t)}</td>" for t in texts)
                    + "".join(f"<td>{v}</td>" for v in values) + "</tr>")
     return "\n".join(out + ["</table>"])
@@ -165,9 +165,8 @@ def page(files, rows):
     known = floors(rows)
     layers = [r for r in rows if r["stage"] in ("layer", "gemms") and floor_of(r, known) > 0]
     uniform = [r for r in layers if r["load"] == "uniform"]
-    skewed = {(r["chip"], r["layer"], r["tokens"]) for r in layers if r["load"] != "uniform"}
-    loads = [r for r in layers if (r["chip"], r["layer"], r["tokens"]) in skewed and r["who"] == "moe.h"
-             and r["state"] == ""]
+    skewed = {(r["file"], r["layer"], r["tokens"]) for r in layers if r["load"] != "uniform"}
+    loads = [r for r in layers if (r["file"], r["layer"], r["tokens"]) in skewed and r["state"] == ""]
     others = [r for r in rows if r["stage"] not in ("layer", "gemms") and r["tokens"] > 0]
     out = ["<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8"><title>moe.h: measured</title>',
            f"<style>{STYLE}</style></head><body>", "<h1>moe.h: measured</h1>", sources(files)]
@@ -182,9 +181,9 @@ def page(files, rows):
                            "layers")]
     if loads:
         out += ["<h2>Uneven loads</h2>",
-                "<p>Time / stream over that of the uniform load. One hot: every token chooses expert 5 and others; zipf: "
-               " expert e with 1 / (e + 1). Dashed: 1.15, the aim.</p>",
-                draw_loads(panels(loads, lambda r: (r["chip"], r["layer"], r["format"])), known)]
+                "<p>Time / stream over that of the uniform load. One hot: every token chooses expert 5 and others; "
+                "zipf: expert e with 1 / (e + 1). Dashed: 1.15, the aim.</p>",
+                draw_loads(panels(loads, lambda r: (r["file"], r["layer"], r["format"])), known)]
     if others:
         out += ["<h2>Stages</h2>",
                 draw_lines(panels(others, lambda r: (r["chip"], r["layer"], r["stage"])), lambda r: r["us"],

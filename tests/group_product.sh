@@ -91,6 +91,14 @@ tags() { # the index and the text have the same tags
 try "moe.h is ASCII, without tabs, at most 120 columns" clean_text
 try "the index has the sections that there are" tags
 
+if have python3; then
+    try "the scripts of bench/ are Python" python3 -c 'import ast, sys
+for name in sys.argv[1:]:
+    ast.parse(open(name).read(), name)' bench/*.py bench/compare/*.py
+else
+    skip "the scripts of bench/" "no python3"
+fi
+
 # ---- shared library -------------------------------------------------------------------------------------------------
 exports() {
     nm -D --defined-only build/libmoe.so | awk '$2 ~ /[A-Z]/ && $3 !~ /^moe_[a-z]|^_(init|fini)$/ { print $3; bad = 1 }
