@@ -10344,6 +10344,7 @@ static moe__cu_function moe__pack_kernel(moe_context *ctx)
     return NULL;
 }
 
+// Enqueues it on the context's own stream.
 static int32_t moe__pack_launch(moe_context *ctx, const moe__pack *p, moe_error *err)
 {
     moe__cu_function function = moe__pack_kernel(ctx);
@@ -10371,8 +10372,18 @@ static int32_t moe__pack_launch(moe_context *ctx, const moe__pack *p, moe_error 
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
     config.blockDimX = MOE__PACK_THREADS;
     config.hStream = ctx->cuda->stream;
-    result = moe__device_copied(ctx, ctx->cuda->cuLaunchKernelEx(&config, function, params, NULL), ctx->cuda->stream,
-                                err);
+    result = ctx->cuda->cuLaunchKernelEx(&config, function, params, NULL);
+    moe__cuda_end(ctx, &scope);
+    return result == 0 ? (int32_t)MOE_OK : moe__cuda_fail(ctx, err, MOE_ERROR_LAUNCH, "packing a tensor", result);
+}
+
+// Until everything on the context's own stream has ended.
+static int32_t moe__pack_wait(const moe_context *ctx, moe_error *err)
+{
+    moe__cuda_scope scope;
+    int32_t result = moe__cuda_begin(ctx, &scope, err);
+    if (result != MOE_OK) return result;
+    result = moe__device_copied(ctx, 0, ctx->cuda->stream, err);
     moe__cuda_end(ctx, &scope);
     return result;
 }
@@ -10541,15 +10552,21 @@ static moe__part moe__part_of(const moe_weights *weights, const moe__checked *c,
     return part;
 }
 
-// A matrix on the device into a block there, by a kernel: tiles are zeros where nothing is packed.
+// A matrix on the device into a block there, by a kernel: tiles are zeros where nothing is packed. Matrices of a stack
+// are waited for by moe__set_stacked().
 static int32_t moe__device_pack(const moe_weights *weights, const moe__checked *given, int32_t expert, int32_t position,
                                 int32_t local, uint32_t *set, moe_error *err)
 {
     unsigned char *block = (unsigned char *)(uintptr_t)moe__device_block(weights, local);
     moe__checked c = *given;
+    uint32_t flags = set == NULL ? 0 : *set;
+    int32_t result;
     c.by_kernel = 1;
-    if (local == weights->layout.blocks) return moe__set_in_shared(weights, &c, block, err);
-    return moe__set_in_block(weights, &c, expert, position, block, set, err);
+    if (local == weights->layout.blocks) result = moe__set_in_shared(weights, &c, block, err);
+    else result = moe__set_in_block(weights, &c, expert, position, block, &flags, err);
+    if (result == MOE_OK && !c.stacked) result = moe__pack_wait(weights->ctx, err);
+    if (result == MOE_OK && set != NULL) *set = flags;
+    return result;
 }
 
 // A tensor into a block on the device; number `blocks`: the shared experts. What others have set of its part is read
@@ -10612,6 +10629,12 @@ static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe
         uint32_t set = 0; // the flags are written last: a stack that fails is not set at all
         if (local >= 0) result = moe__set_local(weights, c, e, e, local, &set, err);
     }
+#if !defined(MOE_NO_CUDA)
+    if (weights->layout.tiled && c->tensor.memory == MOE_MEMORY_DEVICE) {
+        int32_t waited = moe__pack_wait(weights->ctx, result == MOE_OK ? err : NULL);
+        if (result == MOE_OK) result = waited;
+    }
+#endif
     for (int32_t e = 0; e < experts && result == MOE_OK; e++) {
         int32_t local = moe__layer_local(&weights->layer, e);
         if (local >= 0) weights->expert_set[local] |= moe__role_bits(c->tensor.role);
