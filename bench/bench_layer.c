@@ -3,11 +3,11 @@
 //     cc -O2 -o build/bench_layer bench/bench_layer.c -ldl -lpthread -lm
 //     build/bench_layer [result.json [LAYER [TOKENS]]]
 //
-// Runs in the repository's root: the stream's text is read from bench/. Up to 512 tokens a time
-// is the slope between graphs of few and of many layers, one after the other, each node with logits of its own, two
-// graphs with different ones in turn. From 1,024 on it is one layer in a graph: "rested", each after 60 ms of idle, and
-// "sustained", the last half of 0.3 s back to back. A floor is the time of a bare stream of the layer's bytes (weights
-// of the experts that have tokens, once; input and output), measured in the same run.
+// Runs in the repository's root: the stream's text is read from bench/. Tiles are those that moe_plan_autotune() finds
+// fastest. Up to 512 tokens a time is the slope between graphs of few and of many layers, one after the other, each
+// with logits of its own, two graphs with different ones in turn. From 1,024 on it is one layer in a graph: "rested",
+// each after 60 ms of idle, and "sustained", the last half of 0.3 s back to back. A floor is the time of a bare stream
+// of the layer's bytes (weights of the experts that have tokens, once; input and output), measured in the same run.
 #define _POSIX_C_SOURCE 200809L
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
@@ -22,14 +22,19 @@ enum { MAX_TOKENS = 16384, MAX_INPUTS = 64 };
 
 typedef struct shape {
     const char *name;
-    int experts, top_k, hidden, features;
+    int experts, top_k, hidden, features, activation;
+    int local; // experts of this rank, the first ones
 } shape;
 
 static const shape shapes[] = {
-    { "Qwen3-235B", 128, 8, 4096, 1536 },
-    { "Qwen3-30B", 128, 8, 2048, 768 },
-    { "gpt-oss sizes", 128, 4, 2880, 2880 },
+    { "Qwen3-235B", 128, 8, 4096, 1536, MOE_ACTIVATION_SWIGLU, 128 },
+    { "Qwen3-30B", 128, 8, 2048, 768, MOE_ACTIVATION_SWIGLU, 128 },
+    { "gpt-oss sizes", 128, 4, 2880, 2880, MOE_ACTIVATION_SWIGLU, 128 },
+    { "E512 k22 relu2", 512, 22, 2048, 1024, MOE_ACTIVATION_RELU2, 512 },
+    { "32 of 256 experts", 256, 8, 7168, 2048, MOE_ACTIVATION_SWIGLU, 32 },
 };
+
+static int is_gated(const shape *s) { return s->activation == MOE_ACTIVATION_SWIGLU; }
 
 typedef struct layer_bench {
     const shape *shape;
@@ -126,8 +131,9 @@ static moe_weights *make_weights(const moe_layer_desc *layer)
     if (moe_weights_create(ctx, layer, NULL, &weights, &err)) fail("weights", &err);
     for (size_t i = 0; i < count; i++)
         data[i] = moe__f32_to_bf16((float)((int)(random_u32(&state) % 2001) - 1000) * 3e-5f);
-    for (int i = 0; i < 3 * layer->num_experts; i++) {
+    for (int i = 0; i < 3 * layer->parallel.local_experts; i++) {
         moe_tensor t;
+        if (i % 3 == 0 && layer->activation.kind != MOE_ACTIVATION_SWIGLU) continue;
         memset(&t, 0, sizeof t);
         t.role = i % 3 == 0 ? MOE_TENSOR_GATE : i % 3 == 1 ? MOE_TENSOR_UP : MOE_TENSOR_DOWN;
         t.expert = i / 3;
@@ -145,7 +151,8 @@ static moe_weights *make_weights(const moe_layer_desc *layer)
     return weights;
 }
 
-// Logits whose k best are k draws without replacement: of equal experts, of 1 / (rank + 1), or expert 5 and others.
+// Logits whose k best are k draws without replacement: of equal experts, of 1 / (rank + 1), expert 5 and others; on a
+// rank with some of the experts, of none of those ("empty"), or of number 5 alone ("one local").
 static void fill_logits(const layer_bench *b, const char *load, int tokens)
 {
     uint64_t state = 7;
@@ -157,6 +164,7 @@ static void fill_logits(const layer_bench *b, const char *load, int tokens)
             float u = ((float)(random_u32(&state) & 0xffffff) + 0.5f) / 16777216.0f;
             host[j] = -logf(-logf(u));
             if (load[0] == 'z') host[j] -= logf((float)(e + 1));
+            if ((load[0] == 'e' || load[4] == 'l') && e < b->shape->local) host[j] -= 60;
             if (load[0] == 'o' && e == 5) host[j] = 30;
         }
         CALL(cuda->cuMemcpyHtoD(b->logits + (uint64_t)i * b->logits_bytes, host, b->logits_bytes));
@@ -164,20 +172,25 @@ static void fill_logits(const layer_bench *b, const char *load, int tokens)
     free(host);
 }
 
-// Experts that have tokens, on the average of the inputs.
-static double active_experts(layer_bench *b)
+// Experts here that have tokens, and rows of theirs, on the average of the inputs.
+static double active_experts(layer_bench *b, double *rows_of)
 {
     int32_t counts[1024], active = 0;
+    double slots = 0;
     uint64_t at = device_memory(sizeof counts);
     b->args.out_expert_counts = (int32_t *)(uintptr_t)at;
     for (int i = 0; i < b->inputs; i++) {
         enqueue_layer(b, 0, i);
         CALL(cuda->cuStreamSynchronize((moe__cu_stream)stream));
         CALL(cuda->cuMemcpyDtoH(counts, at, sizeof counts));
-        for (int e = 0; e < b->shape->experts; e++) active += counts[e] > 0;
+        for (int e = 0; e < b->shape->local; e++) {
+            active += counts[e] > 0;
+            slots += counts[e];
+        }
     }
     b->args.out_expert_counts = NULL;
     CALL(cuda->cuMemFree(at));
+    *rows_of = slots / b->inputs;
     return (double)active / b->inputs;
 }
 
@@ -187,38 +200,40 @@ static void rest(void)
     nanosleep(&pause, NULL);
 }
 
-// One layer in a graph, in two states of the chip.
+// One layer in a graph, in two states of the chip; two graphs with different logits in turn.
 static void measure_long(layer_bench *b, row *rested, row *sustained)
 {
     double us[2048];
-    void *graph = record(enqueue_layer, b, 0, 1);
+    void *graph[2];
     int count = 0;
     double total = 0;
-    for (int i = 0; i < 3; i++) time_graph(graph);
+    for (int i = 0; i < 2; i++) graph[i] = record(enqueue_layer, b, i, 1);
+    for (int i = 0; i < 4; i++) time_graph(graph[i % 2]);
     for (int i = 0; i < 9; i++) {
         rest();
-        us[i] = time_graph(graph);
+        us[i] = time_graph(graph[i % 2]);
     }
     row_times(rested, us, 9);
-    while (total < 3e5 && count < 2048) total += us[count++] = time_graph(graph);
+    for (; total < 3e5 && count < 2048; count++) total += us[count] = time_graph(graph[count % 2]);
     row_times(sustained, us + count / 2, count - count / 2);
-    CALL(cu.exec_destroy(graph));
+    for (int i = 0; i < 2; i++) CALL(cu.exec_destroy(graph[i]));
 }
 
-static void bench_tokens(layer_bench *b, const char *load, int tokens)
+static void bench_tokens(layer_bench *b, const char *load, int tokens, const char *config)
 {
     const shape *s = b->shape;
-    double active, expert = 6.0 * s->hidden * s->features, room;
+    double active, slots, expert = (is_gated(s) ? 6.0 : 4.0) * s->hidden * s->features, room;
     row *r = row_next(s->name, load, "layer", tokens);
+    r->config = config;
     b->args.num_tokens = tokens;
     b->logits_bytes = (size_t)tokens * (size_t)s->experts * 4;
     b->inputs = tokens > 1024 ? 2 : MAX_INPUTS;
     b->logits = device_memory((size_t)b->inputs * b->logits_bytes);
     fill_logits(b, load, tokens);
-    active = active_experts(b);
+    active = active_experts(b, &slots);
     room = (double)b->weights->layout.tables;
     r->bytes = active * expert + 4.0 * tokens * s->hidden;
-    r->flops = 6.0 * tokens * s->top_k * s->hidden * s->features;
+    r->flops = expert * slots;
     if (own_stream != NULL)
         r->floor_us = measure_stream((uint64_t)b->weights->device_blocks, (uint64_t)room, r->bytes);
     if (tokens < 1024) {
@@ -236,38 +251,48 @@ static void bench_tokens(layer_bench *b, const char *load, int tokens)
     CALL(cuda->cuMemFree((moe__cu_ptr)b->logits));
 }
 
-static void bench_shape(const shape *s, int only)
+static void make_plan(layer_bench *b, const moe_layer_desc *layer, uint32_t flags)
 {
-    static const int tokens[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384 };
-    static const char *const loads[] = { "uniform", "one hot", "zipf" };
-    moe_layer_desc layer;
     moe_plan_desc desc;
     moe_plan_info info;
     moe_error err;
+    memset(&desc, 0, sizeof desc);
+    memset(&info, 0, sizeof info);
+    desc.max_tokens = MAX_TOKENS;
+    desc.flags = flags;
+    moe_plan_destroy(b->plan);
+    if (moe_plan_create(ctx, layer, &desc, &b->plan, &err) || moe_plan_autotune(b->plan, b->weights, NULL, &err) ||
+        moe_plan_get_info(b->plan, &info, &err))
+        fail("plan", &err);
+    if (b->args.workspace != NULL) CALL(cuda->cuMemFree((moe__cu_ptr)(uintptr_t)b->args.workspace));
+    b->args.workspace = (void *)(uintptr_t)device_memory((size_t)info.workspace_bytes);
+    b->args.workspace_bytes = info.workspace_bytes;
+}
+
+static void bench_shape(const shape *s, int only)
+{
+    static const int tokens[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384 };
+    static const char *const loads[][3] = { { "uniform", "one hot", "zipf" }, { "uniform", "empty", "one local" } };
+    moe_layer_desc layer;
     layer_bench b;
     size_t x_bytes = (size_t)MAX_TOKENS * (size_t)s->hidden * 2;
     uint64_t state = 3;
     uint16_t *x = (uint16_t *)malloc(x_bytes);
     memset(&layer, 0, sizeof layer);
-    memset(&desc, 0, sizeof desc);
-    memset(&info, 0, sizeof info);
     memset(&b, 0, sizeof b);
     b.shape = s;
     layer.hidden_size = s->hidden;
     layer.intermediate_size = s->features;
     layer.num_experts = s->experts;
     layer.format = MOE_FORMAT_BF16;
-    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
+    layer.activation.kind = s->activation;
     moe_routing_preset(MOE_ROUTING_RENORMALIZE_NAIVE, &layer.routing, NULL);
     layer.routing.top_k = s->top_k;
     layer.parallel.omit_common = 1; // logits come from elsewhere
-    desc.max_tokens = MAX_TOKENS;
-    if (moe_plan_create(ctx, &layer, &desc, &b.plan, &err) || moe_plan_get_info(b.plan, &info, &err))
-        fail("plan", &err);
+    layer.parallel.local_experts = s->local;
     b.weights = make_weights(&layer);
     b.args.input_mode = MOE_INPUT_LOGITS;
-    b.args.workspace = (void *)(uintptr_t)device_memory((size_t)info.workspace_bytes);
-    b.args.workspace_bytes = info.workspace_bytes;
+    make_plan(&b, &layer, 0);
     b.args.x = (const void *)(uintptr_t)device_memory(x_bytes);
     b.args.out = (void *)(uintptr_t)device_memory(x_bytes);
     for (size_t i = 0; i < x_bytes / 2; i++)
@@ -277,14 +302,68 @@ static void bench_shape(const shape *s, int only)
         for (int i = 0; i < (int)(sizeof tokens / sizeof tokens[0]); i++) {
             if (only != 0 && tokens[i] != only) continue;
             if (only == 0 && l > 0 && tokens[i] != 8 && tokens[i] != 128 && tokens[i] != 4096) continue;
-            bench_tokens(&b, loads[l], tokens[i]);
+            bench_tokens(&b, loads[s->local < s->experts][l], tokens[i], "");
         }
+    make_plan(&b, &layer, MOE_PLAN_BATCH_INVARIANT);
+    for (int i = 0; i < (int)(sizeof tokens / sizeof tokens[0]); i++)
+        if (only != 0 ? tokens[i] == only : tokens[i] == 1 || tokens[i] == 8 || tokens[i] == 32 || tokens[i] == 128)
+            bench_tokens(&b, "uniform", tokens[i], "batch invariant");
     moe_plan_destroy(b.plan);
     moe_weights_destroy(b.weights);
     CALL(cuda->cuMemFree((moe__cu_ptr)(uintptr_t)b.args.workspace));
     CALL(cuda->cuMemFree((moe__cu_ptr)(uintptr_t)b.args.x));
     CALL(cuda->cuMemFree((moe__cu_ptr)(uintptr_t)b.args.out));
     free(x);
+}
+
+// Gate and up of 32 experts, on the device in the order of the caller's, into tiles; bytes: read and written.
+static void bench_pack(int32_t layout, const char *name)
+{
+    enum { EXPERTS = 32, HIDDEN = 4096, FEATURES = 1536, REPEAT = 9 };
+    const size_t bytes = (size_t)EXPERTS * 2 * FEATURES * HIDDEN * 2;
+    moe_layer_desc layer;
+    moe_tensor t;
+    moe_error err;
+    double us[REPEAT];
+    uint64_t source = device_memory(bytes);
+    row *r = row_next("32 experts, H 4096 I 1536", name, "pack", 0);
+    memset(&layer, 0, sizeof layer);
+    memset(&t, 0, sizeof t);
+    layer.hidden_size = HIDDEN;
+    layer.intermediate_size = FEATURES;
+    layer.num_experts = EXPERTS;
+    layer.format = MOE_FORMAT_BF16;
+    layer.activation.kind = MOE_ACTIVATION_SWIGLU;
+    moe_routing_preset(MOE_ROUTING_RENORMALIZE_NAIVE, &layer.routing, NULL);
+    layer.routing.top_k = 8;
+    t.role = MOE_TENSOR_GATE_UP;
+    t.expert = t.index = -1;
+    t.dtype = MOE_DTYPE_BF16;
+    t.layout = layout;
+    t.halves = MOE_HALVES_GATE_UP;
+    t.rank = 3;
+    t.dims[0] = EXPERTS;
+    t.dims[1] = layout == MOE_LAYOUT_MAJOR_MN ? HIDDEN : 2 * FEATURES;
+    t.dims[2] = layout == MOE_LAYOUT_MAJOR_MN ? 2 * FEATURES : HIDDEN;
+    t.memory = MOE_MEMORY_DEVICE;
+    t.data = (const void *)(uintptr_t)source;
+    t.data_bytes = bytes;
+    CALL(cuda->cuMemsetD8((moe__cu_ptr)source, 1, bytes));
+    for (int i = 0; i < REPEAT; i++) {
+        struct timespec begin, end;
+        moe_weights *weights;
+        if (moe_weights_create(ctx, &layer, NULL, &weights, &err)) fail("weights", &err);
+        clock_gettime(CLOCK_MONOTONIC, &begin);
+        if (moe_weights_set_tensor(weights, &t, &err)) fail("tensor", &err);
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        us[i] = 1e6 * (double)(end.tv_sec - begin.tv_sec) + 1e-3 * (double)(end.tv_nsec - begin.tv_nsec);
+        moe_weights_destroy(weights);
+    }
+    row_times(r, us + 1, REPEAT - 1); // the first compiles
+    r->bytes = 2.0 * (double)bytes;
+    print_row(r);
+    printf("%.2f TB/s\n", 1e-6 * r->bytes / r->us);
+    CALL(cuda->cuMemFree((moe__cu_ptr)source));
 }
 
 int main(int argc, char **argv)
@@ -294,6 +373,10 @@ int main(int argc, char **argv)
     if (cuda->arch >= 90) own_stream = open_stream();
     snprintf(ceilings, sizeof ceilings, "\"launch_us\": %.3f", measure_launch());
     print_head();
+    if (argc < 3 || strstr("pack", argv[2]) != NULL) {
+        bench_pack(MOE_LAYOUT_MAJOR_K, "output-major");
+        bench_pack(MOE_LAYOUT_MAJOR_MN, "input-major");
+    }
     for (int i = 0; i < (int)(sizeof shapes / sizeof shapes[0]); i++)
         if (argc < 3 || strstr(shapes[i].name, argv[2]) != NULL) bench_shape(&shapes[i], argc > 3 ? atoi(argv[3]) : 0);
     if (argc > 1) write_json(argv[1], ceilings);

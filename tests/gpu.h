@@ -203,6 +203,11 @@ typedef struct gpu_driver {
     int (*exec_destroy)(void *exec);
     int (*graph_destroy)(void *graph);
     int (*copy_async)(moe__cu_ptr to, const void *from, size_t bytes, void *stream);
+    int (*host_alloc)(void **at, size_t bytes, unsigned flags); // page-locked; flags 2: the device addresses it
+    int (*host_free)(void *at);
+    int (*host_register)(void *at, size_t bytes, unsigned flags); // the same of memory that is there
+    int (*host_unregister)(void *at);
+    int (*memory_info)(size_t *free_bytes, size_t *total);
     void (*log_begin)(void);                // of the emulated driver alone: NULL elsewhere
     const char *(*log_end)(void);           // the calls since, a line each
     int (*leaks)(char *text, size_t bytes); // of the emulated driver alone: how many things live
@@ -232,6 +237,11 @@ TEST_UNUSED static int gpu_open_driver(void)
     gpu_symbol(library, "cuGraphExecDestroy", &gpu_calls.exec_destroy);
     gpu_symbol(library, "cuGraphDestroy", &gpu_calls.graph_destroy);
     gpu_symbol(library, "cuMemcpyHtoDAsync_v2", &gpu_calls.copy_async);
+    gpu_symbol(library, "cuMemHostAlloc", &gpu_calls.host_alloc);
+    gpu_symbol(library, "cuMemFreeHost", &gpu_calls.host_free);
+    gpu_symbol(library, "cuMemHostRegister_v2", &gpu_calls.host_register);
+    gpu_symbol(library, "cuMemHostUnregister", &gpu_calls.host_unregister);
+    gpu_symbol(library, "cuMemGetInfo_v2", &gpu_calls.memory_info);
     gpu_symbol(library, "emu_log_begin", &gpu_calls.log_begin);
     gpu_symbol(library, "emu_log_end", &gpu_calls.log_end);
     gpu_symbol(library, "emu_leaks", &gpu_calls.leaks);

@@ -10,6 +10,7 @@
 #include "../moe.h"
 #include "test.h"
 #include "gpu.h"
+#include "gpu_text.h"
 
 #include <math.h>
 
@@ -505,38 +506,54 @@ TEST(types_of_inputs_and_outputs)
     }
 }
 
+// Tokens alone, among 31 others, among all of 70 (8,192 on hardware), and with all in the opposite order: their rows.
 TEST(a_token_does_not_depend_on_its_batch)
 {
+    const int many = gpu_large() ? 8192 : 70;
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
-    layer_call all = logits_of(70), one = logits_of(1);
+    layer_call all = logits_of(many), some = logits_of(32), one = logits_of(1);
     layer_data d;
     uint64_t state = 99;
     pair p;
     int differ = 0;
-    float *rows = (float *)malloc(70 * H * 4), row[H];
+    float *rows = (float *)malloc((size_t)many * H * 4), *turned = (float *)malloc((size_t)many * H * 4), row[32 * H];
     if (!gpu_open()) return;
     memset(&p, 0, sizeof p);
     memset(&d, 0, sizeof d);
     p.desc.flags = MOE_PLAN_BATCH_INVARIANT;
-    d.x = grid_values(70 * H, 0.01f, 400, &state);
-    d.old = grid_values(70 * H, 1, 1, &state);
-    d.logits = grid_values(70 * EXPERTS, 0.125f, 40, &state);
-    if (open_layer(&p, &l, 70)) {
+    d.x = grid_values((size_t)many * H, 0.01f, 400, &state);
+    d.old = grid_values((size_t)many * H, 1, 1, &state);
+    d.logits = grid_values((size_t)many * EXPERTS, 0.125f, 40, &state);
+    if (open_layer(&p, &l, many)) {
+        layer_data back = d;
         CHECK_EQ(run_gpu(&p, &all, &d, rows), MOE_OK);
-        for (int t = 0; t < 70; t += 23) {
-            layer_data alone = d;
-            alone.x = d.x + t * H;
-            alone.logits = d.logits + t * EXPERTS;
-            CHECK_EQ(run_gpu(&p, &one, &alone, row), MOE_OK);
+        for (int t = 0; t + 32 <= many; t += many / 3) {
+            layer_data part = d;
+            part.x = d.x + t * H;
+            part.logits = d.logits + t * EXPERTS;
+            CHECK_EQ(run_gpu(&p, &one, &part, row), MOE_OK);
+            differ += memcmp(row, rows + t * H, H * 4) != 0;
+            CHECK_EQ(run_gpu(&p, &some, &part, row), MOE_OK);
             differ += memcmp(row, rows + t * H, sizeof row) != 0;
         }
+        back.x = (float *)malloc((size_t)many * H * 4);
+        back.logits = (float *)malloc((size_t)many * EXPERTS * 4);
+        for (int t = 0; t < many; t++) {
+            memcpy(back.x + (many - 1 - t) * H, d.x + t * H, H * 4);
+            memcpy(back.logits + (many - 1 - t) * EXPERTS, d.logits + t * EXPERTS, EXPERTS * 4);
+        }
+        CHECK_EQ(run_gpu(&p, &all, &back, turned), MOE_OK);
+        for (int t = 0; t < many; t++) differ += memcmp(turned + (many - 1 - t) * H, rows + t * H, H * 4) != 0;
         CHECK_EQ(differ, 0);
+        free(back.x);
+        free(back.logits);
         pair_close(&p);
     }
     free(d.x);
     free(d.old);
     free(d.logits);
     free(rows);
+    free(turned);
 }
 
 // The calls of the driver that a line of its log names; anything but launches and the context's stack is a failure.
@@ -733,6 +750,22 @@ TEST(an_event_is_recorded_before_the_second_product)
     pair_close(&p);
 }
 
+static moe_tensor tensor_of(int role, int expert, int rows, int columns, const float *data)
+{
+    moe_tensor t;
+    memset(&t, 0, sizeof t);
+    t.role = role;
+    t.expert = expert;
+    t.index = -1;
+    t.dtype = MOE_DTYPE_F32;
+    t.rank = columns > 0 ? 2 : 1;
+    t.dims[0] = rows;
+    t.dims[1] = columns;
+    t.data = data;
+    t.data_bytes = (uint64_t)rows * (uint64_t)(columns > 0 ? columns : 1) * 4;
+    return t;
+}
+
 TEST(a_replaced_expert_is_the_new_one)
 {
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
@@ -743,18 +776,8 @@ TEST(a_replaced_expert_is_the_new_one)
     moe_tensor t[2];
     if (!gpu_open()) return;
     memset(&p, 0, sizeof p);
-    memset(t, 0, sizeof t);
-    for (int i = 0; i < 2; i++) {
-        t[i].role = i == 0 ? MOE_TENSOR_UP : MOE_TENSOR_DOWN;
-        t[i].expert = 4;
-        t[i].index = -1;
-        t[i].dtype = MOE_DTYPE_F32;
-        t[i].rank = 2;
-        t[i].dims[0] = i == 0 ? I : H;
-        t[i].dims[1] = i == 0 ? H : I;
-        t[i].data = i == 0 ? up : down;
-        t[i].data_bytes = (uint64_t)I * H * 4;
-    }
+    t[0] = tensor_of(MOE_TENSOR_UP, 4, I, H, up);
+    t[1] = tensor_of(MOE_TENSOR_DOWN, 4, H, I, down);
     if (open_layer(&p, &l, 12)) {
         for (int side = 0; side < 2; side++)
             CHECK_OK(moe_weights_replace_expert(p.weights[side], 4, t, 2, NULL, &err));
@@ -763,6 +786,89 @@ TEST(a_replaced_expert_is_the_new_one)
     }
     free(up);
     free(down);
+}
+
+// Weights of these values with experts 2 and 5 pruned, in place of the pair's.
+static void prune(pair *p, const float *up, const float *down, const float *constant)
+{
+    for (int side = 0; side < 2; side++) {
+        moe_weights_destroy(p->weights[side]);
+        CHECK_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &p->layer, NULL, &p->weights[side], &err));
+        for (int e = 0; e < EXPERTS; e++) {
+            moe_tensor t = tensor_of(MOE_TENSOR_CONSTANT, e, H, 0, constant);
+            if (e == 2 || e == 5) {
+                CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
+                continue;
+            }
+            t = tensor_of(MOE_TENSOR_UP, e, p->layer.intermediate_size, H, up);
+            CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
+            t = tensor_of(MOE_TENSOR_DOWN, e, H, p->layer.intermediate_size, down);
+            CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
+        }
+        CHECK_OK(moe_weights_seal(p->weights[side], &err));
+    }
+}
+
+TEST(a_pruned_expert_gives_its_constant)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call few = logits_of(20), many = logits_of(70);
+    uint64_t state = 12;
+    float *up = grid_values(I * H, 0.125f, 4, &state), *down = grid_values(H * I, 0.125f, 4, &state);
+    float *constant = grid_values(H, 0.5f, 4, &state);
+    const char *path = test_temp("pruned.moe");
+    moe_tensor t[2];
+    moe_weights *loaded;
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    if (open_layer(&p, &l, 70)) {
+        prune(&p, up, down, constant);
+        check_layer(&p, &few, 1, "pruned, few tokens");
+        check_layer(&p, &many, 1, "pruned, many tokens");
+        t[0] = tensor_of(MOE_TENSOR_CONSTANT, 1, H, 0, constant); // one more, while the others are in use
+        for (int side = 0; side < 2; side++)
+            CHECK_OK(moe_weights_replace_expert(p.weights[side], 1, t, 1, NULL, &err));
+        check_layer(&p, &few, 1, "pruned later");
+        CHECK_OK(moe_weights_save(p.weights[1], path, &err));
+        REQUIRE_OK(moe_weights_load(gpu.ctx, &p.layer, path, &loaded, &err));
+        moe_weights_destroy(p.weights[1]);
+        p.weights[1] = loaded;
+        check_layer(&p, &few, 1, "pruned, saved and loaded");
+        t[0] = tensor_of(MOE_TENSOR_UP, 2, I, H, up); // back
+        t[1] = tensor_of(MOE_TENSOR_DOWN, 2, H, I, down);
+        for (int side = 0; side < 2; side++)
+            CHECK_OK(moe_weights_replace_expert(p.weights[side], 2, t, 2, NULL, &err));
+        check_layer(&p, &few, 1, "with matrices again");
+        pair_close(&p);
+    }
+    free(up);
+    free(down);
+    free(constant);
+}
+
+TEST(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    layer_call c = logits_of(20);
+    uint64_t state = 12;
+    float *up = grid_values(48 * H, 0.125f, 4, &state), *down = grid_values(H * 48, 0.125f, 4, &state);
+    float *constant = grid_values(H, 0.5f, 4, &state);
+    pair p;
+    if (!gpu_open()) return;
+    l.intermediate_size = 48;
+    for (int rank = 0; rank < 2; rank++) {
+        memset(&p, 0, sizeof p);
+        l.parallel.tp_size = 2;
+        l.parallel.tp_rank = rank;
+        if (!open_layer(&p, &l, 20)) break;
+        prune(&p, up, down, constant);
+        check_layer(&p, &c, 1, rank == 0 ? "rank 0" : "rank 1");
+        pair_close(&p);
+    }
+    free(up);
+    free(down);
+    free(constant);
 }
 
 // ---- rows in expert order -------------------------------------------------------------------------------------------
@@ -799,7 +905,7 @@ static void check_rows(const pair *p, const rows_call *c, const char *what)
     float *weights = grid_values((size_t)c->held, 0.25f, 8, &state);
     void *x = narrowed(values, n, x_dtype), *start = narrowed(old, n, out_dtype), *got = malloc(out_bytes + 4);
     unsigned char *memory = (unsigned char *)malloc(ws + 256), *cpu = (unsigned char *)malloc(out_bytes + 4);
-    uint32_t faults[2][MOE_FAULTS];
+    uint32_t faults[2][MOE_FAULTS], done[EXPERTS];
     moe_execute_args a;
     int results[2];
     rows_args(p, c, &a, state);
@@ -819,9 +925,17 @@ static void check_rows(const pair *p, const rows_call *c, const char *what)
     a.out_faults = (uint32_t *)gpu_make(sizeof faults[1]);
     a.workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
     a.workspace_bytes = p->info[1].workspace_bytes;
+    for (int e = 0; e < EXPERTS; e++) done[e] = 1000;
+    if (c->weights) a.done_signal = (uint32_t *)gpu_copy(done, sizeof done);
     results[1] = moe_execute(p->plan[1], p->weights[1], &a, NULL);
     gpu_get(faults[1], a.out_faults, sizeof faults[1]);
     gpu_get(got, a.out, out_bytes);
+    if (a.done_signal != NULL) gpu_get(done, a.done_signal, sizeof done);
+    for (int e = 0; e < p->info[1].local_experts && a.done_signal != NULL; e++) {
+        int rows = masked ? c->table[e] : c->table[e + 1] - c->table[e];
+        if (done[e] != 1000u + (uint32_t)(results[0] == MOE_OK ? rows : 0))
+            test_fail2(__FILE__, __LINE__, what, "another number of rows was signalled");
+    }
     gpu_release();
     CHECK_EQ(results[1], MOE_OK); // contents are not refused there
     if (results[0] != MOE_OK && results[0] != MOE_ERROR_DATA) test_fail2(__FILE__, __LINE__, what, "refused");
@@ -972,6 +1086,62 @@ static void check_rows_out(const pair *p, int tokens, int finalize, const char *
     free(logits);
     free(narrow);
     free(memory);
+}
+
+typedef struct await_args { // of moe_k_await_rows
+    const void *done, *rows;
+    void *copy;
+    uint32_t count, words;
+} await_args;
+
+// A kernel on another stream, enqueued first, copies an expert's rows as soon as their signal says that they are there.
+TEST(a_signal_says_that_rows_are_there)
+{
+    enum { MOST = 9 };
+    static const int32_t counts[EXPERTS] = { 3, 0, 7, 1, 0, 5 };
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
+    moe_execute_args a;
+    moe_context *text;
+    moe__cu_function function;
+    await_args w;
+    uint64_t state = 3;
+    uint32_t zeros[EXPERTS] = { 0 };
+    float *values = grid_values(MOST * EXPERTS * H, 0.25f, 4, &state), *out, got[2][7 * H];
+    void *x = narrowed(values, MOST * EXPERTS * H, MOE_DTYPE_BF16), *stream;
+    pair p;
+    if (!gpu_open_driver()) return;
+    memset(&p, 0, sizeof p);
+    p.desc.max_rows = MOST * EXPERTS;
+    text = gpu_text_open(test_data("gpu_signal.cu.inc"));
+    function = gpu_text_load(text, "moe_k_await_rows", (int)sizeof w, 128, 0);
+    if (open_layer(&p, &l, 8)) {
+        stream = gpu_stream();
+        memset(&a, 0, sizeof a);
+        a.input_mode = MOE_INPUT_MASKED;
+        a.rows_per_expert = MOST;
+        a.counts_or_offsets = (const int32_t *)gpu_copy(counts, sizeof counts);
+        a.x = gpu_copy(x, MOST * EXPERTS * H * 2);
+        a.out = out = (float *)gpu_make(MOST * EXPERTS * H * 4);
+        a.workspace = gpu_make_raw((size_t)p.info[1].workspace_bytes);
+        a.workspace_bytes = p.info[1].workspace_bytes;
+        a.done_signal = (uint32_t *)gpu_copy(zeros, sizeof zeros);
+        w.done = a.done_signal + 2;
+        w.rows = out + 2 * MOST * H;
+        w.copy = gpu_make(sizeof got[0]);
+        w.count = 7;
+        w.words = 7 * H;
+        CHECK_EQ(gpu_text_launch(function, 1, 128, 0, 0, 0, &w), 0); // on the legacy stream
+        CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &a, stream), MOE_OK);
+        gpu_get(got[0], w.copy, sizeof got[0]);
+        gpu_get(got[1], out + 2 * MOST * H, sizeof got[1]);
+        CHECK(memcmp(got[0], got[1], sizeof got[0]) == 0);
+        gpu_release();
+        gpu_stream_end(stream);
+        pair_close(&p);
+    }
+    moe_context_destroy(text);
+    free(values);
+    free(x);
 }
 
 TEST(rows_go_out_without_padding)
@@ -1143,7 +1313,8 @@ TEST(tiles_are_measured_once_and_kept)
         moe_plan_destroy(plan);
         p.desc.max_tokens = 8;
         for (int i = 0; i < 3; i++) { // cut, of another key, of tiles that there are not: passed over
-            static const char *const damage[] = { "head -c 90", "sed 's/^[0-9a-f]/g/'", "sed 's/_t128x[0-9]*/_t128x24/'" };
+            static const char *const damage[] = { "head -c 90", "sed 's/^[0-9a-f]/g/'",
+                                                  "sed 's/_t128x[0-9]*/_t128x24/'" };
             char command[8000];
             snprintf(command, sizeof command, "%s '%s' >'%s.new' && cp '%s' '%s.old' && mv '%s.new' '%s'", damage[i],
                      path, path, path, path, path, path);
@@ -1197,7 +1368,9 @@ TEST(what_is_not_built_is_refused_by_name)
         CHECK_EQ(moe_execute(p.plan[1], p.weights[1], &a, NULL), code); \
     } while (0)
     CHECK_OK(moe_execute_check(p.plan[1], p.weights[1], &good, &err));
-    REFUSED(a.done_signal = (uint32_t *)good.out, MOE_ERROR_UNSUPPORTED, "args.done_signal");
+    REFUSED(a.done_signal = (uint32_t *)good.out, MOE_ERROR_ARGUMENT, "args.done_signal");
+    REFUSED(a.flags = MOE_EXECUTE_ROWS_OUT; a.out_row_of_slot = (int32_t *)good.workspace;
+            a.done_signal = (uint32_t *)((char *)good.workspace + 2), MOE_ERROR_ARGUMENT, "args.done_signal");
     REFUSED(a.out = (char *)good.out + 2, MOE_ERROR_ARGUMENT, "args.out");
     REFUSED(a.x = (const char *)good.x + 1, MOE_ERROR_ARGUMENT, "args.x");
 #undef REFUSED
@@ -1210,8 +1383,9 @@ TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_
           T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
           T(a_layer_only_enqueues_and_is_replayed_from_a_graph) T(tiles_do_not_change_a_bit)
-          T(tiles_are_measured_once_and_kept)
+          T(tiles_are_measured_once_and_kept) T(a_signal_says_that_rows_are_there)
           T(two_streams_with_two_workspaces) T(several_devices_in_one_process)
           T(an_event_is_recorded_before_the_second_product) T(a_replaced_expert_is_the_new_one)
+          T(a_pruned_expert_gives_its_constant) T(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
           T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
           T(what_is_not_built_is_refused_by_name))

@@ -217,6 +217,41 @@ TEST(every_source_layout_from_host_and_from_device)
             }
 }
 
+// Sizes that do not fill tiles, and slices that begin within one: by the kernel, since the sources are on the device.
+TEST(odd_sizes_and_slices_from_device)
+{
+    static const int32_t sizes[][3] = { { 72, 40, 1 }, { 8, 136, 1 }, { 200, 48, 2 }, { 64, 88, 3 } }; // H, I, ranks
+    if (!gpu_open()) return;
+    CHECK(moe__pack_kernel(gpu.ctx) != NULL);
+    for (int s = 0; s < 4; s++)
+        for (int32_t rank = 0; rank < sizes[s][2]; rank++)
+            for (int variant = 0; variant < 4; variant++) {
+                int32_t h = sizes[s][0], n = sizes[s][1];
+                int32_t layout = variant % 2 ? MOE_LAYOUT_MAJOR_MN : MOE_LAYOUT_MAJOR_K;
+                int32_t halves = variant / 2 ? MOE_HALVES_INTERLEAVED : MOE_HALVES_UP_GATE;
+                moe_layer_desc l = make_layer(h, n, 2, variant == 1 ? MOE_FORMAT_F16 : MOE_FORMAT_BF16, 1);
+                int32_t d = variant == 3 ? MOE_DTYPE_F32 : MOE_DTYPE_BF16;
+                moe_weights *w = NULL;
+                char what[64];
+                l.parallel.tp_size = sizes[s][2];
+                l.parallel.tp_rank = rank;
+                snprintf(what, sizeof what, "H %d I %d, rank %d, variant %d", h, n, rank, variant);
+                CHECK_OK(moe_weights_create(gpu.ctx, &l, NULL, &w, &err));
+                if (w == NULL) continue;
+                if (!w->layout.tiled) { // a slice that the kernels of products do not take
+                    moe_weights_destroy(w);
+                    continue;
+                }
+                for (int32_t e = 0; e < 2; e++) {
+                    set_from_device(w, make_source(MOE_TENSOR_GATE_UP, e, 0, 2 * n, h, d, layout, halves, 0, 0));
+                    set_from_device(w, make_source(MOE_TENSOR_DOWN, e, 0, h, n, d, layout, 0, 0, 0));
+                }
+                CHECK_OK(moe_weights_seal(w, &err));
+                check_blocks(w, &l, what);
+                moe_weights_destroy(w);
+            }
+}
+
 static int32_t give_rows(void *user, int32_t role, int32_t expert, int32_t row, float *out)
 {
     const moe_layer_desc *l = (const moe_layer_desc *)user;
@@ -417,7 +452,7 @@ TEST(the_callers_device_memory_holds_the_experts)
     CHECK_OK(moe_plan_query(gpu.ctx, &l, NULL, &info, &err));
     desc.memory = gpu_make((size_t)info.weight_bytes);
     desc.memory_bytes = info.weight_bytes;
-    CHECK_ERR(moe_weights_create(gpu.ctx, &l, &desc, &w, &err), MOE_ERROR_UNSUPPORTED, "desc.memory_kind");
+    CHECK_ERR(moe_weights_create(gpu.ctx, &l, &desc, &w, &err), MOE_ERROR_ARGUMENT, "desc.memory"); // not the host's
     desc.memory_kind = MOE_MEMORY_DEVICE;
     CHECK_ERR(moe_weights_create(gpu.cpu, &l, &desc, &w, &err), MOE_ERROR_UNSUPPORTED, "desc.memory_kind");
     desc.memory_bytes--;
@@ -437,6 +472,134 @@ TEST(the_callers_device_memory_holds_the_experts)
     gpu_get(host, desc.memory, sizeof host); // still there
     CHECK(!zeros(host, sizeof host));
     gpu_release();
+}
+
+// The layer's output for 5 tokens whose slots go to experts 0, 1 and 2.
+static void run_layer(const moe_plan *plan, const moe_weights *w, const moe_layer_desc *l, void *stream, float *out)
+{
+    enum { T = 5 };
+    size_t n = (size_t)(T * l->hidden_size);
+    uint16_t *x = (uint16_t *)malloc(n * 2);
+    int32_t ids[T];
+    float weights[T];
+    moe_execute_args args;
+    moe_plan_info info;
+    uint64_t seed = 9;
+    memset(&args, 0, sizeof args);
+    memset(&info, 0, sizeof info);
+    CHECK_OK(moe_plan_get_info(plan, &info, &err));
+    for (size_t i = 0; i < n; i++) x[i] = moe__f32_to_bf16((float)((int)(test_random_u32(&seed) % 9) - 4) / 8);
+    for (int t = 0; t < T; t++) {
+        ids[t] = t % 3;
+        weights[t] = 0.5f + (float)t / 8;
+    }
+    args.input_mode = MOE_INPUT_IDS;
+    args.num_tokens = T;
+    args.x = gpu_copy(x, n * 2);
+    args.ids = gpu_copy(ids, sizeof ids);
+    args.weights = gpu_copy(weights, sizeof weights);
+    args.out = gpu_make(n * 4);
+    args.workspace = gpu_make_raw((size_t)info.workspace_bytes);
+    args.workspace_bytes = info.workspace_bytes;
+    CHECK_EQ(moe_execute(plan, w, &args, stream), MOE_OK);
+    gpu_get(out, args.out, n * 4);
+    gpu_release();
+    free(x);
+}
+
+// Expert `expert` gets the values of `like`, in the order of the stream.
+static void replace_by(moe_weights *w, const moe_layer_desc *l, int32_t expert, int32_t like, void *stream)
+{
+    int32_t h = l->hidden_size, i = l->intermediate_size;
+    source s[3];
+    moe_tensor t[3];
+    for (int j = 0; j < 3; j++) {
+        s[j] = make_source(j == 0 ? MOE_TENSOR_GATE : j == 1 ? MOE_TENSOR_UP : MOE_TENSOR_DOWN, like, 0, j < 2 ? i : h,
+                           j < 2 ? h : i, MOE_DTYPE_F32, 0, 0, 0, 0);
+        t[j] = s[j].t;
+        t[j].expert = expert;
+    }
+    CHECK_OK(moe_weights_replace_expert(w, expert, t, 3, stream, &err));
+    for (int j = 0; j < 3; j++) source_free(&s[j]);
+}
+
+// Experts in page-locked host memory, of the driver's and registered: they lie there, kernels read them there, and a
+// replaced one is replaced there. Outputs are those of experts in device memory.
+TEST(experts_in_host_memory_that_the_device_addresses)
+{
+    enum { HIDDEN = 72, N = 5 * HIDDEN };
+    moe_layer_desc l = make_layer(HIDDEN, 40, 3, MOE_FORMAT_BF16, 1);
+    moe_plan_desc plan_desc;
+    moe_plan_info info;
+    moe_plan *plan = NULL;
+    moe_weights *w, *mapped = NULL;
+    void *stream;
+    float want[2][N], got[N];
+    if (!gpu_open_driver()) return;
+    memset(&plan_desc, 0, sizeof plan_desc);
+    memset(&info, 0, sizeof info);
+    plan_desc.max_tokens = 5;
+    plan_desc.out_dtype = MOE_DTYPE_F32;
+    REQUIRE_OK(moe_plan_create(gpu.ctx, &l, &plan_desc, &plan, &err));
+    REQUIRE_OK(moe_plan_get_info(plan, &info, &err));
+    stream = gpu_stream();
+    w = make_weights(gpu.ctx, &l, 1);
+    run_layer(plan, w, &l, stream, want[0]);
+    replace_by(w, &l, 1, 7, stream);
+    run_layer(plan, w, &l, stream, want[1]);
+    CHECK(memcmp(want[0], want[1], sizeof want[0]) != 0);
+    moe_weights_destroy(w);
+    for (int registered = 0; registered < 2; registered++) {
+        moe_weights_desc desc;
+        size_t bytes = (size_t)info.weight_bytes, size = 0;
+        void *owned = registered ? malloc(bytes + 4096) : NULL;
+        const unsigned char *host;
+        memset(&desc, 0, sizeof desc);
+        desc.memory_bytes = bytes;
+        desc.memory_kind = MOE_MEMORY_HOST;
+        if (registered) {
+            desc.memory = (char *)owned + (4096 - (uintptr_t)owned % 4096) % 4096;
+            if (!gpu_large()) // devices of some machines address all of the host's memory
+                CHECK_ERR(moe_weights_create(gpu.ctx, &l, &desc, &mapped, &err), MOE_ERROR_ARGUMENT, "desc.memory");
+        }
+        gpu_enter();
+        if (registered) GPU_CALL(gpu_calls.host_register(desc.memory, bytes, 2));
+        else GPU_CALL(gpu_calls.host_alloc(&desc.memory, bytes, 2));
+        gpu_leave();
+        host = (const unsigned char *)desc.memory;
+        if (gpu_calls.leaks != NULL) { // no device memory for the addresses
+            int before = gpu_calls.leaks(NULL, 0);
+            setenv("MOE_EMU_FAIL", "cuMemAlloc:1=2", 1);
+            GPU_CALL(gpu_calls.init(0));
+            CHECK_ERR(moe_weights_create(gpu.ctx, &l, &desc, &mapped, &err), MOE_ERROR_MEMORY, "");
+            unsetenv("MOE_EMU_FAIL");
+            GPU_CALL(gpu_calls.init(0));
+            CHECK_EQ(gpu_calls.leaks(NULL, 0), before);
+        }
+        CHECK_OK(moe_weights_create(gpu.ctx, &l, &desc, &mapped, &err));
+        if (mapped != NULL) {
+            for (int32_t e = 0; e < 3; e++) set_plain_expert(mapped, &l, e);
+            CHECK_OK(moe_weights_seal(mapped, &err));
+            for (int32_t e = 0; e < 3; e++) {
+                CHECK(block_lies(host + (size_t)e * mapped->layout.expert.bytes, &l, e, 0, 40, &size));
+                CHECK(expert_reads(mapped, &l, e));
+            }
+            run_layer(plan, mapped, &l, stream, got);
+            CHECK(memcmp(got, want[0], sizeof got) == 0);
+            replace_by(mapped, &l, 1, 7, stream);
+            CHECK(block_lies(host + mapped->layout.expert.bytes, &l, 7, 0, 40, &size));
+            run_layer(plan, mapped, &l, stream, got);
+            CHECK(memcmp(got, want[1], sizeof got) == 0);
+            moe_weights_destroy(mapped);
+        }
+        gpu_enter();
+        if (registered) GPU_CALL(gpu_calls.host_unregister(desc.memory));
+        else GPU_CALL(gpu_calls.host_free(desc.memory));
+        gpu_leave();
+        free(owned);
+    }
+    gpu_stream_end(stream);
+    moe_plan_destroy(plan);
 }
 
 // Host memory: the tables, and one expert while a tensor is set, replaced, saved.
@@ -650,8 +813,10 @@ TEST(failures_of_the_driver_are_errors)
 }
 
 TEST_MAIN(T(blocks_lie_as_the_kernels_read_them) T(every_source_layout_from_host_and_from_device)
+          T(odd_sizes_and_slices_from_device)
           T(rows_by_a_callback_and_slices_of_ranks) T(shared_experts_lie_side_by_side)
           T(tables_and_ids_from_device_memory) T(several_threads_set_different_experts)
-          T(the_callers_device_memory_holds_the_experts) T(host_memory_holds_at_most_one_expert)
+          T(the_callers_device_memory_holds_the_experts)
+          T(experts_in_host_memory_that_the_device_addresses) T(host_memory_holds_at_most_one_expert)
           T(saved_weights_come_back_to_the_device_and_to_no_other_back_end)
           T(a_replaced_expert_lies_there_and_a_refused_one_does_not) T(failures_of_the_driver_are_errors))

@@ -40,6 +40,13 @@ for folder in qwen3_moe gpt_oss llama4 deepseek_v3; do # other layouts: stacked,
     try "own_loader, $folder layer ${layer:-0}" says 'tensors set' "$temp/own_loader" tests/golden/$folder "${layer:-0}"
 done
 
+# A program on the emulated device, as tests/gpu.sh runs its own.
+emulated() { # COMMAND...
+    env LD_LIBRARY_PATH=build/emu MOE_CUDA_LIB="$(pwd)/build/emu/libcuda.so.1" \
+        MOE_NVRTC_LIB="$(pwd)/build/emu/libnvrtc.so.13" MOE_EMU_DEVICE_H="$(pwd)/tests/emu/device.h" \
+        MOE_EMU_CACHE="$(pwd)/build/emu/objects" MOE_CACHE=off "$@"
+}
+
 # ---- kernels ahead of time, with the NVRTC of the emulated device --------------------------------------------------
 prewarm() { # FOLDER ARGUMENTS...
     mkdir -p build/emu/objects
@@ -73,16 +80,20 @@ if have g++ && [ "$(uname -s) $(uname -m)" = "Linux x86_64" ]; then
     try "prewarm without a config has the common shapes" lists 28 0 common
     refuse "a chip that there is not is refused" "desc.chips" prewarm none $qwen sm_90
 
-    # On the emulated device, as tests/gpu.sh runs its programs.
     gpu_example() { # NAME TEXT
         try "$1 builds with the line in its comment" env LIBRARY_PATH=build/emu sh -c "$(build_line_of "examples/$1.c")"
-        try "$1 runs" says "$2" env LD_LIBRARY_PATH=build/emu MOE_CUDA_LIB="$(pwd)/build/emu/libcuda.so.1" \
-            MOE_NVRTC_LIB="$(pwd)/build/emu/libnvrtc.so.13" MOE_EMU_DEVICE_H="$(pwd)/tests/emu/device.h" \
-            MOE_EMU_CACHE="$(pwd)/build/emu/objects" MOE_CACHE=off "$temp/$1"
+        try "$1 runs" says "$2" emulated "$temp/$1"
     }
     try "the emulated driver builds" ${MAKE:-make} -s build/emu/libcuda.so.1
     gpu_example cuda_layer 'experts 1 and 0, weights 0.750 and 0.250, output -0.1826 -2.1406'
     gpu_example cuda_graph '^3 of 4: -0.1826 -2.1406'
+    gpu_example cuda_ids '^apart, token 0: -0.1826 -2.1406'
+    try "cuda_ids: packed ids, and a slot without an expert" \
+        says '^packed, token 1: 0.3652 4.2812' emulated "$temp/cuda_ids"
+    gpu_example cuda_overlap '^routed -0.1826 -2.1406, shared 1.4609 17.1250'
+    gpu_example cuda_offload '^experts 31 and 20: -0.1826 -2.1406'
+    try "cuda_offload: a replaced expert" \
+        says '^31 replaced: 1.4609 17.1250' emulated "$temp/cuda_offload"
 else
     skip "prewarm" "the emulated NVRTC needs g++, Linux and an x86-64 processor"
 fi
@@ -99,6 +110,17 @@ fi
 try "make lib" ${MAKE:-make} -s lib
 if have python3; then
     try "hello.py runs" says 'experts \[2, 3\], weights \[0.6225, 0.3775\]' python3 examples/ffi/hello.py
+    block=examples/ffi/transformers_block.py
+    layout() { # what the script says of its structures is what the header has
+        python3 $block --layout >"$temp/layout" || return 1
+        grep -c '^member' "$temp/layout" | awk '{ exit $1 < 80 }' || { echo "too few members"; return 1; }
+        if grep -Fvx -f tests/data/abi_layout.txt "$temp/layout"; then return 1; fi
+    }
+    try "transformers_block.py's structures are those of moe.h" layout
+    try "transformers_block.py runs hello.c's layer from plain arrays" says '^hello.c: -0.1828 -2.1433$' python3 $block
+    # Nothing of Debian's has transformers: where it is missing the script must say so.
+    try "transformers_block.py compares with transformers, or says that it is not here" \
+        says '^2 layers of [0-9]+ experts replaced|^not compared: .*(torch|transformers)' python3 $block
 else
     skip "hello.py" "no python3"
 fi
@@ -111,14 +133,27 @@ fi
 
 # ---- README ---------------------------------------------------------------------------------------------------------
 if [ -f README.md ]; then
-    readme() {
-        awk '/^```c$/ { on = 1; next } /^```/ { on = 0 } on' README.md >"$temp/readme.c"
-        lines=$(grep -c . "$temp/readme.c")
-        [ "$lines" -ge 15 ] && [ "$lines" -le 24 ] || { echo "$lines lines"; return 1; }
-        $CC -std=c99 -Wall -Wextra -Werror -O1 -I. -o "$temp/readme" "$temp/readme.c" -lpthread
+    readme() { # NUMBER NAME LIBRARIES...: its n-th program, at most 25 lines
+        awk -v n="$1" '/^```c$/ { on = ++i == n; next } /^```/ { on = 0 } on' README.md >"$temp/$2.c"
+        lines=$(grep -c . "$temp/$2.c")
+        [ "$lines" -ge 15 ] && [ "$lines" -le 25 ] || { echo "$lines lines"; return 1; }
+        program=$2
+        shift 2
+        $CC -std=c99 -Wall -Wextra -Werror -I. -o "$temp/$program" "$temp/$program.c" "$@" -lpthread
     }
-    try "README's program builds" readme
+    try "README's program builds" readme 1 readme
     try "README's program runs" says "^[0-9.-]" "$temp/readme"
+    if [ -f build/emu/libcuda.so.1 ]; then
+        close_to() { # both programs print the same numbers, but for the rounding of bf16
+            { "$temp/readme" && emulated "$temp/readme_gpu"; } >"$temp/numbers" || return 1
+            cat "$temp/numbers"
+            awk '{ for (i = 1; i <= 3; i++) { v[NR, i] = $i; if ($i * $i > most) most = $i * $i } }
+                 END { for (i = 1; i <= 3; i++) bad += (v[1, i] - v[2, i]) ^ 2 > most / 4096
+                       exit NR != 2 || most == 0 || bad }' "$temp/numbers"
+        }
+        try "README's program on a GPU builds" readme 2 readme_gpu -Lbuild/emu -l:libcuda.so.1
+        try "README's program on a GPU prints what the other does" close_to
+    fi
     links() {
         bad=0
         for path in $(grep -oE '\]\([A-Za-z0-9_./-]+\)|src="[A-Za-z0-9_./-]+"' README.md | sed 's/^](//; s/)$//; s/^src="//; s/"$//'); do

@@ -140,6 +140,11 @@ static void list_kernels(void)
     static const int presets[] = { MOE_ROUTING_DEFAULT, MOE_ROUTING_SIGMOID, MOE_ROUTING_RENORMALIZE };
     static const int tiles[] = { 16, 32, 64, 128 };
     int kept = 0;
+    for (int chip = 0; chip < CHIPS; chip++) {
+        moe__instance pack;
+        moe__pack_instance(chips[chip].arch, &pack);
+        add(&pack, chip);
+    }
     for (int chip = 0; chip < CHIPS; chip++)
         for (int experts = 1; experts <= MOE_MAX_EXPERTS; experts++) {
             int rest = MOE_MAX_EXPERTS - experts;

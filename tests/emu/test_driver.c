@@ -29,6 +29,7 @@ typedef struct nvrtc_program *nvrtcProgram;
     X(cuMemHostAlloc, "", (void **, size_t, unsigned)) \
     X(cuMemFreeHost, "", (void *)) \
     X(cuMemHostRegister, "_v2", (void *, size_t, unsigned)) \
+    X(cuMemHostGetDevicePointer, "_v2", (CUdeviceptr *, void *, unsigned)) \
     X(cuMemHostUnregister, "", (void *)) \
     X(cuMemcpyHtoD, "_v2", (CUdeviceptr, const void *, size_t)) \
     X(cuMemcpyDtoH, "_v2", (void *, CUdeviceptr, size_t)) \
@@ -362,6 +363,7 @@ TEST(pointers_say_what_they_are)
     unsigned type = 0;
     int here = 0;
     void *pinned;
+    CUdeviceptr p = 0;
     open_device();
     CHECK_EQ(cu.cuPointerGetAttribute(&type, 2, dev.p + 12), 0);
     CHECK_EQ(type, CU_MEMORYTYPE_DEVICE);
@@ -369,8 +371,13 @@ TEST(pointers_say_what_they_are)
     CHECK_EQ(cu.cuMemHostAlloc(&pinned, 64, 0), 0);
     CHECK_EQ(cu.cuPointerGetAttribute(&type, 2, (CUdeviceptr)(uintptr_t)pinned), 0);
     CHECK_EQ(type, CU_MEMORYTYPE_HOST);
+    CHECK_EQ(cu.cuMemHostGetDevicePointer(&p, (char *)pinned + 8, 0), 0);
+    CHECK_EQ(p, (CUdeviceptr)(uintptr_t)pinned + 8);
     CHECK_EQ(cu.cuMemFreeHost(pinned), 0);
+    CHECK_EQ(cu.cuMemHostGetDevicePointer(&p, &here, 0), CUDA_ERROR_INVALID_VALUE);
+    CHECK_EQ(cu.cuMemHostGetDevicePointer(&p, (void *)(uintptr_t)dev.p, 0), CUDA_ERROR_INVALID_VALUE);
     CHECK_EQ(cu.cuMemHostRegister(&here, sizeof here, 0), 0);
+    CHECK_EQ(cu.cuMemHostGetDevicePointer(&p, &here, 0), 0);
     CHECK_EQ(cu.cuMemHostRegister(&here, sizeof here, 0), CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
     CHECK_EQ(cu.cuMemHostUnregister(&here), 0);
     CHECK_EQ(cu.cuMemHostUnregister(&here), CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED);
