@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 WHO = ("moe.h", "torch", "triton", "vllm", "sglang")
 COLOURS = {"moe.h": "#1f6feb", "torch": "#d9480f", "triton": "#2b8a3e", "vllm": "#862e9c", "sglang": "#c2255c"}
-LOADS = ("uniform", "one hot", "zipf", "empty", "one local")
+LOADS = {"one hot": "#1f6feb", "zipf": "#e8590c", "empty": "#868e96", "one local": "#2b8a3e"}
 STYLE = """body { font: 15px/1.45 sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 12px } td, th { padding: 1px 8px; text-align: right }
 th { position: sticky; top: 0; background: #eee } tr:nth-child(even) { background: #f6f6f6 }
@@ -120,14 +120,18 @@ def draw_loads(groups, known):
     for ax, (key, rows) in zip(axes, groups.items()):
         times = {(r["load"], r["tokens"]): r["us"] / floor_of(r, known) for r in rows}
         tokens = sorted({t for load, t in times if load != "uniform"})
-        for i, load in enumerate(LOADS[1:]):
+        loads = [load for load in LOADS if any(load == other for other, _ in times)]
+        most = 0
+        for i, load in enumerate(loads):
             at = [t for t in tokens if (load, t) in times]
-            bars = ax.bar([tokens.index(t) + (i - 0.5) * 0.38 for t in at],
-                          [times[load, t] / times["uniform", t] for t in at], 0.36, label=load)
+            heights = [times[load, t] / times["uniform", t] for t in at]
+            bars = ax.bar([tokens.index(t) + (i - (len(loads) - 1) / 2) * 0.38 for t in at], heights, 0.36, label=load,
+                          color=LOADS[load])
             ax.bar_label(bars, fmt="%.2f", fontsize=7)
+            most = max(most, *heights)
         ax.axhline(1, color="#222", linewidth=0.8)
         ax.axhline(1.15, color="#c92a2a", linewidth=0.8, linestyle="--")
-        ax.set_ylim(0, 1.45)
+        ax.set_ylim(0, max(1.45, 1.2 * most))
         ax.set_xticks(range(len(tokens)), [f"T {number(t)}" for t in tokens], fontsize=8)
         ax.tick_params(axis="y", labelsize=7)
         ax.set_title("%s\n%s %s" % key, fontsize=9)
@@ -166,7 +170,8 @@ def page(files, rows):
     layers = [r for r in rows if r["stage"] in ("layer", "gemms") and floor_of(r, known) > 0]
     uniform = [r for r in layers if r["load"] == "uniform"]
     skewed = {(r["file"], r["layer"], r["tokens"]) for r in layers if r["load"] != "uniform"}
-    loads = [r for r in layers if (r["file"], r["layer"], r["tokens"]) in skewed and r["state"] == ""]
+    loads = [r for r in layers if (r["file"], r["layer"], r["tokens"]) in skewed
+             and r["state"] == r["variant"] == ""]
     others = [r for r in rows if r["stage"] not in ("layer", "gemms") and r["tokens"] > 0]
     out = ["<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8"><title>moe.h: measured</title>',
            f"<style>{STYLE}</style></head><body>", "<h1>moe.h: measured</h1>", sources(files)]
@@ -182,7 +187,8 @@ def page(files, rows):
     if loads:
         out += ["<h2>Uneven loads</h2>",
                 "<p>Time / stream over that of the uniform load. One hot: every token chooses expert 5 and others; "
-                "zipf: expert e with 1 / (e + 1). Dashed: 1.15, the aim.</p>",
+                "zipf: expert e with 1 / (e + 1). Dashed: 1.15, the aim. A rank none of whose experts have tokens "
+                "(empty), or one of them all (one local), has few bytes: launches and arithmetic decide there.</p>",
                 draw_loads(panels(loads, lambda r: (r["file"], r["layer"], r["format"])), known)]
     if others:
         out += ["<h2>Stages</h2>",
