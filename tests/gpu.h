@@ -298,19 +298,25 @@ static int pair_tensor(moe_weights *weights, int role, int expert, int rank, int
     return moe_weights_set_tensor(weights, &t, err);
 }
 
-// The matrices and vectors of `role`, of every local routed expert or of the shared ones, on a grid: multiples of
-// `step` within 4 of it, so that sums are exact.
+// The matrices and vectors of `role`, of every routed and always-on expert or of the shared ones, on a grid: multiples
+// of `step` within 4 of it, so that sums are exact.
 static int pair_grid(const pair *p, moe_weights *weights, int role, int64_t rows, int64_t columns, float step,
                      moe_error *err)
 {
+    const moe_routing_desc *r = &p->layer.routing;
     int stacked = role < MOE_TENSOR_SHARED_GATE, vector = columns == 0, result;
-    int64_t experts = stacked ? p->layer.num_experts : 1, count = experts * rows * (vector ? 1 : columns);
+    int extra = stacked && !p->layer.parallel.omit_common ? r->extra_slots : 0;
+    int64_t experts = stacked ? p->layer.num_experts : 1, each = rows * (vector ? 1 : columns);
+    int64_t count = (experts + extra) * each;
     uint64_t state = p->seed * 77 + (uint64_t)role;
     float *data = (float *)malloc((size_t)count * sizeof data[0]);
     for (int64_t i = 0; i < count; i++) data[i] = step * (float)((int)(test_random_u32(&state) % 9) - 4);
     if (stacked)
         result = pair_tensor(weights, role, -1, vector ? 2 : 3, experts, rows, columns, MOE_DTYPE_F32, data, err);
     else result = pair_tensor(weights, role, -1, vector ? 1 : 2, rows, columns, 0, MOE_DTYPE_F32, data, err);
+    for (int i = 0; i < extra && result == 0; i++)
+        result = pair_tensor(weights, role, p->layer.num_experts + r->special_experts + i, vector ? 1 : 2, rows,
+                             columns, 0, MOE_DTYPE_F32, data + (experts + i) * each, err);
     free(data);
     return result;
 }
@@ -399,6 +405,8 @@ static int pair_fill(const pair *p, moe_weights *weights, moe_error *err)
         result = pair_table(p, weights, MOE_TENSOR_SELECT_BIAS, r->bias_rows, ranked, 0.2f, 0, err);
     if (result == 0 && r->per_expert_scale)
         result = pair_table(p, weights, MOE_TENSOR_PER_EXPERT_SCALE, 1, ranked, 0.5f, 1, err);
+    for (int role = MOE_TENSOR_ALPHA; role <= MOE_TENSOR_LIMIT && result == 0 && l->activation.per_expert; role++)
+        result = pair_table(p, weights, role, 1, l->num_experts, 0.5f, 1, err);
     if (result == 0 && r->forced_rows > 0) result = pair_forced(p, weights, err);
     return result == 0 ? moe_weights_seal(weights, err) : result;
 }

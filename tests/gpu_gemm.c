@@ -331,12 +331,14 @@ static int launch_gemm1(const problem *p, const moe__rows_args *rows, const void
     a.bias1 = p->bias ? p->b1 : UINT64_MAX;
     a.hidden = p->hidden;
     a.features = p->features;
+    a.weights_dtype = MOE_DTYPE_F32;
+    a.num_experts = p->experts;
     a.activation.kind = p->act.kind;
     a.activation.alpha = p->act.alpha;
     a.activation.beta = p->act.beta;
     a.activation.limit = p->act.limit;
     if (p->weighted)
-        a.weight_on_input = (const float *)gpu_copy(p->weights, (size_t)(p->tokens * p->slots) * 4);
+        a.weight_on_input = gpu_copy(p->weights, (size_t)(p->tokens * p->slots) * 4);
     if (p->per_expert) { // block b is expert experts - 1 - b
         for (int e = 0; e < p->experts; e++) {
             int global = p->experts - 1 - e;

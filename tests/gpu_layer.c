@@ -304,6 +304,29 @@ TEST(gated_activations_are_within_the_bound)
     }
 }
 
+// Always-on experts have no parameters of their own: they take the layer's.
+TEST(parameters_of_each_expert_beside_always_on_experts)
+{
+    layer_call c = logits_of(11);
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
+    if (!gpu_open()) return;
+    l.activation.alpha = 3;
+    l.activation.beta = 4;
+    l.activation.limit = 0.5f;
+    l.activation.per_expert = 1;
+    check_one(&l, &c, 0, "parameters of each expert's own");
+    l.routing.extra_slots = 2;
+    l.routing.extra_weight = 0.5f;
+    check_one(&l, &c, 0, "always-on experts");
+    l.gemm1_bias = l.gemm2_bias = 1;
+    l.routing.special_experts = 2;
+    l.routing.special_kind = MOE_SPECIAL_ZERO;
+    check_one(&l, &c, 0, "always-on experts behind special ones, biases");
+    l.parallel.expert_offset = 2;
+    l.parallel.local_experts = 3;
+    check_one(&l, &c, 0, "always-on experts behind a range");
+}
+
 TEST(biases_norms_and_weights_on_the_input)
 {
     layer_call c = logits_of(9);
@@ -902,7 +925,9 @@ static void check_rows(const pair *p, const rows_call *c, const char *what)
     size_t out_bytes = n * dtype_size(out_dtype), ws = (size_t)p->info[0].workspace_bytes;
     uint64_t state = p->seed * 19 + (uint64_t)c->held;
     float *values = grid_values(n, 0.25f, 4, &state), *old = grid_values(n, 0.5f, 8, &state);
-    float *weights = grid_values((size_t)c->held, 0.25f, 8, &state);
+    float *exact = grid_values((size_t)c->held, 0.25f, 8, &state);
+    int weights_dtype = p->plan[1]->desc.weights_dtype;
+    void *weights = narrowed(exact, (size_t)c->held, weights_dtype);
     void *x = narrowed(values, n, x_dtype), *start = narrowed(old, n, out_dtype), *got = malloc(out_bytes + 4);
     unsigned char *memory = (unsigned char *)malloc(ws + 256), *cpu = (unsigned char *)malloc(out_bytes + 4);
     uint32_t faults[2][MOE_FAULTS], done[EXPERTS];
@@ -920,7 +945,7 @@ static void check_rows(const pair *p, const rows_call *c, const char *what)
     rows_args(p, c, &a, state);
     a.counts_or_offsets = (const int32_t *)gpu_copy(c->table, (masked ? table - 1 : table) * 4);
     a.x = gpu_copy(x, n * dtype_size(x_dtype));
-    a.weights = c->weights ? gpu_copy(weights, (size_t)c->held * 4) : NULL;
+    a.weights = c->weights ? gpu_copy(weights, (size_t)c->held * dtype_size(weights_dtype)) : NULL;
     a.out = gpu_copy(start, out_bytes);
     a.out_faults = (uint32_t *)gpu_make(sizeof faults[1]);
     a.workspace = gpu_make_raw((size_t)p->info[1].workspace_bytes);
@@ -955,6 +980,7 @@ static void check_rows(const pair *p, const rows_call *c, const char *what)
         test_fail2(__FILE__, __LINE__, what, "something was written");
     free(values);
     free(old);
+    free(exact);
     free(weights);
     free(x);
     free(start);
@@ -990,7 +1016,9 @@ TEST(rows_in_expert_order_have_the_bits_of_the_cpu)
 {
     if (!gpu_open()) return;
     for (int many = 0; many < 2; many++)
-        for (int kind = 0; kind < 3; kind++) {
+        for (int kind = 0; kind < 4; kind++) {
+            static const char *const names[] = { "plain", "scale and bias", "weight on the input",
+                                                 "weight of 16 bits on the input" };
             moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
             pair p;
             memset(&p, 0, sizeof p);
@@ -998,9 +1026,10 @@ TEST(rows_in_expert_order_have_the_bits_of_the_cpu)
             if (many) p.desc.out_dtype = MOE_DTYPE_BF16; // what rows are rounded to
             if (kind == 1) l.output_scale = 0.5f;
             if (kind == 1) l.gemm2_bias = 1;
-            if (kind == 2) l.routing.weight_on = MOE_WEIGHT_ON_INPUT;
+            if (kind >= 2) l.routing.weight_on = MOE_WEIGHT_ON_INPUT;
+            if (kind == 3) p.desc.weights_dtype = many ? MOE_DTYPE_F16 : MOE_DTYPE_BF16;
             if (!open_layer(&p, &l, many ? 65 : 16)) continue;
-            check_rows_modes(&p, kind == 0 ? "plain" : kind == 1 ? "scale and bias" : "weight on the input");
+            check_rows_modes(&p, names[kind]);
             pair_close(&p);
         }
 }
@@ -1379,6 +1408,7 @@ TEST(what_is_not_built_is_refused_by_name)
 }
 
 TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_activations_are_within_the_bound)
+          T(parameters_of_each_expert_beside_always_on_experts)
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
           T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
