@@ -30,6 +30,7 @@ help:
 	@echo "make test-gpu     the tests of GPU code on this machine's own GPU, large sizes too"
 	@echo "make soak         200,000 small layers on this machine's own GPU, outputs compared; N=1000000: as many"
 	@echo "make test-sanitizer  the same small under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
+	@echo "make test-transformers  layers on this machine's GPU beside transformers' modules in bf16 (Python)"
 	@echo "make mutants      breaks one thing at a time and checks that a test reports it"
 	@echo "make golden       regenerates tests/golden and tests/data (Python)"
 	@echo "make embed        copies moe_kernels.cu.inc and PTX of it into moe.h; make check-embed: whether that was done"
@@ -48,6 +49,9 @@ test-bare:
 N = 200000
 soak: $(B)/tests/gpu_soak
 	MOE_TEST_GPU=1 MOE_SOAK=$(N) $<
+
+test-transformers: lib
+	$(PYTHON) tests/compare_transformers.py
 
 test-gpu test-sanitizer:
 	@sh tests/gpu.sh $@
@@ -171,4 +175,4 @@ emu-logs: gpu-logs $(B)/log/emu_test_engine.log $(B)/log/emu_test_driver.log
 
 FORCE:
 .PRECIOUS: $(B)/tests/test_%$(EXE) $(B)/tests/gpu_%
-.PHONY: all help demo test check test-gpu soak test-sanitizer emu mutants gpu-logs emu-logs test-bare lib golden bench embed check-embed kernels check-kernels picture clean FORCE
+.PHONY: all help demo test check test-gpu test-transformers soak test-sanitizer emu mutants gpu-logs emu-logs test-bare lib golden bench embed check-embed kernels check-kernels picture clean FORCE

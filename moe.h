@@ -37895,7 +37895,8 @@ static const moe__ptx *moe__kernel_ptx(int32_t *count)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>history
-//     0.1.0   routing, configuration, checkpoints, weights, CPU back end, reference; CUDA: stages, layers in 16 bits
+//     0.1.0   routing, configuration, checkpoints, weights, CPU back end, reference; CUDA: stages, layers in 16 bits,
+//             tiles chosen and measured, embedded PTX
 //
 // MIT License
 //
