@@ -227,7 +227,7 @@ TEST(odd_sizes_and_slices_from_device)
         for (int32_t rank = 0; rank < sizes[s][2]; rank++)
             for (int variant = 0; variant < 4; variant++) {
                 int32_t h = sizes[s][0], n = sizes[s][1];
-                int32_t layout = variant % 2 ? MOE_LAYOUT_MAJOR_MN : MOE_LAYOUT_MAJOR_K;
+                int32_t layout = variant % 2 ? MOE_LAYOUT_MAJOR_MN : MOE_LAYOUT_UNSET; // unset: output-major
                 int32_t halves = variant / 2 ? MOE_HALVES_INTERLEAVED : MOE_HALVES_UP_GATE;
                 moe_layer_desc l = make_layer(h, n, 2, variant == 1 ? MOE_FORMAT_F16 : MOE_FORMAT_BF16, 1);
                 int32_t d = variant == 3 ? MOE_DTYPE_F32 : MOE_DTYPE_BF16;

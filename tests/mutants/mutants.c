@@ -328,6 +328,7 @@ int main(int argc, char **argv)
     setenv("MOE_EMU_CACHE", cache, 1);
     setenv("MOE_CACHE", "off", 1);
     unsetenv("MOE_EMU_SEED");
+    unsetenv("MOE_TEST_TEMP"); // a folder that the tree of a mutant has not
     if (work_on_both_cores(0) < 0) return 1;
     caught = work_on_both_cores(1);
     printf("%d s\n%d mutants, %d caught\n", (int)(time(NULL) - start), mutant_count, caught);
