@@ -28,7 +28,7 @@ mkdir -p build/gpu
 programs=
 for file in tests/gpu_*.c; do programs="$programs build/gpu/tests/$(basename "$file" .c)"; done
 # shellcheck disable=SC2086
-$MAKE -s -k -j8 B=build/gpu $programs
+$MAKE -s -k -j8 B=build/gpu TEST_FLAGS="-O2 -g1" $programs # references of large layers run here
 rm -rf build/gpu/log build/gpu/cache
 MOE_CACHE_DIR=$root/build/gpu/cache
 export MOE_CACHE_DIR
