@@ -3,7 +3,7 @@
 
     make lib && python3 tests/compare_transformers.py [family ...]        MOE_BACKEND=cpu: both on the CPU
 
-The families of tests/golden/make_golden.py in the sizes below: a checkpoint of bf16 numbers in a temporary folder is read
+Families of tests/golden/make_golden.py in the sizes below: a checkpoint of bf16 numbers in a temporary folder is read
 by transformers' loader in fp32 and in bf16, and by moe.h. All get the same tokens. Error: root mean square over the
 tokens that all three give to the same experts, relative to the fp32 module's output. moe.h passes where its error is at
 most 1.1 times that of transformers in bf16, or below 1e-3, and rounding left out 5 % of the tokens at most.
