@@ -30,7 +30,7 @@ help:
 	@echo "make test-gpu     the tests of GPU code on this machine's own GPU, large sizes too"
 	@echo "make soak         200,000 small layers on this machine's own GPU, outputs compared; N=1000000: as many"
 	@echo "make test-sanitizer  the same small under compute-sanitizer: memcheck, racecheck, initcheck, synccheck"
-	@echo "make test-transformers  layers on this machine's GPU beside transformers' modules in bf16 (Python)"
+	@echo "make test-transformers  layers on this machine's GPU beside transformers' modules in bf16 (Python); MOE_BACKEND=cpu"
 	@echo "make mutants      breaks one thing at a time and checks that a test reports it"
 	@echo "make golden       regenerates tests/golden and tests/data (Python)"
 	@echo "make embed        copies moe_kernels.cu.inc and PTX of it into moe.h; make check-embed: whether that was done"

@@ -3,10 +3,11 @@
 
     make_golden.py [family ...]        all families when none is named
 
-Each family function below describes one folder: the released config.json with tiny sizes, the tensors of one MoE layer under
-their released names, and where the block sits in the model. make() draws the tensors, writes the folder, lets transformers'
-own loader read it back (so the names, the orientation and the order of the halves are its judgement, not ours), runs the MoE
-block in fp32 with the eager experts, and stores what went in and came out. README.md says what is stored.
+Each family function below describes one folder: the released config.json with tiny sizes (compare_transformers.py gives some
+families others), the tensors of one MoE layer under their released names, and where the block sits in the model. make() draws
+the tensors, writes the folder, lets transformers' own loader read it back (so the names, the orientation and the order of the
+halves are its judgement, not ours), runs the MoE block in fp32 with the eager experts, and stores what went in and came out.
+README.md says what is stored.
 """
 
 import dataclasses
@@ -215,11 +216,20 @@ def family(function):
     return function
 
 
-def load(folder, f):
+def draw_tensors(name, f):
+    return {t: draw(p, f.dtype, name, t) for layer in f.layers.values() for t, p in layer.items()}
+
+
+def write_folder(folder, f, tensors):
+    (folder / "config.json").write_text(json.dumps(f.config, indent=2) + "\n")
+    write_checkpoint(folder, tensors, f.shards)
+
+
+def load(folder, f, dtype=F32):
     """transformers reads the folder; every MoE tensor must be found and used."""
     cls = getattr(transformers, f.architecture)
     config = cls.config_class.from_dict(f.for_transformers) if f.for_transformers else None
-    model, info = cls.from_pretrained(folder, config=config, dtype=torch.float32, experts_implementation="eager",
+    model, info = cls.from_pretrained(folder, config=config, dtype=dtype, experts_implementation="eager",
                                       ignore_mismatched_sizes=f.finish is not None, output_loading_info=True)
     blocks = tuple((f"{f.block.format(n=n)}.{part}".rstrip(".") + ".") for n in f.layers for part in f.parts)
     missing = [k for k in info["missing_keys"] if k.startswith(blocks)]
@@ -241,9 +251,8 @@ def make(name):
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    (folder / "config.json").write_text(json.dumps(f.config, indent=2) + "\n")
-    tensors = {t: draw(p, f.dtype, name, t) for layer in f.layers.values() for t, p in layer.items()}
-    write_checkpoint(folder, tensors, f.shards)
+    tensors = draw_tensors(name, f)
+    write_folder(folder, f, tensors)
     model = load(folder, f)
 
     golden, meta = {}, {
@@ -306,8 +315,7 @@ def layers(prefix, numbers, tensors):
 
 
 @family
-def mixtral():
-    E, k, H, I = 8, 2, 64, 40
+def mixtral(E=8, k=2, H=64, I=40):
     prefix = "model.layers.{n}.block_sparse_moe"
     return Family(
         "MixtralForCausalLM",
@@ -322,8 +330,7 @@ def mixtral():
 
 
 @family
-def qwen2_moe():
-    E, k, H, I, shared = 12, 4, 64, 32, 72
+def qwen2_moe(E=12, k=4, H=64, I=32, shared=72):
     prefix = "model.layers.{n}.mlp"
     return Family(
         "Qwen2MoeForCausalLM",
@@ -340,8 +347,7 @@ def qwen2_moe():
 
 
 @family
-def qwen3_moe():
-    E, k, H, I = 16, 4, 72, 40
+def qwen3_moe(E=16, k=4, H=72, I=40):
     prefix = "model.layers.{n}.mlp"
     return Family(
         "Qwen3MoeForCausalLM",
@@ -358,8 +364,7 @@ def qwen3_moe():
 
 
 @family
-def qwen3_next():
-    E, k, H, I, shared = 8, 3, 64, 40, 56
+def qwen3_next(E=8, k=3, H=64, I=40, shared=56):
     prefix = "model.layers.{n}.mlp"
     return Family(
         "Qwen3NextForCausalLM",
@@ -378,9 +383,8 @@ def qwen3_next():
 
 
 @family
-def qwen3_5_moe():
+def qwen3_5_moe(E=8, k=3, H=64, I=40, shared=72):
     # released fused and output-major; transformers' mapping would also read per-expert names
-    E, k, H, I, shared = 8, 3, 64, 40, 72
     prefix = "model.language_model.layers.{n}.mlp"
     return Family(
         "Qwen3_5MoeForConditionalGeneration",
@@ -408,8 +412,7 @@ def qwen3_5_moe():
 
 
 @family
-def deepseek_v2():
-    E, k, H, I = 16, 4, 64, 32
+def deepseek_v2(E=16, k=4, H=64, I=32):
     prefix = "model.layers.{n}.mlp"
     return Family(
         "DeepseekV2ForCausalLM",
@@ -441,9 +444,8 @@ def deepseek_v3_config(H, I, E, k, groups, keep):
 
 
 @family
-def deepseek_v3():
+def deepseek_v3(E=16, k=4, H=64, I=32):
     # released in fp8 blocks; the bf16 form is what NVIDIA and others convert it to
-    E, k, H, I = 16, 4, 64, 32
     prefix = "model.layers.{n}.mlp"
     return Family(
         "DeepseekV3ForCausalLM", deepseek_v3_config(H, I, E, k, 4, 2),
@@ -484,8 +486,7 @@ def deepseek_v4():
 
 
 @family
-def glm4_moe():
-    E, k, H, I = 8, 3, 64, 40
+def glm4_moe(E=8, k=3, H=64, I=40):
     prefix = "model.layers.{n}.mlp"
     return Family(
         "Glm4MoeForCausalLM",
@@ -504,9 +505,8 @@ def glm4_moe():
 
 
 @family
-def minimax_m2():
+def minimax_m2(E=12, k=4, H=72, I=32):
     # released in fp8 blocks: here bf16, without quantization_config; the router is released in f32
-    E, k, H, I = 12, 4, 72, 32
     prefix = "model.layers.{n}.block_sparse_moe"
     return Family(
         "MiniMaxM2ForCausalLM",
@@ -539,8 +539,7 @@ def run_llama4(block, x):
 
 
 @family
-def llama4():
-    E, H, I = 8, 64, 40
+def llama4(E=8, H=64, I=40):
     prefix = "language_model.model.layers.{n}.feed_forward"
     return Family(
         "Llama4ForConditionalGeneration",
@@ -735,9 +734,8 @@ def nemotron_h_latent():
 
 
 @family
-def gpt_oss():
+def gpt_oss(E=8, k=4, H=64, I=40):
     # the bf16 layout (unsloth's and other conversions of the MXFP4 release); H != I, so that no shape is ambiguous
-    E, k, H, I = 8, 4, 64, 40
     prefix = "model.layers.{n}.mlp"
     return Family(
         "GptOssForCausalLM",
@@ -761,8 +759,7 @@ def gpt_oss():
 
 
 @family
-def ernie4_5_moe():
-    E, k, H, I = 8, 3, 64, 40
+def ernie4_5_moe(E=8, k=3, H=64, I=40):
     prefix = "model.layers.{n}.mlp"
     return Family(
         "Ernie4_5_MoeForCausalLM",
@@ -811,8 +808,7 @@ def longcat_flash():
 
 
 @family
-def phimoe():
-    E, H, I = 8, 64, 40
+def phimoe(E=8, H=64, I=40):
     prefix = "model.layers.{n}.block_sparse_moe"
 
     def near_pairs(rng):
@@ -829,8 +825,8 @@ def phimoe():
          "intermediate_size": I, "lm_head_bias": True, "max_position_embeddings": 131072, "model_type": "phimoe",
          "num_attention_heads": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1, "num_key_value_heads": 2, "num_local_experts": E,
          "original_max_position_embeddings": 4096, "output_router_logits": False, "rms_norm_eps": 1e-05,
-         "rope_scaling": {"long_factor": [1.0] * 8, "long_mscale": 1.25, "original_max_position_embeddings": 4096,
-                          "short_factor": [1.0] * 8, "short_mscale": 1.25, "type": "longrope"},
+         "rope_scaling": {"long_factor": [1.0] * (H // 8), "long_mscale": 1.25, "original_max_position_embeddings": 4096,
+                          "short_factor": [1.0] * (H // 8), "short_mscale": 1.25, "type": "longrope"},
          "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01, "sliding_window": 131072,
          "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.43.3", "use_cache": True, "vocab_size": 128},
         layers(prefix, (0,), lambda p: experts(p + ".experts", E, H, I, W123) | {p + ".gate.weight": Param((E, H), 0, values=near_pairs)}),
@@ -839,9 +835,8 @@ def phimoe():
 
 
 @family
-def hunyuan_v1_moe():
+def hunyuan_v1_moe(E=8, H=64, I=40):
     # moe_topk is a list in the release too, though of equal numbers
-    E, H, I = 8, 64, 40
     prefix = "model.layers.{n}.mlp"
     return Family(
         "HunYuanMoEV1ForCausalLM",
@@ -910,8 +905,7 @@ def run_granite_shared(layer, x):
 
 
 @family
-def granitemoeshared():
-    E, k, H, I, shared = 8, 2, 64, 40, 56
+def granitemoeshared(E=8, k=2, H=64, I=40, shared=56):
     prefix = "model.layers.{n}"
     return Family(
         "GraniteMoeSharedForCausalLM",
@@ -1203,8 +1197,7 @@ def flex_olmo():
 
 
 @family
-def dots1():
-    E, k, H, I = 8, 3, 64, 40
+def dots1(E=8, k=3, H=64, I=40):
     prefix = "model.layers.{n}.mlp"
     return Family(
         "Dots1ForCausalLM",
