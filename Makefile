@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 B = build
 WARN = -Wall -Wextra -Wno-sign-compare
-TEST_FLAGS = -O1 -g1 $(WARN)
+TEST_FLAGS = -O0 -g1 $(WARN) # most tests take longer to compile than to run
 EXTRA =
 EXE =
 RUN =
@@ -116,10 +116,9 @@ $(B)/tests/test_%$(EXE): tests/test_%.c $(wildcard tests/*.h) moe.h
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread -lm
 
-# Not optimised: what takes time in them are kernels, the emulated device or the GPU; the header compiles twice as fast.
 $(B)/tests/gpu_%: tests/gpu_%.c $(wildcard tests/*.h) moe.h
 	@mkdir -p $(@D)
-	$(CC) $(subst -O1,-O0,$(TEST_FLAGS)) $(EXTRA) -o $@ $< -lpthread -ldl -lm
+	$(CC) $(TEST_FLAGS) $(EXTRA) -o $@ $< -lpthread -ldl -lm
 
 # ---- the emulated device: libcuda and NVRTC of the tests, tests/emu -------------------------------------------------
 # Always with g++ and optimised: the kernels run in it. EMU_B has one copy for all variants of the tests.

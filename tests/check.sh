@@ -1,6 +1,7 @@
 # check.sh - what `make check` runs after the tests; sourced by suite.sh.
 strict=-fno-omit-frame-pointer
 
+$MAKE -s -k -j"$JOBS" all
 groups matrix options include
 groups kernels
 grep '^omitted: ' build/log/group_kernels.log # not counted as missing in CI: NVRTC is nothing that Debian has
@@ -42,7 +43,7 @@ wait
 if [ -f tests/test_math.c ]; then collect "every float:" build/full test_math; fi
 
 # Whatever the optimiser may do with fused multiply-adds and this processor's instructions, the results are the same bits.
-only="math numeric routing cpu layer execute"
+only="math numeric routing cpu layer execute weights"
 variant native build/native TEST_FLAGS="-O3 -march=native -ffp-contract=fast"
 only=
 
@@ -56,7 +57,7 @@ fi
 if command -v x86_64-w64-mingw32-gcc >/dev/null 2>&1; then
     wine=$(command -v wine || command -v wine64 || ls /usr/lib/wine/wine64 2>/dev/null)
     if [ -n "$wine" ]; then
-        variant windows build/windows WINEDEBUG=-all WINEPREFIX="$(pwd)/build/wine" TEST_SECONDS=900 TEST_FLAGS=-O1 \
+        variant windows build/windows WINEDEBUG=-all WINEPREFIX="$(pwd)/build/wine" TEST_SECONDS=900 TEST_FLAGS=-O0 \
             CC=x86_64-w64-mingw32-gcc EXE=.exe EXTRA="-static -D__USE_MINGW_ANSI_STDIO=1" RUN="$wine"
     else
         omitted "Windows: no wine"

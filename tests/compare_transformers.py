@@ -24,7 +24,7 @@ import make_golden
 
 # Released in bf16; the router reads what the experts read, and routing needs no token ids.
 FAMILIES = ("mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_moe deepseek_v2 deepseek_v3 dots1 glm4_moe minimax_m2 "
-            "llama4 gpt_oss ernie4_5_moe hunyuan_v1_moe phimoe granitemoeshared").split()
+            "llama4 gpt_oss ernie4_5_moe hunyuan_v1_moe phimoe").split()
 SIZES = {"qwen3_moe": dict(E=64, k=8, H=1024, I=512), "deepseek_v3": dict(E=64, k=8, H=2048, I=512)}
 OTHERS = dict(E=32, H=1024, I=512)
 TOKENS, LEFT_OUT = 256, 256 // 20

@@ -5,14 +5,14 @@ o=$temp
 PARTS_FILE=$temp/parts.moe
 export PARTS_FILE
 
-compile() { $CC -O1 "$@"; }
+compile() { $CC -O0 "$@"; }
 
 # ---- several files --------------------------------------------------------------------------------------------------
 try "the implementation compiles on its own" compile -std=c99 -c -o "$o/implementation.o" tests/compile/implementation.c
 try "a second file includes the declarations" compile -std=c99 -o "$o/two" tests/compile/user.c "$o/implementation.o" -lpthread
 try "two files, run" "$o/two"
 if have "$CXX"; then
-    try "a C++ file calls a C implementation" $CXX -O1 -std=c++11 -o "$o/mixed" -x c++ tests/compile/user.c -x none \
+    try "a C++ file calls a C implementation" $CXX -O0 -std=c++11 -o "$o/mixed" -x c++ tests/compile/user.c -x none \
         "$o/implementation.o" -lpthread
     try "C and C++, run" "$o/mixed"
 else

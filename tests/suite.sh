@@ -90,7 +90,7 @@ groups() {
 
 rm -rf build/log
 if can_emulate; then also=emu; else also=; fi
-$MAKE -s -k -j"$JOBS" all $also
+$MAKE -s -k -j"$JOBS" build/moe_layer $also
 variant "" build
 groups examples product layer compile frame embed # the longest first
 if can_emulate; then emulated "" build
