@@ -5,7 +5,8 @@ PYTHON ?= python3
 JOBS ?= 2
 B = build
 WARN = -Wall -Wextra -Wno-sign-compare
-TEST_FLAGS = -O0 -g1 $(WARN) # most tests take longer to compile than to run
+OPT = -O0 # most tests take longer to compile than to run
+TEST_FLAGS = $(OPT) -g1 $(WARN)
 EXTRA =
 EXE =
 RUN =
@@ -111,6 +112,8 @@ $(B)/libmoe.so: moe.h
 $(BENCHES:%=$(B)/%): $(B)/%: bench/%.c bench/bench.h tests/own_text.h moe.h
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread -lm
+
+$(patsubst %,$(B)/tests/test_%$(EXE),cpu layer math weights): OPT = -O1
 
 $(B)/tests/test_%$(EXE): tests/test_%.c $(wildcard tests/*.h) moe.h
 	@mkdir -p $(@D)
