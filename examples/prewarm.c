@@ -27,7 +27,7 @@ static void complain(void *user, int32_t level, const char *text)
     if (level <= MOE_LOG_WARNING) fprintf(stderr, "%s\n", text);
 }
 
-// The kernels of this version depend on the router's width only.
+// Kernels depend on the number of experts and on types, hardly on sizes.
 static int common_shapes(moe_layer_desc *layers, moe_error *err)
 {
     static const int experts[] = { 8, 64, 128, 256, 384, 512 };

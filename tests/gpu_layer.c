@@ -13,6 +13,7 @@
 #include "gpu_text.h"
 
 #include <math.h>
+#include <time.h>
 
 enum { H = 72, I = 40, EXPERTS = 6, TOP_K = 3 };
 
@@ -509,6 +510,28 @@ TEST(no_tokens_is_no_work)
     pair_close(&p);
 }
 
+TEST(a_small_layer_takes_half_a_second_of_the_processor_at_most)
+{
+    moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU);
+    layer_call c = logits_of(8);
+    layer_data d;
+    pair p;
+    if (!gpu_open()) return;
+    l.hidden_size = 256;
+    l.intermediate_size = 128;
+    l.num_experts = 16;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 8)) return;
+    if (data_make(&p, &c, &d)) {
+        clock_t start = clock();
+        CHECK_OK(run_gpu(&p, &c, &d, d.got));
+        CHECK(clock() - start <= CLOCKS_PER_SEC / 2);
+        compare(&p, &c, &d, 0, "256 x 128, 16 experts");
+    }
+    data_free(&d);
+    pair_close(&p);
+}
+
 TEST(types_of_inputs_and_outputs)
 {
     static const int types[][2] = { { MOE_DTYPE_F32, MOE_DTYPE_BF16 }, { MOE_DTYPE_F16, MOE_DTYPE_F16 },
@@ -814,6 +837,7 @@ TEST(a_replaced_expert_is_the_new_one)
 // Weights of these values with experts 2 and 5 pruned, in place of the pair's.
 static void prune(pair *p, const float *up, const float *down, const float *constant)
 {
+    moe_tensor norm = tensor_of(MOE_TENSOR_ROW_NORM, -1, H, 0, constant);
     for (int side = 0; side < 2; side++) {
         moe_weights_destroy(p->weights[side]);
         CHECK_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &p->layer, NULL, &p->weights[side], &err));
@@ -828,11 +852,12 @@ static void prune(pair *p, const float *up, const float *down, const float *cons
             t = tensor_of(MOE_TENSOR_DOWN, e, H, p->layer.intermediate_size, down);
             CHECK_OK(moe_weights_set_tensor(p->weights[side], &t, &err));
         }
+        if (p->layer.row_norm) CHECK_OK(moe_weights_set_tensor(p->weights[side], &norm, &err));
         CHECK_OK(moe_weights_seal(p->weights[side], &err));
     }
 }
 
-TEST(a_pruned_expert_gives_its_constant)
+static void check_pruned(int row_norm)
 {
     moe_layer_desc l = layer_of(MOE_FORMAT_BF16, MOE_ACTIVATION_RELU);
     layer_call few = logits_of(20), many = logits_of(70);
@@ -843,12 +868,13 @@ TEST(a_pruned_expert_gives_its_constant)
     moe_tensor t[2];
     moe_weights *loaded;
     pair p;
-    if (!gpu_open()) return;
+    l.row_norm = row_norm;
+    l.row_norm_epsilon = 1e-5f;
     memset(&p, 0, sizeof p);
     if (open_layer(&p, &l, 70)) {
         prune(&p, up, down, constant);
         check_layer(&p, &few, 1, "pruned, few tokens");
-        check_layer(&p, &many, 1, "pruned, many tokens");
+        check_layer(&p, &many, !row_norm, "pruned, many tokens"); // rows of 16 bits are rounded before their norm
         t[0] = tensor_of(MOE_TENSOR_CONSTANT, 1, H, 0, constant); // one more, while the others are in use
         for (int side = 0; side < 2; side++)
             CHECK_OK(moe_weights_replace_expert(p.weights[side], 1, t, 1, NULL, &err));
@@ -868,6 +894,16 @@ TEST(a_pruned_expert_gives_its_constant)
     free(up);
     free(down);
     free(constant);
+}
+
+TEST(a_pruned_expert_gives_its_constant)
+{
+    if (gpu_open()) check_pruned(0);
+}
+
+TEST(the_constant_of_a_pruned_expert_has_no_norm)
+{
+    if (gpu_open()) check_pruned(1);
 }
 
 TEST(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
@@ -1410,12 +1446,14 @@ TEST(what_is_not_built_is_refused_by_name)
 TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_activations_are_within_the_bound)
           T(parameters_of_each_expert_beside_always_on_experts)
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
-          T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even) T(no_tokens_is_no_work)
+          T(sizes_experts_top_k_and_tokens) T(loads_that_are_not_even)
+          T(no_tokens_is_no_work) T(a_small_layer_takes_half_a_second_of_the_processor_at_most)
           T(types_of_inputs_and_outputs) T(a_token_does_not_depend_on_its_batch)
           T(a_layer_only_enqueues_and_is_replayed_from_a_graph) T(tiles_do_not_change_a_bit)
           T(tiles_are_measured_once_and_kept) T(a_signal_says_that_rows_are_there)
           T(two_streams_with_two_workspaces) T(several_devices_in_one_process)
           T(an_event_is_recorded_before_the_second_product) T(a_replaced_expert_is_the_new_one)
-          T(a_pruned_expert_gives_its_constant) T(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
+          T(a_pruned_expert_gives_its_constant) T(the_constant_of_a_pruned_expert_has_no_norm)
+          T(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
           T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
           T(what_is_not_built_is_refused_by_name))

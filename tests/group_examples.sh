@@ -72,12 +72,12 @@ if have g++ && [ "$(uname -s) $(uname -m)" = "Linux x86_64" ]; then
     try "the emulated NVRTC builds" ${MAKE:-make} -s build/emu/libnvrtc.so.13
     try "prewarm builds with the line in its comment" build_line examples/prewarm.c
     try "prewarm has a line for each kernel of a config.json for two chips, and a total" \
-        lists 27 0 kernels $qwen sm_80 sm_90a
+        lists 43 0 kernels $qwen sm_80 sm_90a
     nvrtc=/nonexistent/libnvrtc.so
-    try "the second time all are there, and NVRTC need not be" lists 27 27 kernels $qwen sm_80 sm_90a
+    try "the second time all are there, and NVRTC need not be" lists 43 43 kernels $qwen sm_80 sm_90a
     refuse "for another chip it says where NVRTC is not" $nvrtc prewarm kernels $qwen sm_86
     nvrtc=
-    try "prewarm without a config has the common shapes" lists 28 0 common
+    try "prewarm without a config has the common shapes" lists 36 0 common
     refuse "a chip that there is not is refused" "desc.chips" prewarm none $qwen sm_90
 
     gpu_example() { # NAME TEXT
