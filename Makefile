@@ -5,7 +5,8 @@ PYTHON ?= python3
 JOBS ?= 2
 B = build
 WARN = -Wall -Wextra -Wno-sign-compare
-OPT = -O0 # most tests take longer to compile than to run
+# Most tests take longer to compile than to run.
+OPT = -O0
 TEST_FLAGS = $(OPT) -g1 $(WARN)
 EXTRA =
 EXE =
@@ -113,6 +114,7 @@ $(BENCHES:%=$(B)/%): $(B)/%: bench/%.c bench/bench.h tests/own_text.h moe.h
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread -lm
 
+# These do not.
 $(patsubst %,$(B)/tests/test_%$(EXE),cpu layer math weights): OPT = -O1
 
 $(B)/tests/test_%$(EXE): tests/test_%.c $(wildcard tests/*.h) moe.h

@@ -1232,7 +1232,7 @@ typedef struct moe_reference_layer_args {
     uint32_t struct_size;
     int32_t num_tokens;
     int32_t intermediate_dtype; // 0: the format's activation type; F32: not rounded
-    int32_t rows_dtype;         // 0 or F32: rows not rounded before they are weighted; BF16, F16
+    int32_t rows_dtype;         // that rows are rounded to as GEMM 2 leaves them; 0 or F32: not rounded; BF16, F16
     const float *x;             // [T, H]
     const int32_t *ids;         // [T, slots] as moe_reference_route() gives them; -1: nothing here
     const float *weights;       // [T, slots]
@@ -14334,8 +14334,9 @@ enum { MOE__ROUTER_ANY = 3 }; // for any number of tokens: of x in f32, and of e
 
 static int32_t moe__router_shape_of(int32_t tokens, int32_t any)
 {
-    int32_t shape = any ? (int32_t)MOE__ROUTER_ANY : 0;
-    while (!any && moe__router_shapes[shape].most < tokens) shape++;
+    int32_t shape = 0;
+    if (any) return MOE__ROUTER_ANY;
+    while (moe__router_shapes[shape].most < tokens) shape++;
     return shape;
 }
 
@@ -14490,7 +14491,6 @@ static void moe__instances_router(const moe_layer_desc *layer, const moe_plan_de
     for (int32_t i = 0; i < 2 * MOE__ROUTER_SHAPES; i++) {
         int32_t shape = i % MOE__ROUTER_SHAPES, bf16 = i / MOE__ROUTER_SHAPES;
         moe__instance *router = &out[MOE__KERNEL_ROUTER_F32 + i];
-        router->entry = NULL;
         if (any ? shape != MOE__ROUTER_ANY : shape > moe__router_shape_of(desc->max_tokens, 0)) continue;
         if (layer->router.dtype == (bf16 ? MOE_DTYPE_F32 : MOE_DTYPE_BF16) && (bf16 || !layer->shared.gate))
             continue; // the shared experts' gate is f32
@@ -14528,7 +14528,6 @@ static void moe__instances_make(const moe_layer_desc *layer, const moe_plan_desc
         moe__instance_define(&out[k], "EXPERTS_PER_LANE", lanes);
         moe__instance_define(&out[k], "ROUTE", kind);
     }
-    moe__instances_router(layer, desc, desc->x_dtype == MOE_DTYPE_F32, arch, out);
 }
 
 // Products of the set `at`, at their places in out.
@@ -14582,6 +14581,7 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
     int32_t width = moe__routing_width(&layer->routing, layer->num_experts);
     moe__instances_make(layer, desc, width, moe__route_kind(&layer->routing, width), moe__one_tokens(width, arch), arch,
                         out);
+    moe__instances_router(layer, desc, desc->x_dtype == MOE_DTYPE_F32, arch, out);
     for (int32_t set = 0; set < sets->count; set++) moe__instances_products(layer, desc, sets, set, arch, out);
     if (sets->count > 0) moe__instances_group(layer, arch, out);
 }
@@ -15095,13 +15095,13 @@ static void moe__plan_candidates_cuda(const moe_plan *plan, moe_plan_info *info)
         c->chosen = instances[shown[i]].entry != NULL;
         moe__text_string(&name, c->chosen ? instances[shown[i]].name : stages[i]);
         if (c->chosen) continue;
-        if (i >= 5)
+        if (shown[i] >= MOE__KERNEL_GEMM1)
             moe__text_string(&reason, refusal);
-        else if (i >= 3)
+        else if (shown[i] >= MOE__KERNEL_ROUTER_F32)
             moe__text_format(&reason, "layer.router.dtype is %s", moe_dtype_string(plan->layer.router.dtype));
         else if (plan->stages.ptx)
             moe__text_string(&reason, "there is no NVRTC, and embedded PTX routes in two launches");
-        else if (i == MOE__KERNEL_ROUTE_ONE)
+        else if (shown[i] == MOE__KERNEL_ROUTE_ONE)
             moe__text_format(&reason, "the router's width %d is more than %d: two launches", plan->width,
                              MOE__ONE_WIDTH);
         else
@@ -17585,6 +17585,13 @@ static int32_t moe__reference_table(const moe__reference *ref, int32_t role, int
     return MOE_OK;
 }
 
+// ref->row as GEMM 2 leaves it.
+static void moe__reference_round(moe__reference *ref)
+{
+    for (int32_t i = 0; i < ref->layer->hidden_size; i++)
+        ref->row[i] = moe__round_to(ref->row[i], ref->args->rows_dtype);
+}
+
 // ref->row = GEMM 2 of the activation of GEMM 1 of ref->x, for one expert; -1: the shared experts.
 static int32_t moe__reference_expert(moe__reference *ref, int32_t expert, moe_error *err)
 {
@@ -17610,9 +17617,11 @@ static int32_t moe__reference_expert(moe__reference *ref, int32_t expert, moe_er
     if (result != MOE_OK) return result;
     for (int32_t i = 0; i < n; i++)
         ref->gate[i] = moe__round_to(moe__activate(&act, ref->gate[i], gated ? ref->up[i] : 0), ref->mid_dtype);
-    return moe__reference_product(ref, expert < 0 ? MOE_TENSOR_SHARED_DOWN : MOE_TENSOR_DOWN,
-                                  bias2 ? MOE_TENSOR_DOWN_BIAS : 0, expert, layer->hidden_size, ref->gate, n, ref->row,
-                                  err);
+    result = moe__reference_product(ref, expert < 0 ? MOE_TENSOR_SHARED_DOWN : MOE_TENSOR_DOWN,
+                                    bias2 ? MOE_TENSOR_DOWN_BIAS : 0, expert, layer->hidden_size, ref->gate, n,
+                                    ref->row, err);
+    if (result == MOE_OK) moe__reference_round(ref);
+    return result;
 }
 
 static int32_t moe__reference_norm(moe__reference *ref, moe_error *err)
@@ -17629,7 +17638,7 @@ static int32_t moe__reference_norm(moe__reference *ref, moe_error *err)
 static void moe__reference_add(moe__reference *ref, float weight, const float *row)
 {
     for (int32_t i = 0; i < ref->layer->hidden_size; i++)
-        ref->total[i] = moe__fmaf(weight, moe__round_to(row[i], ref->args->rows_dtype), ref->total[i]);
+        ref->total[i] = moe__fmaf(weight, row[i], ref->total[i]);
 }
 
 // Adds what one slot brings to ref->total.
@@ -17650,6 +17659,7 @@ static int32_t moe__reference_slot(moe__reference *ref, const float *x, int32_t 
     if (moe__layer_local(layer, id) < 0) return MOE_OK;
     if (id < layer->num_experts && moe__reference_read(ref, MOE_TENSOR_CONSTANT, id, 0) == 0) { // pruned
         for (int32_t i = 0; i < n; i++) ref->row[i] = layer->parallel.tp_rank == 0 ? ref->weight[i] : 0;
+        moe__reference_round(ref);
     } else {
         for (int32_t i = 0; i < n; i++) ref->x[i] = on_input ? x[i] * weight : x[i];
         if ((result = moe__reference_expert(ref, id, err)) != MOE_OK) return result;

@@ -179,8 +179,8 @@ def page(files, rows):
         out += ["<h2>Layers: time / stream</h2>",
                 "<p>Uniform load, logits to output. Stream: a bare read of the bytes that the layer needs (weights of "
                 "the experts that have tokens, once; input and output) on the same machine; 1 is the least that memory "
-                "allows, and with many tokens arithmetic decides. Dotted, \"gemms\": both products and the activation. From "
-                "1,024 tokens on the GPU has rested before each launch, or is in sustained work (dashed).</p>",
+                "allows, and with many tokens arithmetic decides. Dotted, \"gemms\": both products and the activation. "
+                "From 1,024 tokens on the GPU has rested before each launch, or is in sustained work (dashed).</p>",
                 draw_lines(panels(uniform, lambda r: (r["chip"], r["layer"], r["format"])),
                            lambda r: r["us"] / floor_of(r, known), lambda key: "%s\n%s %s" % key, "time / stream",
                            "layers")]

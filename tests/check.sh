@@ -21,7 +21,7 @@ fi
 if command -v clang >/dev/null 2>&1; then
     variant asan build/asan CC=clang OPT=-O0 ASAN_OPTIONS=detect_leaks=1 \
         EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=undefined $strict"
-    only="cache context cpu execute layer loader tiles weights" # those with threads
+    only="cache context cpu execute layer loader resolve routing tiles weights" # those with a context, so with threads
     variant tsan build/tsan CC=clang OPT=-O0 EXTRA="-fsanitize=thread $strict"
     only=
     groups fuzz

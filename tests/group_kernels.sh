@@ -38,6 +38,8 @@ refuse "a warning of the compiler is not taken" "177-D" $run --log "$temp/log"
 echo "ptxas info    : 0 bytes gmem" >"$temp/log"
 refuse "a log that says nothing is not taken" "does not say" $run --log "$temp/log"
 
+refuse "an option that there is not is no table" "usage:" $run --tables
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 sed '1s/text ....../text 000000/' $table >"$temp/other.tsv"
 refuse "a table of another text is refused" "run make kernels" $run --check "$temp/other.tsv"
@@ -53,8 +55,9 @@ else
     refuse "a register more is found" "differs" $run --check "$temp/register.tsv" sort_sm90
     refuse "a row that is not there is found" "differs" $run --check "$temp/row.tsv" sort_sm80
     # make check-kernels compiles all; here some of each kind
-    try "kernels compile and need what the table says" $run --check $table e8_softmax sort group pack router_logits_bf16_4 \
-        finalize_rows_f32_x_bf16 bf16_gated_x_bf16_sm90 gemm1_t64_bf16_gated_x_bf16 gemm2_t16_bf16_rows_f32 t128_bf16_rows_bf16_sm90
+    try "kernels compile and need what the table says" $run --check $table e8_softmax sort group pack \
+        router_logits_bf16_4 finalize_rows_f32_x_bf16 bf16_gated_x_bf16_sm90 gemm1_t64_bf16_gated_x_bf16 \
+        gemm2_t16_bf16_rows_f32 t128_bf16_rows_bf16_sm90
     cat "$temp/output"
 fi
 finish kernels

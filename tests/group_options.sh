@@ -11,19 +11,13 @@ for option in NONE MOE_NO_THREADS MOE_NO_FILES MOE_NO_CONFIG MOE_NO_CHECKPOINT M
     MOE_NO_CUDA MOE_NO_ENV "MOE_NO_CUDA -DMOE_NO_FILES" "MOE_NO_THREADS -DMOE_NO_FILES" \
     "MOE_NO_THREADS -DMOE_NO_FILES -DMOE_NO_CONFIG -DMOE_NO_CPU_SIMD -DMOE_NO_CUDA -DMOE_NO_ENV"; do
     case $option in *NO_THREADS*) libs= ;; *) libs=$threads ;; esac
-    case $option in *" "* | NONE) compilers="gcc clang" ;; *) compilers=$CC ;; esac
+    case $option in *" "* | NONE) compilers="gcc clang g++" ;; *) compilers=$CC ;; esac
     for compiler in $compilers; do
         have $compiler || { skip "$option, $compiler" "not installed"; continue; }
-        try "$option builds, $compiler" $compiler -O0 -std=c99 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
+        case $compiler in g++) language="-x c++ -std=c++11" ;; *) language=-std=c99 ;; esac
+        try "$option builds, $compiler" $compiler -O0 $language $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
         try "$option runs, $compiler" "$temp/parts"
+        rm -f "$temp/parts"
     done
-    if [ "$compilers" = "$CC" ]; then continue; fi
-    if have g++; then
-        try "$option builds, g++" g++ -O0 -x c++ -std=c++11 $warn -D$option -o "$temp/parts" tests/compile/parts.c $libs
-        try "$option runs, g++" "$temp/parts"
-    else
-        skip "$option, g++" "not installed"
-    fi
-    rm -f "$temp/parts"
 done
 finish options

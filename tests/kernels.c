@@ -87,6 +87,17 @@ static const product products[] = {
     { MOE_FORMAT_F16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_F16, MOE_DTYPE_F16 }
 };
 
+static void resolve(moe_layer_desc *layer, moe_plan_desc *plan, int preset, int top_k, int extra_slots)
+{
+    moe_error err;
+    if (moe_routing_preset(preset, &layer->routing, &err) != MOE_OK) stop(err.text, "preset");
+    layer->routing.top_k = top_k;
+    layer->routing.extra_slots = extra_slots;
+    if (moe__layer_resolve(layer, &err) != MOE_OK ||
+        moe__plan_desc_resolve(plan, MOE_DTYPE_BF16, top_k + extra_slots, &err) != MOE_OK)
+        stop(err.text, "layer");
+}
+
 // tile: of the products, with rows of each type; 0: without them.
 static void add_layer(int experts, int preset, int extra_slots, const product *made, int tile, int chip)
 {
@@ -94,7 +105,6 @@ static void add_layer(int experts, int preset, int extra_slots, const product *m
     moe_plan_desc plan;
     moe__instance instances[MOE__KERNELS];
     moe__gemm_sets sets;
-    moe_error err;
     memset(&layer, 0, sizeof layer);
     memset(&plan, 0, sizeof plan);
     layer.num_experts = experts;
@@ -103,13 +113,8 @@ static void add_layer(int experts, int preset, int extra_slots, const product *m
     layer.activation.kind = made->activation;
     plan.x_dtype = made->x_dtype;
     plan.out_dtype = made->out_dtype;
-    if (moe_routing_preset(preset, &layer.routing, &err) != MOE_OK) stop(err.text, "preset");
-    layer.routing.top_k = experts < MOE_MAX_TOP_K ? experts : MOE_MAX_TOP_K;
-    layer.routing.extra_slots = extra_slots;
     plan.max_tokens = 65536;
-    if (moe__layer_resolve(&layer, &err) != MOE_OK ||
-        moe__plan_desc_resolve(&plan, MOE_DTYPE_BF16, layer.routing.top_k + extra_slots, &err) != MOE_OK)
-        stop(err.text, "layer");
+    resolve(&layer, &plan, preset, experts < MOE_MAX_TOP_K ? experts : MOE_MAX_TOP_K, extra_slots);
     memset(&sets, 0, sizeof sets);
     if (tile > 0) {
         moe__tile_chip any;
@@ -442,8 +447,7 @@ static int time_plan(moe_context *ctx, const moe_error *missing)
     moe_layer_desc layer;
     moe_plan_desc plan;
     moe__gemm_sets sets;
-    moe__tile_chip h200;
-    moe_error err;
+    const moe__tile_known *chip = moe__tile_chips;
     struct timespec begin, end;
     job j;
     double sum = 0;
@@ -458,14 +462,10 @@ static int time_plan(moe_context *ctx, const moe_error *missing)
     layer.activation.kind = MOE_ACTIVATION_SWIGLU;
     layer.router.dtype = MOE_DTYPE_BF16;
     plan.max_tokens = 8192;
-    if (moe_routing_preset(MOE_ROUTING_RENORMALIZE, &layer.routing, &err) != MOE_OK) stop(err.text, "preset");
-    layer.routing.top_k = 8;
-    if (moe__layer_resolve(&layer, &err) != MOE_OK ||
-        moe__plan_desc_resolve(&plan, MOE_DTYPE_BF16, 8, &err) != MOE_OK)
-        stop(err.text, "layer");
-    moe__tile_chip_make(&h200, 90, 132, 232448, 233472, 1980, 4917);
-    moe__sets_make(&layer, &plan, &h200, &sets);
-    moe__instances_select(&layer, &plan, &sets, 90, instances);
+    resolve(&layer, &plan, MOE_ROUTING_RENORMALIZE, 8, 0);
+    while (strcmp(chip->name, "H200") != 0) chip++;
+    moe__sets_make(&layer, &plan, &chip->chip, &sets);
+    moe__instances_select(&layer, &plan, &sets, chip->chip.arch, instances);
     for (int i = 0; i < MOE__KERNELS; i++) {
         int same = 0;
         for (int k = 0; k < count; k++) same |= strcmp(wanted[k]->instance->name, instances[i].name) == 0;
@@ -491,17 +491,18 @@ static int time_plan(moe_context *ctx, const moe_error *missing)
 
 int main(int argc, char **argv)
 {
-    int checks = argc >= 3 && strcmp(argv[1], "--check") == 0, code;
+    int checks = argc >= 3 && strcmp(argv[1], "--check") == 0, plan = argc == 2 && strcmp(argv[1], "--plan") == 0, code;
     moe_context *ctx;
     moe_error err;
     if (argc == 3 && strcmp(argv[1], "--log") == 0) return show_log(argv[2]);
-    if (argc != 2 && !checks) stop("usage: kernels TABLE | --check TABLE [NAME...] | --plan | --log FILE", "arguments");
+    if (!checks && !plan && (argc != 2 || argv[1][0] == '-'))
+        stop("usage: kernels TABLE | --check TABLE [NAME...] | --plan | --log FILE", "arguments");
     ctx = open_compiler(&err);
     if (checks) {
         names = argv + 3;
         num_names = argc - 3;
         code = check(ctx, &err, argv[2]);
-    } else if (strcmp(argv[1], "--plan") == 0) {
+    } else if (plan) {
         code = time_plan(ctx, &err);
     } else {
         code = write_table(ctx, &err, argv[1]);
