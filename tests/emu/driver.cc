@@ -9,10 +9,11 @@
 #include "driver.h"
 
 #include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -302,7 +303,6 @@ static void unload(CUmod_st *m)
 {
     m->ctx->modules.erase(m);
     dlclose(m->object);
-    close(m->file);
     delete m;
 }
 
@@ -733,20 +733,27 @@ bool runs_on(const host_image &image, int capability)
     return chip.major_minor <= capability;
 }
 
-// Opens the image as a library of its own: a new file in memory each time, so that two modules never share a thing.
-// The file stays open as long as the module, as dlopen knows a library by its path.
-void *open_object(const std::string &object, int *file)
+// Opens the image as a library of its own: a new file each time, so that two modules never share a thing. Not a file in
+// memory: its only path is in /proc, which a bare root lacks.
+void *open_object(const std::string &object)
 {
-    *file = memfd_create("module", MFD_CLOEXEC);
-    if (*file < 0) return nullptr;
+    const char *folder = getenv("TMPDIR");
+    std::string path = std::string(folder && *folder ? folder : "/tmp") + "/moe_emu_XXXXXX";
+    int file = mkostemp(&path[0], O_CLOEXEC);
+    if (file < 0) {
+        host_report("emu: module: " + path + ": " + strerror(errno) + "\n");
+        return nullptr;
+    }
     void *handle = nullptr;
-    std::string path = "/proc/self/fd/" + std::to_string(*file);
-    if (write(*file, object.data(), object.size()) == (ssize_t)object.size())
+    if (write(file, object.data(), object.size()) == (ssize_t)object.size())
         handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle) return handle;
-    host_report(std::string("emu: module: ") + dlerror() + "\n");
-    close(*file);
-    return nullptr;
+    if (!handle) {
+        const char *reason = dlerror();
+        host_report(std::string("emu: module: ") + (reason ? reason : "cannot be written") + "\n");
+    }
+    unlink(path.c_str());
+    close(file);
+    return handle;
 }
 
 CUresult load(CUctx_st *ctx, const void *bytes, CUmodule *out)
@@ -759,13 +766,11 @@ CUresult load(CUctx_st *ctx, const void *bytes, CUmodule *out)
     if (!runs_on(image, ctx->dev->capability)) return is_ptx ? CUDA_ERROR_INVALID_PTX : CUDA_ERROR_NO_BINARY_FOR_GPU;
     if (image.kind == HOST_IMAGE_PTX_TEXT)
         if (CUresult r = compile_embedded(image, &image.shared_object)) return r;
-    int file;
-    void *object = open_object(image.shared_object, &file);
+    void *object = open_object(image.shared_object);
     if (!object) return CUDA_ERROR_INVALID_IMAGE;
     CUmod_st *m = new CUmod_st;
     m->ctx = ctx;
     m->object = object;
-    m->file = file;
     m->chip = image.chip;
     ctx->modules.insert(m);
     *out = m;

@@ -145,7 +145,6 @@ struct CUfunc_st {
 struct CUmod_st {
     CUctx_st *ctx;
     void *object;                                   // dlopen's
-    int file;                                       // that it lies in
     host_chip chip;
     std::map<std::string, std::unique_ptr<CUfunc_st>> functions;
 };
