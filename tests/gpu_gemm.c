@@ -52,7 +52,7 @@ static int gemm_smem(int tile)
 // ---- a problem ------------------------------------------------------------------------------------------------------
 
 typedef struct problem {
-    int tile, dtype, x_dtype, rows_dtype, gated, hidden, features;
+    int tile, dtype, x_dtype, rows_dtype, gated, swiglu, hidden, features; // swiglu: GEMM 1 has no other activation
     int tokens, slots, experts;
     int counts[EXPERTS_MAX]; // rows of an expert
     int identity;            // one expert for all tokens, no tables
@@ -352,8 +352,8 @@ static int launch_gemm1(const problem *p, const moe__rows_args *rows, const void
         a.beta = (const float *)gpu_copy(beta, (size_t)p->experts * 4);
         a.limit = (const float *)gpu_copy(limit, (size_t)p->experts * 4);
     }
-    snprintf(defines, sizeof defines, "-DMOE_P_TILE=%d -DMOE_P_DTYPE=%d -DMOE_P_X=%d -DMOE_P_GATED=%d", p->tile,
-             p->dtype, p->x_dtype, p->gated);
+    snprintf(defines, sizeof defines, "-DMOE_P_TILE=%d -DMOE_P_DTYPE=%d -DMOE_P_X=%d -DMOE_P_GATED=%d%s", p->tile,
+             p->dtype, p->x_dtype, p->gated, p->swiglu ? " -DMOE_P_ACTIVATION=1" : "");
     function = load("moe_k_gemm1", defines, sizeof a, 128, gemm_smem(p->tile));
     if (function == NULL) return -1;
     return gpu_text_launch(function, CTAS, 128, 0, pdl, gemm_smem(p->tile), &a);
@@ -863,10 +863,11 @@ TEST(every_activation)
         MOE_ACTIVATION_RELU, MOE_ACTIVATION_RELU2, MOE_ACTIVATION_RELU2_CLAMP, MOE_ACTIVATION_IDENTITY
     };
     if (!gpu_open()) return;
-    for (int i = 0; i < 24; i++) {
+    for (int i = 0; i < 26; i++) {
         problem p = { 0 };
         p.tile = 8;
-        p.act.kind = kinds[i / 2];
+        p.swiglu = i >= 24;
+        p.act.kind = kinds[i / 2 % 12];
         p.act.alpha = i % 2 == 0 ? 1 : 1.702f;
         p.act.beta = i % 2 == 0 ? 0 : 1;
         p.act.limit = i % 2 == 0 ? 0 : 1.25f;

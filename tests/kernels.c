@@ -76,7 +76,8 @@ static int is_wanted(const char *name)
     return num_names == 0;
 }
 
-// What tells products apart: types of the matrices, of x and of the output, and whether GEMM 1 is gated.
+// What tells products apart: types of the matrices, of x and of the output, and GEMM 1's activation: the
+// usual one, any gated one, any other.
 typedef struct product {
     int format, activation, x_dtype, out_dtype;
 } product;
@@ -84,7 +85,9 @@ typedef struct product {
 static const product products[] = {
     { MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_BF16, MOE_DTYPE_BF16 },
     { MOE_FORMAT_BF16, MOE_ACTIVATION_RELU2, MOE_DTYPE_F32, MOE_DTYPE_F32 },
-    { MOE_FORMAT_F16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_F16, MOE_DTYPE_F16 }
+    { MOE_FORMAT_F16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_F16, MOE_DTYPE_F16 },
+    { MOE_FORMAT_BF16, MOE_ACTIVATION_SITU, MOE_DTYPE_BF16, MOE_DTYPE_BF16 },
+    { MOE_FORMAT_F16, MOE_ACTIVATION_SITU, MOE_DTYPE_F16, MOE_DTYPE_F16 }
 };
 
 static void resolve(moe_layer_desc *layer, moe_plan_desc *plan, int preset, int top_k, int extra_slots)
@@ -155,7 +158,7 @@ static void list_kernels(void)
             int rest = MOE_MAX_EXPERTS - experts;
             for (int i = 0; i < 3; i++) add_layer(experts, presets[i], 0, &products[i], 0, chip);
             for (int i = 0; i < 4 && experts == 64; i++)
-                for (int j = 0; j < 3; j++) add_layer(experts, MOE_ROUTING_LLAMA4, 0, &products[j], tiles[i], chip);
+                for (int j = 0; j < 5; j++) add_layer(experts, MOE_ROUTING_LLAMA4, 0, &products[j], tiles[i], chip);
             add_layer(experts, MOE_ROUTING_LLAMA4, 0, &products[0], 0, chip);
             if (rest > MOE_MAX_EXTRA_SLOTS) rest = MOE_MAX_EXTRA_SLOTS;
             if (rest > 0) add_layer(experts, MOE_ROUTING_LLAMA4, rest, &products[0], 0, chip);

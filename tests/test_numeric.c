@@ -1,4 +1,4 @@
-// 16-bit floats: every code, every rounding case, and moe_convert's refusals.
+// Small types: every code, every rounding case, and moe_convert's refusals.
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
@@ -75,13 +75,64 @@ TEST(convert_goes_between_all_three_types)
     CHECK_NEAR(back[2], 1.0 / 3, 1.0 / 512);
 }
 
+// Every line of data/dtypes.tsv: all codes, and every rounding case beside them.
+TEST(small_types_are_those_of_ml_dtypes)
+{
+    static const struct { const char *name; int dtype, nibbles; } types[] = {
+        { "e4m3", MOE_DTYPE_E4M3, 0 }, { "e5m2", MOE_DTYPE_E5M2, 0 }, { "ue8m0", MOE_DTYPE_UE8M0, 0 },
+        { "e2m1", MOE_DTYPE_E2M1, 1 }, { "int4", MOE_DTYPE_INT4, 1 }
+    };
+    char name[16], way[16], a[16], b[16];
+    FILE *f = fopen(test_data("data/dtypes.tsv"), "r");
+    int lines = 0;
+    REQUIRE(f != NULL);
+    REQUIRE(fscanf(f, "%*s %*s %*s %*s") == 0);
+    while (fscanf(f, "%15s %15s %15s %15s", name, way, a, b) == 4) {
+        int t = 0, wide = strcmp(way, "wide") == 0;
+        uint32_t from = (uint32_t)strtoul(a, NULL, 16), to = (uint32_t)strtoul(b, NULL, 16);
+        unsigned char code[2] = { 0xa5, 0xa5 };
+        float value[3];
+        while (t < 4 && strcmp(types[t].name, name) != 0) t++;
+        REQUIRE(strcmp(types[t].name, name) == 0);
+        if (wide) { // three in a row: both halves of a byte
+            code[0] = (unsigned char)(types[t].nibbles ? from * 17 : from);
+            code[1] = code[0];
+            CHECK_OK(moe_convert(code, types[t].dtype, value, MOE_DTYPE_F32, types[t].nibbles ? 3 : 2, &err));
+            for (int i = 0; i < (types[t].nibbles ? 3 : 2); i++)
+                CHECK(strcmp(b, "nan") == 0 ? moe__is_nan(value[i]) : moe__f32_bits(value[i]) == to);
+        } else {
+            value[0] = value[1] = value[2] = moe__bits_f32(from);
+            CHECK_OK(moe_convert(value, MOE_DTYPE_F32, code, types[t].dtype, types[t].nibbles ? 3 : 1, &err));
+            CHECK_EQ(code[0], types[t].nibbles ? to * 17 : to);
+            CHECK_EQ(code[1], types[t].nibbles ? 0xa0 | to : 0xa5);
+        }
+        lines++;
+    }
+    fclose(f);
+    CHECK_EQ(lines, 3961);
+}
+
+TEST(nan_and_negative_scales_have_the_codes_that_the_gpu_gives)
+{
+    const float odd[5] = { moe__bits_f32(0xffc00001), -1.0f, -0.0f, 0.0f, -3e38f };
+    static const int types[] = { MOE_DTYPE_E4M3, MOE_DTYPE_E5M2, MOE_DTYPE_UE8M0, MOE_DTYPE_E2M1, MOE_DTYPE_INT4 };
+    static const unsigned char want[5][5] = { { 0x7f, 0xb8, 0x80, 0x00, 0xfe }, { 0x7f, 0xbc, 0x80, 0x00, 0xfb },
+                                              { 0xff, 0xff, 0x00, 0x00, 0xff }, { 0xa7, 0x08, 0x0f, 0, 0 },
+                                              { 0xf0, 0x00, 0x08, 0, 0 } };
+    for (int t = 0; t < 5; t++) {
+        unsigned char code[5] = { 0 };
+        CHECK_OK(moe_convert(odd, MOE_DTYPE_F32, code, types[t], 5, &err));
+        for (int i = 0; i < 5; i++) CHECK_EQ(code[i], want[t][i]);
+    }
+}
+
 TEST(convert_refuses_what_it_cannot_do)
 {
     float value = 1;
     CHECK_ERR(moe_convert(NULL, MOE_DTYPE_F32, &value, MOE_DTYPE_F32, 1, &err), MOE_ERROR_ARGUMENT, "src");
     CHECK_ERR(moe_convert(&value, MOE_DTYPE_F32, NULL, MOE_DTYPE_F32, 1, &err), MOE_ERROR_ARGUMENT, "dst");
     CHECK_ERR(moe_convert(&value, MOE_DTYPE_I32, &value, MOE_DTYPE_F32, 1, &err), MOE_ERROR_ARGUMENT, "src_dtype");
-    CHECK_ERR(moe_convert(&value, MOE_DTYPE_F32, &value, MOE_DTYPE_E4M3, 1, &err), MOE_ERROR_ARGUMENT, "dst_dtype");
+    CHECK_ERR(moe_convert(&value, MOE_DTYPE_F32, &value, MOE_DTYPE_U8, 1, &err), MOE_ERROR_ARGUMENT, "dst_dtype");
     CHECK_ERR(moe_convert(&value, MOE_DTYPE_F32, &value, MOE_DTYPE_F32, -1, &err), MOE_ERROR_ARGUMENT, "n");
     CHECK_OK(moe_convert(NULL, MOE_DTYPE_F32, NULL, MOE_DTYPE_F32, 0, &err));
 }
@@ -117,6 +168,8 @@ TEST_MAIN(
     T(narrowing_goes_to_the_nearest_and_ties_to_even)
     T(overflow_gives_infinity_and_nan_stays_nan)
     T(convert_goes_between_all_three_types)
+    T(small_types_are_those_of_ml_dtypes)
+    T(nan_and_negative_scales_have_the_codes_that_the_gpu_gives)
     T(convert_refuses_what_it_cannot_do)
     T(numbers_in_messages_need_no_locale)
     T(messages_are_cut_at_a_character_and_escaped))

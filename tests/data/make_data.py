@@ -3,6 +3,7 @@
 
     make_data.py routing    routing/oracle.safetensors, routing/oracle.tsv     needs numpy, safetensors
     make_data.py configs    configs/*.json, configs/expected.tsv, quant/, vllm_decision.tsv
+    make_data.py dtypes     dtypes.tsv                                         needs numpy, ml_dtypes
     make_data.py check      compares configs/ with transformers' own classes    needs transformers
 
 Everything is deterministic: the same text gives the same files, byte for byte.
@@ -22,6 +23,11 @@ descriptor without knowing the method. oracle.safetensors holds, per case:
                      group ranking too), relative to the size of what was added up to make the keys. Exact ties do not
                      count, because equal inputs give equal keys in every precision. All gaps are above 1e-4.
 Id num_experts and up are special experts; a skip expert's weight is 0.
+
+dtypes.tsv has conversions by ml_dtypes, both sides in hexadecimal, f32 as its bits. way wide: from every code; nan
+where it is one. way narrow: to a code, from every finite code's value, the middle between each two neighbours and the
+floats on both sides of it, and numbers behind the largest. What ml_dtypes leaves open is as moe_convert() says: numbers
+are cut to the range first, and ue8m0 is the power of two that is not below.
 
 configs/expected.tsv has one row per file and layer. Columns that need a word:
   source               the transformers class it was checked against; vllm (0.33, read); document (no code at hand)
@@ -1691,7 +1697,41 @@ def check():
     print(f"check: {checked} layers built, {routed} routers run")
 
 
+# --- small types ------------------------------------------------------------------------------------------------------
+
+def make_dtypes():
+    import ml_dtypes
+    import numpy as np
+    kinds = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn,
+             "ue8m0": ml_dtypes.float8_e8m0fnu, "int4": ml_dtypes.int4}
+    rows = []
+    for name, kind in kinds.items():
+        codes = np.arange(16 if name in ("e2m1", "int4") else 256, dtype=np.uint8)
+        wide = codes.view(np.dtype(kind)).astype(np.float32)
+        for code, value in zip(codes, wide):
+            bits = "nan" if np.isnan(value) else "%08x" % value.view(np.uint32)
+            rows.append(dict(dtype=name, way="wide", a="%02x" % code, b=bits))
+        values = np.unique(wide[np.isfinite(wide)])
+        middles = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)
+        beyond = [1.5 * values[-1].astype(np.float64), 3e38, np.inf]
+        if name != "ue8m0":
+            beyond += [-v for v in beyond]
+        given = np.concatenate([values, np.zeros(1, np.float32), middles, np.nextafter(middles, np.float32(np.inf)),
+                                np.nextafter(middles, np.float32(-np.inf)),
+                                np.minimum(np.array(beyond), np.inf).astype(np.float32)])
+        cut = np.clip(given, values[0], values[-1])
+        if name == "ue8m0":
+            mantissa, exponent = np.frexp(cut.astype(np.float64))
+            cut = np.ldexp(1.0, exponent - (mantissa == 0.5)).astype(np.float32)
+        if name == "int4":
+            cut = np.rint(cut)
+        for value, code in zip(given, cut.astype(kind).view(np.uint8)):
+            code &= 15 if name in ("e2m1", "int4") else 255
+            rows.append(dict(dtype=name, way="narrow", a="%08x" % value.view(np.uint32), b="%02x" % code))
+    write_table(os.path.join(HERE, "dtypes.tsv"), ["dtype", "way", "a", "b"], rows)
+
+
 if __name__ == "__main__":
-    commands = {"routing": make_routing, "configs": make_configs, "check": check}
+    commands = {"routing": make_routing, "configs": make_configs, "dtypes": make_dtypes, "check": check}
     for command in sys.argv[1:] or list(commands):
         commands[command]()

@@ -174,28 +174,40 @@ static void join_pieces(char *text)
     *to = 0;
 }
 
-// The broken file in the tree. Kernel text is broken where it is compiled from, in moe.h.
-static const char *break_file(const mutant *m, const char *tree)
+// What lies in moe.h of kernel text, which is broken where it is compiled from.
+static const char *file_of(const mutant *m) { return strcmp(m->file, "moe_kernels.cu.inc") == 0 ? "moe.h" : m->file; }
+
+// The broken file's text, to be freed; NULL: *wrong says why not.
+static char *broken_text(const mutant *m, const char **wrong)
 {
-    char path[PATH];
-    int embedded = strcmp(m->file, "moe_kernels.cu.inc") == 0;
-    const char *file = embedded ? "moe.h" : m->file;
+    int embedded = strcmp(m->file, file_of(m)) != 0;
     const char *old_text = embedded ? quote(m->old_text) : m->old_text;
     const char *new_text = embedded ? quote(m->new_text) : m->new_text;
-    char *text = read_file(file), *at, *broken;
+    char *text = read_file(file_of(m)), *at, *broken = NULL;
     if (text != NULL && embedded) join_pieces(text);
     at = text == NULL ? NULL : strstr(text, old_text);
-    if (at == NULL) return "the text is not in the file any more";
-    if (strstr(at + 1, old_text) != NULL) return "the text is in the file more than once";
-    broken = (char *)malloc(strlen(text) + strlen(new_text) + 1);
-    memcpy(broken, text, (size_t)(at - text));
-    strcpy(broken + (at - text), new_text);
-    strcat(broken, at + strlen(old_text));
-    snprintf(path, sizeof path, "%s/%s", tree, file);
+    *wrong = at == NULL ? "the text is not in the file any more" : NULL;
+    if (at != NULL && strstr(at + 1, old_text) != NULL) *wrong = "the text is in the file more than once";
+    if (*wrong == NULL) {
+        broken = (char *)malloc(strlen(text) + strlen(new_text) + 1);
+        memcpy(broken, text, (size_t)(at - text));
+        strcpy(broken + (at - text), new_text);
+        strcat(broken, at + strlen(old_text));
+    }
+    free(text);
+    return broken;
+}
+
+// The broken file in the tree.
+static const char *break_file(const mutant *m, const char *tree)
+{
+    const char *wrong;
+    char path[PATH], *broken = broken_text(m, &wrong);
+    if (broken == NULL) return wrong;
+    snprintf(path, sizeof path, "%s/%s", tree, file_of(m));
     unlink(path);
     write_file(path, broken);
     free(broken);
-    free(text);
     return NULL;
 }
 
@@ -316,6 +328,12 @@ int main(int argc, char **argv)
     set_library("MOE_NVRTC_LIB", "libnvrtc.so.13");
     read_list("tests/mutants/list.txt", argc, argv);
     if (access("tests/gpu_pipeline.c", R_OK) == 0) read_list("tests/mutants/pipeline.txt", argc, argv);
+    for (int i = 0; i < mutant_count; i++) { // also of those that are left out
+        const char *wrong;
+        char *broken = broken_text(&mutants[i], &wrong);
+        if (broken == NULL) die(mutants[i].name, wrong);
+        free(broken);
+    }
     if (step > 1) {
         mutant_count = (mutant_count + step - 1) / step;
         for (int i = 0; i < mutant_count; i++) mutants[i] = mutants[i * step];
