@@ -38,14 +38,15 @@
 // INDEX    search for the tag
 //     >>manual   life cycle, options, numerics, threads, errors, limits     >>api        types and functions
 //     >>config   compiler and machine          >>base     memory, text      >>error      messages
-//     >>numeric  bf16, f16                     >>sys      files             >>math       exp, log1p, tanh, erf, sqrt
+//     >>numeric  small types                   >>sys      files             >>math       exp, log1p, tanh, erf, sqrt
 //     >>json     reader                        >>routing  top-k, presets    >>layer      validation
-//     >>infer    config.json -> layer          >>checkpoint  safetensors    >>context    threads, instruction sets
-//     >>cuda     driver, NVRTC                 >>jit      compile, cache    >>layout     packed weights
-//     >>weights  set, seal, save               >>cpu      kernels           >>tiles      which there are, choice
-//     >>instances  kernels of a plan           >>tuned    measured tiles    >>plan       execute
-//     >>stages   on CUDA                       >>autotune measure           >>ahead      compile without a GPU
-//     >>reference  the oracle                  >>kernels  their text        >>history    changes, licence
+//     >>quant    codes and scales              >>infer    config.json       >>checkpoint safetensors
+//     >>context  threads, instruction sets     >>cuda     driver, NVRTC     >>jit        compile, cache
+//     >>layout   packed weights                >>weights  set, seal, save   >>cpu        kernels
+//     >>tiles    which there are, choice       >>instances  of a plan       >>tuned      measured tiles
+//     >>plan     execute                       >>stages   on CUDA           >>autotune   measure
+//     >>ahead    compile without a GPU         >>reference  the oracle      >>kernels    their text
+//     >>history  changes, licence
 //
 // ---------------------------------------------------------------------------------------------------------------------
 // >>manual
@@ -530,7 +531,8 @@ typedef struct moe_shared_desc {
     int32_t gate;              // 1: multiplied by sigmoid(x . MOE_TENSOR_SHARED_TOKEN_GATE [H]) per token
     float scale;               // multiplies their sum; 0 means 1
     moe_activation_desc activation; // kind 0: that of the routed experts, with its parameters
-    uint32_t reserved[4];
+    int32_t format;            // moe_format: the layer's (0), or F32, BF16 or F16 beside quantised routed experts
+    uint32_t reserved[3];
 } moe_shared_desc;
 
 // This rank's part. Expert parallelism: routing always runs over all experts; the output is the partial sum of the
@@ -636,19 +638,27 @@ typedef enum moe_tensor_role {
     MOE_TENSOR_LIMIT = 23,           // [E]
     MOE_TENSOR_ROW_NORM = 24,        // [H]
     MOE_TENSOR_CONSTANT = 25,        // [H] of one expert; a routed expert with it needs no matrices
-    MOE_TENSOR_ROLES = 26,           // number of roles
+    MOE_TENSOR_INPUT_SCALES = 26,    // [2] of GEMM 1's and GEMM 2's input, of an expert (-1: the shared ones): only
+                                     // read; they are set as MOE_PART_INPUT_SCALE of the matrices
+    MOE_TENSOR_ROLES = 27,           // number of roles
     MOE_TENSOR_ROLE__FORCE32 = 0x7fffffff
 } moe_tensor_role;
 
-// What a value of a tensor of `role` is. A quantised matrix is several tensors of one role with different parts.
+// What a value of a tensor of `role` is. A quantised matrix is several tensors of one role with different parts. Shapes
+// for a matrix [out, in] of a format with a scale for r x c values (moe_quantize_desc); fused and stacked ones like the
+// matrix itself. Single values: no dims or [1]; [E] or [E, 1] stacked; fused also [2] and [E, 2], in the order gate, up
+// whatever `halves` says.
 typedef enum moe_tensor_part {
-    MOE_PART_DATA = 0,
-    MOE_PART_SCALE = 1,        // per block, row or tensor: multiplies
-    MOE_PART_GLOBAL_SCALE = 2, // per tensor: multiplies (ModelOpt weight_scale_2)
+    MOE_PART_DATA = 0,         // codes, in: E4M3 [out, in]; E2M1, INT4 [out, in], or U8 [out, in / 2], two in a byte,
+                               // the first in the low half; E2M1 also U8 [out, in / 32, 16] (gpt-oss); INT4 also I32
+                               // [out, in / 8] of codes + 8 (compressed-tensors)
+    MOE_PART_SCALE = 1,        // multiplies: [ceil(out / r), ceil(in / c)], one value per tensor, [out] or [out, 1] per
+                               // channel. A type that holds it exactly; U8 is UE8M0 or E4M3, as the format has it
+    MOE_PART_GLOBAL_SCALE = 2, // NVFP4: one value, multiplies (ModelOpt weight_scale_2)
     MOE_PART_GLOBAL_SCALE_RECIPROCAL = 3, // divides (compressed-tensors weight_global_scale)
-    MOE_PART_INPUT_SCALE = 4,
+    MOE_PART_INPUT_SCALE = 4,  // NVFP4, FP8_PER_TENSOR: one value; of gate's and up's the larger counts
     MOE_PART_INPUT_SCALE_RECIPROCAL = 5,
-    MOE_PART_SHAPE = 6,        // compressed-tensors weight_shape
+    MOE_PART_SHAPE = 6,        // compressed-tensors weight_shape: [2], compared with the matrix
     MOE_PART__FORCE32 = 0x7fffffff
 } moe_tensor_part;
 
@@ -1257,6 +1267,39 @@ MOE_API int32_t moe_weights_row(void *user, int32_t role, int32_t expert, int32_
 MOE_API int32_t moe_convert(const void *src, int32_t src_dtype, void *dst, int32_t dst_dtype, int64_t n,
                             moe_error *err);
 
+// A matrix, or rows of activations, and its quantised form. Codes and scales lie in rows, packed, 4-bit codes two in a
+// byte; a scale stands for the values that the format says, [ceil(rows / r), ceil(columns / c)] of them:
+//     FP8_PER_TENSOR all       FP8_PER_CHANNEL a row     FP8_BLOCK format_block squared, activations 1 x 128
+//     MXFP8, MXFP4 1 x 32      NVFP4 1 x 16              INT4 1 x format_block
+// Scales are of the format's type (FP8: f32, or UE8M0 with scale_dtype), or scale_dtype where it has a choice.
+typedef struct moe_quantize_desc {
+    uint32_t struct_size;
+    int32_t format;        // moe_format, required; one that has scales
+    int32_t format_block;  // as in moe_layer_desc, and so is scale_dtype
+    int32_t scale_dtype;
+    int32_t activations;   // 1: what meets the format's matrices, 0: a matrix
+    int32_t dtype;         // of values: F32, BF16 or F16; required
+    int64_t rows;
+    int64_t columns;       // a multiple of the group of MX, NVFP4 and INT4
+    void *values;          // [rows, columns]
+    void *codes;
+    uint64_t codes_bytes;  // exactly
+    void *scales;
+    uint64_t scales_bytes; // exactly
+    float global_scale;    // NVFP4: multiplies all (weight_scale_2, input_scale); 0: quantize chooses amax / (448 * 6)
+                           // and writes it, dequantize takes 1. FP8_PER_TENSOR: quantize takes it for the scale; 0:
+                           // by amax
+    uint32_t reserved[7];
+} moe_quantize_desc;
+
+// values -> codes and scales, all to nearest even: fp8 scale max(amax, 1e-12) / 448; UE8M0 amax / 448 (e2m1: / 6) up to
+// a power of two; NVFP4 e4m3 of amax / (6 global_scale); INT4 max(8/7 largest, -smallest) / 8; code = value / scale.
+// Where a scale is 0, so are the codes. MOE_ERROR_DATA for values that are not finite. Formulas: as FlashInfer and
+// compressed-tensors quantise. Pure.
+MOE_API int32_t moe_quantize(moe_quantize_desc *desc, moe_error *err);
+// codes and scales -> values: code * (scale * global_scale), each product rounded to fp32, then to desc.dtype. Pure.
+MOE_API int32_t moe_dequantize(const moe_quantize_desc *desc, moe_error *err);
+
 #ifdef __cplusplus
 }
 #endif
@@ -1667,6 +1710,7 @@ MOE_API const char *moe_role_string(int32_t role)
         { MOE_TENSOR_LIMIT, "limit" },
         { MOE_TENSOR_ROW_NORM, "row norm" },
         { MOE_TENSOR_CONSTANT, "constant" },
+        { MOE_TENSOR_INPUT_SCALES, "input scales" },
     };
     return moe__name_find(names, MOE__ARRAY_COUNT(names), role, "?");
 }
@@ -4253,7 +4297,7 @@ static int32_t moe__activation_resolve(moe_activation_desc *act, const char *pat
     return moe__check_flag(act->per_expert, member, err);
 }
 
-// Elements of a row that share a scale: H and I are multiples of it, and no tensor-parallel slice cuts it.
+// Elements of a row that share a scale: H and I are multiples of it.
 static int32_t moe__format_group(const moe_layer_desc *layer)
 {
     switch (layer->format) {
@@ -4264,6 +4308,9 @@ static int32_t moe__format_group(const moe_layer_desc *layer)
     }
 }
 
+// Where a tensor-parallel slice may be cut: inside a block of scales too, down to 32 elements.
+static int32_t moe__format_grain(const moe_layer_desc *layer) { return moe__min32(moe__format_group(layer), 32); }
+
 static int32_t moe__check_group(const moe_layer_desc *layer, int32_t size, const char *member, moe_error *err)
 {
     int32_t group = moe__format_group(layer);
@@ -4273,33 +4320,66 @@ static int32_t moe__check_group(const moe_layer_desc *layer, int32_t size, const
                      size, moe_format_string(layer->format), group);
 }
 
-static int32_t moe__format_resolve(moe_layer_desc *layer, moe_error *err)
+// Legal scale types of a format, that of 0 first; 0 ends the list.
+static const int32_t *moe__format_scales(int32_t format)
 {
-    int32_t format = layer->format, block = layer->format_block;
+    static const int32_t none[1] = { 0 }, fp8[4] = { MOE_DTYPE_F32, MOE_DTYPE_BF16, MOE_DTYPE_F16, 0 };
+    static const int32_t block[5] = { MOE_DTYPE_F32, MOE_DTYPE_BF16, MOE_DTYPE_F16, MOE_DTYPE_UE8M0, 0 };
+    static const int32_t mx[2] = { MOE_DTYPE_UE8M0, 0 }, nvfp4[2] = { MOE_DTYPE_E4M3, 0 };
+    static const int32_t int4[4] = { MOE_DTYPE_BF16, MOE_DTYPE_F16, MOE_DTYPE_F32, 0 };
+    switch (format) {
+    case MOE_FORMAT_FP8_PER_TENSOR: case MOE_FORMAT_FP8_PER_CHANNEL: return fp8;
+    case MOE_FORMAT_FP8_BLOCK: return block;
+    case MOE_FORMAT_MXFP8: case MOE_FORMAT_MXFP4_W4A16: case MOE_FORMAT_MXFP4_W4A8: return mx;
+    case MOE_FORMAT_NVFP4: case MOE_FORMAT_NVFP4_W4A16: return nvfp4;
+    case MOE_FORMAT_INT4_W4A16: return int4;
+    default: return none;
+    }
+}
+
+// format, format_block and scale_dtype of a desc by name `path`; fills the default block in.
+static int32_t moe__format_legal(moe_layer_desc *layer, const char *path, moe_error *err)
+{
+    int32_t format = layer->format, block = layer->format_block, i = 0;
+    const int32_t *scales = moe__format_scales(format);
+    char member[64], legal[64];
+    moe__text text = moe__text_make(member, sizeof member);
+    moe__text_format(&text, "%s.format", path);
     if (format == MOE_FORMAT_UNSET)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format", "is not set: it must be a moe_format");
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is not set: it must be a moe_format");
     if (format < MOE_FORMAT_F32 || format > MOE_FORMAT_INT4_W4A16)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format", "is %d: it must be a moe_format", format);
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: it must be a moe_format", format);
+    text = moe__text_make(member, sizeof member);
+    moe__text_format(&text, "%s.format_block", path);
     if (format == MOE_FORMAT_FP8_BLOCK) {
         if (block == 0) layer->format_block = block = 128;
         if (block != 128 && block != 64 && block != 32)
-            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block", "is %d: fp8 block has 128, 64 or 32",
-                             block);
+            return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: fp8 block has 128, 64 or 32", block);
     } else if (format == MOE_FORMAT_INT4_W4A16) {
         if (block != 32 && block != 64 && block != 128)
-            return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block", "is %d: int4 has 32, 64 or 128", block);
+            return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: int4 has 32, 64 or 128", block);
     } else if (block != 0) {
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.format_block",
-                         "is %d: %s has no block size to choose, leave it 0", block, moe_format_string(format));
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: %s has no block size to choose, leave it 0", block,
+                         moe_format_string(format));
     }
-    if (layer->scale_dtype != 0 && format <= MOE_FORMAT_F16)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.scale_dtype", "is %d: %s has no scales, leave it 0",
-                         layer->scale_dtype, moe_format_string(format));
-    if (layer->scale_dtype != 0 && layer->scale_dtype != MOE_DTYPE_F32 && layer->scale_dtype != MOE_DTYPE_UE8M0 &&
-        layer->scale_dtype != MOE_DTYPE_BF16 && layer->scale_dtype != MOE_DTYPE_F16 &&
-        layer->scale_dtype != MOE_DTYPE_E4M3)
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.scale_dtype",
-                         "is %d: scales are f32, bf16, f16, ue8m0 or e4m3", layer->scale_dtype);
+    text = moe__text_make(member, sizeof member);
+    moe__text_format(&text, "%s.scale_dtype", path);
+    if (layer->scale_dtype != 0 && scales[0] == 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: %s has no scales, leave it 0", layer->scale_dtype,
+                         moe_format_string(format));
+    text = moe__text_make(legal, sizeof legal);
+    for (; scales[i] != 0 && layer->scale_dtype != 0 && scales[i] != layer->scale_dtype; i++)
+        moe__text_format(&text, "%s%s", i > 0 ? ", " : "", moe_dtype_string(scales[i]));
+    if (layer->scale_dtype != 0 && scales[i] == 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: scales of %s are %s", layer->scale_dtype,
+                         moe_format_string(format), legal);
+    return MOE_OK;
+}
+
+static int32_t moe__format_resolve(moe_layer_desc *layer, moe_error *err)
+{
+    int32_t result = moe__format_legal(layer, "layer", err);
+    if (result != MOE_OK) return result;
     return moe__check_group(layer, layer->hidden_size, "layer.hidden_size", err) != MOE_OK
                ? MOE_ERROR_ARGUMENT
                : moe__check_group(layer, layer->intermediate_size, "layer.intermediate_size", err);
@@ -4336,10 +4416,10 @@ static int32_t moe__parallel_resolve(moe_layer_desc *layer, moe_error *err)
     }
     if ((result = moe__check_flag(p->omit_common, "layer.parallel.omit_common", err)) != MOE_OK) return result;
     if (p->tp_size == 0) p->tp_size = 1;
-    if (p->tp_size < 1 || p->tp_size > layer->intermediate_size / moe__format_group(layer))
+    if (p->tp_size < 1 || p->tp_size > layer->intermediate_size / moe__format_grain(layer))
         return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.parallel.tp_size",
-                         "is %d: it must be 1..%d, so that every rank has a scale group of the intermediate size",
-                         p->tp_size, layer->intermediate_size / moe__format_group(layer));
+                         "is %d: it must be 1..%d, so that every rank has %d features of the intermediate size",
+                         p->tp_size, layer->intermediate_size / moe__format_grain(layer), moe__format_grain(layer));
     if (p->tp_rank < 0 || p->tp_rank >= p->tp_size)
         return moe__fail_range(err, "layer.parallel.tp_rank", p->tp_rank, 0, p->tp_size - 1);
     if (p->tp_size > 1 && layer->row_norm)
@@ -4378,6 +4458,15 @@ static int32_t moe__shared_resolve(moe_layer_desc *layer, moe_error *err)
     if (layer->parallel.tp_size > s->intermediate_size * s->count)
         return moe__fail_range(err, "layer.parallel.tp_size", layer->parallel.tp_size, 1,
                                s->intermediate_size * s->count);
+    if (s->format == MOE_FORMAT_UNSET) s->format = layer->format;
+    if (s->format != layer->format && (s->format < MOE_FORMAT_F32 || s->format > MOE_FORMAT_F16 ||
+                                       layer->format <= MOE_FORMAT_F16))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "layer.shared.format",
+                         "is %d: beside routed experts of %s it must be 0%s", s->format,
+                         moe_format_string(layer->format),
+                         layer->format <= MOE_FORMAT_F16 ? "" : ", F32, BF16 or F16");
+    if (s->format == layer->format)
+        return moe__check_group(layer, s->intermediate_size, "layer.shared.intermediate_size", err);
     return MOE_OK;
 }
 
@@ -4461,6 +4550,322 @@ MOE_API int32_t moe_layer_resolve(moe_layer_desc *layer, moe_error *err)
     if ((result = moe__copy_desc(&copy, sizeof copy, layer, "layer", err)) != MOE_OK) return result;
     if ((result = moe__layer_resolve(&copy, err)) != MOE_OK) return result;
     *layer = copy;
+    return moe__ok(err);
+}
+
+// >>quant  how quantised values are stored, and made  A scheme says of a matrix, or of rows of activations, which codes
+// it has, how many of them share a scale, and what makes the scale. Values are code * (scale * global), each product
+// rounded to fp32. Formulas: those that FlashInfer's TRTLLM-Gen back end and compressed-tensors quantise by. Used by
+// >>weights (storage), >>cpu and >>reference (rounding of activations) and the public pair at the end.
+
+typedef enum moe__scale_rule {
+    MOE__SCALE_AMAX = 0,   // max(amax, 1e-12) / 448, fp32; UE8M0: amax / largest, up to a power of two
+    MOE__SCALE_GLOBAL = 1, // e4m3 of amax / (6 global), beside one factor `global` for the whole
+    MOE__SCALE_INT4 = 2,   // max(8/7 of the largest, -smallest) / 8
+    MOE__SCALE_GIVEN = 3   // the caller's, for all
+} moe__scale_rule;
+
+typedef struct moe__scheme {
+    int32_t dtype;         // of codes; float types have nothing else
+    int32_t scale_dtype;
+    int32_t rows, columns; // values that share a scale; 0: all of them
+    int32_t rule;
+} moe__scheme;
+
+static moe__scheme moe__scheme_make(int32_t dtype, int32_t scale_dtype, int32_t rows, int32_t columns, int32_t rule)
+{
+    moe__scheme s;
+    s.dtype = dtype;
+    s.scale_dtype = scale_dtype;
+    s.rows = rows;
+    s.columns = columns;
+    s.rule = rule;
+    return s;
+}
+
+static int32_t moe__scheme_is_float(const moe__scheme *s) { return s->scale_dtype == MOE_DTYPE_UNSET; }
+static int32_t moe__scheme_has_global(const moe__scheme *s) { return s->rule == MOE__SCALE_GLOBAL; }
+
+// Matrices of a format whose format_block and scale_dtype are legal for it.
+static moe__scheme moe__weight_scheme(int32_t format, int32_t block, int32_t scale_dtype)
+{
+    const int32_t f32 = MOE_DTYPE_F32, ue8m0 = MOE_DTYPE_UE8M0;
+    switch (format) {
+    case MOE_FORMAT_FP8_PER_TENSOR: return moe__scheme_make(MOE_DTYPE_E4M3, f32, 0, 0, MOE__SCALE_AMAX);
+    case MOE_FORMAT_FP8_PER_CHANNEL: return moe__scheme_make(MOE_DTYPE_E4M3, f32, 1, 0, MOE__SCALE_AMAX);
+    case MOE_FORMAT_FP8_BLOCK:
+        return moe__scheme_make(MOE_DTYPE_E4M3, scale_dtype == ue8m0 ? ue8m0 : f32, block, block, MOE__SCALE_AMAX);
+    case MOE_FORMAT_MXFP8: return moe__scheme_make(MOE_DTYPE_E4M3, ue8m0, 1, 32, MOE__SCALE_AMAX);
+    case MOE_FORMAT_NVFP4: case MOE_FORMAT_NVFP4_W4A16:
+        return moe__scheme_make(MOE_DTYPE_E2M1, MOE_DTYPE_E4M3, 1, 16, MOE__SCALE_GLOBAL);
+    case MOE_FORMAT_MXFP4_W4A16: case MOE_FORMAT_MXFP4_W4A8:
+        return moe__scheme_make(MOE_DTYPE_E2M1, ue8m0, 1, 32, MOE__SCALE_AMAX);
+    case MOE_FORMAT_INT4_W4A16:
+        return moe__scheme_make(MOE_DTYPE_INT4, scale_dtype != 0 ? scale_dtype : (int32_t)MOE_DTYPE_BF16, 1, block,
+                                MOE__SCALE_INT4);
+    default:
+        return moe__scheme_make(format == MOE_FORMAT_F32    ? (int32_t)MOE_DTYPE_F32
+                                : format == MOE_FORMAT_BF16 ? (int32_t)MOE_DTYPE_BF16
+                                                            : (int32_t)MOE_DTYPE_F16, 0, 0, 0, MOE__SCALE_GIVEN);
+    }
+}
+
+// Rows that meet such matrices: x, and the intermediate. Float: the type that the intermediate is rounded to.
+static moe__scheme moe__activation_scheme(int32_t format, int32_t scale_dtype)
+{
+    const int32_t f32 = MOE_DTYPE_F32, ue8m0 = MOE_DTYPE_UE8M0;
+    switch (format) {
+    case MOE_FORMAT_FP8_PER_TENSOR: // rows = 0: a scale that came with the weights; without one as per channel
+        return moe__scheme_make(MOE_DTYPE_E4M3, f32, 0, 0, MOE__SCALE_AMAX);
+    case MOE_FORMAT_FP8_PER_CHANNEL: return moe__scheme_make(MOE_DTYPE_E4M3, f32, 1, 0, MOE__SCALE_AMAX);
+    case MOE_FORMAT_FP8_BLOCK:
+        return moe__scheme_make(MOE_DTYPE_E4M3, scale_dtype == ue8m0 ? ue8m0 : f32, 1, 128, MOE__SCALE_AMAX);
+    case MOE_FORMAT_MXFP8: case MOE_FORMAT_MXFP4_W4A8:
+        return moe__scheme_make(MOE_DTYPE_E4M3, ue8m0, 1, 32, MOE__SCALE_AMAX);
+    case MOE_FORMAT_NVFP4: return moe__scheme_make(MOE_DTYPE_E2M1, MOE_DTYPE_E4M3, 1, 16, MOE__SCALE_GLOBAL);
+    case MOE_FORMAT_F32: case MOE_FORMAT_F16: return moe__weight_scheme(format, 0, 0);
+    default: return moe__weight_scheme(MOE_FORMAT_BF16, 0, 0);
+    }
+}
+
+// Float formats: the type of matrices; UNSET for those with codes.
+static int32_t moe__format_dtype(int32_t format)
+{
+    return format == MOE_FORMAT_F32 || format == MOE_FORMAT_BF16 || format == MOE_FORMAT_F16
+               ? moe__weight_scheme(format, 0, 0).dtype
+               : (int32_t)MOE_DTYPE_UNSET;
+}
+
+static float moe__largest(int32_t dtype) { return dtype == MOE_DTYPE_E4M3 ? 448.0f : 6.0f; }
+
+typedef struct moe__range {
+    float low, high, amax; // NaN is passed over
+} moe__range;
+
+static void moe__range_add(moe__range *range, float value)
+{
+    float magnitude = value < 0 ? -value : value;
+    if (value < range->low) range->low = value;
+    if (value > range->high) range->high = value;
+    if (magnitude > range->amax) range->amax = magnitude;
+}
+
+// The code of the scale of values with this range; *multiplier is what a code counts.
+static uint32_t moe__scale_make(const moe__scheme *s, const moe__range *range, float global, float *multiplier)
+{
+    float value = range->amax;
+    uint32_t code;
+    if (s->rule == MOE__SCALE_GIVEN) {
+        *multiplier = global;
+        return moe__f32_bits(global);
+    }
+    if (s->rule == MOE__SCALE_INT4) {
+        float high = moe__mulf(range->high, 8.0f) / 7.0f;
+        value = (high > -range->low ? high : -range->low) / 8.0f;
+    } else if (s->rule == MOE__SCALE_GLOBAL) {
+        value = value / moe__mulf(6.0f, global);
+    } else {
+        if (s->scale_dtype == MOE_DTYPE_F32 && !(value > 1e-12f)) value = 1e-12f;
+        value = value / moe__largest(s->dtype);
+    }
+    switch (s->scale_dtype) {
+    case MOE_DTYPE_UE8M0:
+        code = moe__f32_to_ue8m0(value);
+        *multiplier = moe__ue8m0_to_f32(code);
+        break;
+    case MOE_DTYPE_E4M3:
+        code = moe__f32_to_small(value, MOE_DTYPE_E4M3);
+        *multiplier = moe__small_to_f32(code, MOE_DTYPE_E4M3) * global;
+        break;
+    case MOE_DTYPE_BF16:
+        code = moe__f32_to_bf16(value);
+        *multiplier = moe__bf16_to_f32((uint16_t)code);
+        break;
+    case MOE_DTYPE_F16:
+        code = moe__f32_to_f16(value);
+        *multiplier = moe__f16_to_f32((uint16_t)code);
+        break;
+    default:
+        code = moe__f32_bits(value);
+        *multiplier = value;
+        break;
+    }
+    return code;
+}
+
+// Scales that vanish make codes of 0, so that the value is 0 and not NaN.
+static float moe__before_code(float value, float multiplier) { return multiplier != 0 ? value / multiplier : 0; }
+
+// One value as its code: what comes back of it.
+static float moe__code_value(const moe__scheme *s, float value, float multiplier)
+{
+    float scaled = moe__before_code(value, multiplier);
+    if (s->dtype == MOE_DTYPE_INT4) return (float)((int32_t)(moe__f32_to_int4(scaled) ^ 8u) - 8) * multiplier;
+    return moe__small_to_f32(moe__f32_to_small(scaled, s->dtype), s->dtype) * multiplier;
+}
+
+// What the intermediate is rounded to, with a type that the caller may have chosen instead.
+static moe__scheme moe__mid_scheme(const moe__scheme *input, int32_t dtype)
+{
+    if (dtype == 0 || dtype == input->dtype || !moe__is_float_dtype(dtype)) return *input;
+    return moe__scheme_make(dtype, 0, 0, 0, MOE__SCALE_GIVEN);
+}
+
+// A row of activations as its codes would give it back; given: the static scale, or the NVFP4 input's global one.
+static void moe__round_row(const moe__scheme *activation, float given, float *row, int32_t n)
+{
+    moe__scheme s = *activation;
+    int32_t group = s.columns > 0 ? s.columns : n;
+    if (moe__scheme_is_float(&s)) {
+        for (int32_t i = 0; i < n && s.dtype != MOE_DTYPE_F32; i++) row[i] = moe__round_to(row[i], s.dtype);
+        return;
+    }
+    if (s.rows == 0 && given > 0) s.rule = MOE__SCALE_GIVEN;
+    for (int32_t first = 0; first < n; first += group) {
+        int32_t end = n - first < group ? n : first + group;
+        moe__range range = { 0, 0, 0 };
+        float multiplier;
+        for (int32_t i = first; i < end; i++) moe__range_add(&range, row[i]);
+        (void)moe__scale_make(&s, &range, given, &multiplier);
+        for (int32_t i = first; i < end; i++) row[i] = moe__code_value(&s, row[i], multiplier);
+    }
+}
+
+// ---- the public pair ----
+
+// What a desc says, checked: the scheme, and how many scales there are.
+typedef struct moe__quantize {
+    moe_quantize_desc desc;
+    moe__scheme scheme;
+    int64_t scale_rows, scale_columns, group_rows, group_columns;
+} moe__quantize;
+
+static int32_t moe__quantize_sizes(moe__quantize *q, moe_error *err)
+{
+    const moe_quantize_desc *d = &q->desc;
+    const moe__scheme *s = &q->scheme;
+    uint64_t values, codes = (uint64_t)moe_dtype_bits(s->dtype), scales;
+    if (d->rows < 0) return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.rows", "is %D: it must not be negative", d->rows);
+    if (d->columns < 1)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.columns", "is %D: it must be positive", d->columns);
+    if (s->columns > 0 && s->rows == 1 && s->columns + d->activations < 129 && d->columns % s->columns != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.columns",
+                         "is %D: %s has a scale for every %d values of a row, so it must be a multiple of that",
+                         d->columns, moe_format_string(d->format), s->columns);
+    q->group_rows = s->rows > 0 ? s->rows : d->rows > 0 ? d->rows : 1;
+    q->group_columns = s->columns > 0 ? s->columns : d->columns;
+    q->scale_rows = (d->rows + q->group_rows - 1) / q->group_rows;
+    q->scale_columns = (d->columns + q->group_columns - 1) / q->group_columns;
+    if (!moe__mul((uint64_t)d->rows, (uint64_t)d->columns, &values) || !moe__mul(values, codes, &codes))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.rows", "is %D, with %D columns: too many to address", d->rows,
+                         d->columns);
+    codes /= 8;
+    scales = (uint64_t)(q->scale_rows * q->scale_columns) * (uint64_t)(moe_dtype_bits(s->scale_dtype) / 8);
+    if (d->codes_bytes != codes)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.codes_bytes", "is %U: %D x %D codes of %s take %U",
+                         d->codes_bytes, d->rows, d->columns, moe_dtype_string(s->dtype), codes);
+    if (d->scales_bytes != scales)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.scales_bytes", "is %U: %D x %D scales of %s take %U",
+                         d->scales_bytes, q->scale_rows, q->scale_columns, moe_dtype_string(s->scale_dtype), scales);
+    return MOE_OK;
+}
+
+static int32_t moe__quantize_check(moe__quantize *q, const moe_quantize_desc *desc, moe_error *err)
+{
+    moe_layer_desc layer;
+    int32_t result;
+    if (desc == NULL) return moe__fail_null(err, "desc");
+    if ((result = moe__copy_desc(&q->desc, sizeof q->desc, desc, "desc", err)) != MOE_OK) return result;
+    memset(&layer, 0, sizeof layer);
+    layer.format = q->desc.format;
+    layer.format_block = q->desc.format_block;
+    layer.scale_dtype = q->desc.scale_dtype;
+    if ((result = moe__format_legal(&layer, "desc", err)) != MOE_OK) return result;
+    if ((result = moe__check_flag(q->desc.activations, "desc.activations", err)) != MOE_OK) return result;
+    q->scheme = q->desc.activations ? moe__activation_scheme(layer.format, layer.scale_dtype)
+                                    : moe__weight_scheme(layer.format, layer.format_block, layer.scale_dtype);
+    if (moe__scheme_is_float(&q->scheme))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.format", "is %s, whose %s have no scales: moe_convert() makes "
+                         "them", moe_format_string(layer.format), q->desc.activations ? "activations" : "matrices");
+    if (!moe__is_float_dtype(q->desc.dtype))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.dtype", "is %d: values are F32, BF16 or F16", q->desc.dtype);
+    if (!(q->desc.global_scale >= 0) || !moe__is_finite(q->desc.global_scale))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.global_scale", "is %g: it must be finite, and not negative",
+                         (double)q->desc.global_scale);
+    if ((result = moe__quantize_sizes(q, err)) != MOE_OK) return result;
+    if (q->desc.rows == 0) return MOE_OK;
+    if (q->desc.values == NULL) return moe__fail_null(err, "desc.values");
+    if (q->desc.codes == NULL) return moe__fail_null(err, "desc.codes");
+    if (q->desc.scales == NULL) return moe__fail_null(err, "desc.scales");
+    return MOE_OK;
+}
+
+static void moe__put_scale(const moe__quantize *q, int64_t index, uint32_t code)
+{
+    int32_t bytes = moe_dtype_bits(q->scheme.scale_dtype) / 8;
+    uint16_t two = (uint16_t)code;
+    unsigned char one = (unsigned char)code, *to = (unsigned char *)q->desc.scales + index * bytes;
+    if (bytes == 4) memcpy(to, &code, 4);
+    else if (bytes == 2) memcpy(to, &two, 2);
+    else *to = one;
+}
+
+MOE_API int32_t moe_quantize(moe_quantize_desc *desc, moe_error *err)
+{
+    moe__quantize q;
+    moe__range all = { 0, 0, 0 };
+    moe_quantize_desc *d = &q.desc;
+    int32_t result = moe__quantize_check(&q, desc, err);
+    if (result != MOE_OK) return result;
+    for (int64_t i = 0; i < d->rows * d->columns; i++) {
+        float value = moe__load(d->values, d->dtype, i);
+        if (!moe__is_finite(value))
+            return moe__fail(err, MOE_ERROR_DATA, "desc.values", "has %g in row %D, column %D: only finite values can "
+                             "be quantised", (double)value, i / d->columns, i % d->columns);
+        moe__range_add(&all, value);
+    }
+    if (d->global_scale == 0 && moe__scheme_has_global(&q.scheme)) {
+        d->global_scale = all.amax / (448.0f * 6.0f);
+        if (d->global_scale == 0) d->global_scale = 1;
+    }
+    if (d->global_scale > 0 && q.scheme.rows == 0) q.scheme.rule = MOE__SCALE_GIVEN;
+    for (int64_t r = 0; r < q.scale_rows; r++)
+        for (int64_t c = 0; c < q.scale_columns; c++) {
+            int64_t row_end = (r + 1) * q.group_rows, end = (c + 1) * q.group_columns;
+            moe__range range = { 0, 0, 0 };
+            float multiplier;
+            if (row_end > d->rows) row_end = d->rows;
+            if (end > d->columns) end = d->columns;
+            for (int64_t row = r * q.group_rows; row < row_end; row++)
+                for (int64_t i = c * q.group_columns; i < end; i++)
+                    moe__range_add(&range, moe__load(d->values, d->dtype, row * d->columns + i));
+            moe__put_scale(&q, r * q.scale_columns + c,
+                           moe__scale_make(&q.scheme, &range, d->global_scale, &multiplier));
+            for (int64_t row = r * q.group_rows; row < row_end; row++)
+                for (int64_t i = c * q.group_columns; i < end; i++) {
+                    int64_t at = row * d->columns + i;
+                    moe__narrow(d->codes, q.scheme.dtype, at,
+                                moe__before_code(moe__load(d->values, d->dtype, at), multiplier));
+                }
+        }
+    desc->global_scale = d->global_scale;
+    return moe__ok(err);
+}
+
+MOE_API int32_t moe_dequantize(const moe_quantize_desc *desc, moe_error *err)
+{
+    moe__quantize q;
+    const moe_quantize_desc *d = &q.desc;
+    int32_t result = moe__quantize_check(&q, desc, err);
+    if (result != MOE_OK) return result;
+    for (int64_t row = 0; row < d->rows; row++)
+        for (int64_t i = 0; i < d->columns; i++) {
+            int64_t at = row * d->columns + i;
+            float scale = moe__widen(d->scales, q.scheme.scale_dtype,
+                                     row / q.group_rows * q.scale_columns + i / q.group_columns);
+            if (moe__scheme_has_global(&q.scheme)) scale = scale * (d->global_scale == 0 ? 1 : d->global_scale);
+            moe__store(d->values, d->dtype, at, moe__widen(d->codes, q.scheme.dtype, at) * scale);
+        }
     return moe__ok(err);
 }
 
@@ -9435,11 +9840,14 @@ static void moe__cuda_report(const moe_context *ctx)
 // >>layout  how weights lie in memory  One block per expert with matrices here, then the shared experts as one more
 // block, then fp32 tables. A block is the same parts in both layouts, each 256-aligned:
 //
-//     W1   bias1 f32   W2   bias2 f32
+//     W1   scales1   bias1 f32   W2   scales2   bias2 f32   factors f32
 //
 // Rows, what the CPU reads: matrices of the checkpoint's type in output-major rows, padded with zeros to 32 elements,
 // so that a dot product has no tail. Gate and up of a feature are neighbours (row 2i gate i, row 2i + 1 up i), so that
-// one task has both; their biases lie as the rows do.
+// one task has both; their biases lie as the rows do. Codes are kept as the checkpoint has them, 4-bit ones two in a
+// byte, the first in the low half; so are scales, in rows of blocks: those of gate and up are neighbours too. A slice
+// that begins inside a block of scales has the whole block. Factors: global scales of gate, up and down, then static
+// scales of the inputs of GEMM 1 and GEMM 2 (0: none).
 //
 // Tiles, what the kernels on CUDA read: 128 rows x 64 elements of 16 bits, 16 KB each, [slab of rows][block of k]; what
 // is beyond the matrix is 0. Inside a tile the 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that ldmatrix
@@ -9452,20 +9860,26 @@ static void moe__cuda_report(const moe_context *ctx)
 // Written by >>weights, read by >>cpu and by the kernels; the sizes are what moe_plan_query() reports.
 
 enum {
-    MOE__LAYOUT_CPU_ROWS = 0x43505501, MOE__LAYOUT_TILES_16 = 0x54313601, MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32,
+    MOE__LAYOUT_CPU_ROWS = 0x43505501, MOE__LAYOUT_CPU_CODES = 0x43504301, MOE__LAYOUT_TILES_16 = 0x54313601,
+    MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32,
     MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64, MOE__PACKED_TILE = 16384
 };
 
 typedef struct moe__block_shape {
     int32_t features, first_feature; // of this rank's slice of I
     int32_t rows1, ld1, ld2;         // ld in elements; of tiles: whole ones
+    moe__scheme weight, input;       // of the matrices, and of the rows that meet them
+    int32_t scale_rows1, scale_ld1, scale_rows2, scale_ld2; // of scales, in scales; 0: none
     uint64_t w1, bias1, w2, bias2;   // offsets in the block; biases UINT64_MAX when there are none
+    uint64_t scales1, scales2, factors; // UINT64_MAX for float types
     uint64_t bytes;
 } moe__block_shape;
 
+enum { MOE__FACTOR_GATE, MOE__FACTOR_UP, MOE__FACTOR_DOWN, MOE__FACTOR_INPUT1, MOE__FACTOR_INPUT2, MOE__FACTORS };
+
 typedef struct moe__layout {
     uint32_t id;
-    int32_t dtype;                   // of the matrices
+    int32_t dtype;                   // of the routed experts' matrices
     int32_t tiled;                   // tiles, on the device; the tables are in host memory always
     int32_t blocks;                  // local routed experts, then always-on ones
     moe__block_shape expert, shared; // shared.bytes 0: none here
@@ -9477,25 +9891,19 @@ typedef struct moe__layout {
     uint64_t bytes;                  // of blocks and tables
 } moe__layout;
 
-static int32_t moe__format_dtype(int32_t format) // of the matrices; UNSET for what this version does not execute
-{
-    if (format == MOE_FORMAT_F32) return MOE_DTYPE_F32;
-    if (format == MOE_FORMAT_BF16) return MOE_DTYPE_BF16;
-    if (format == MOE_FORMAT_F16) return MOE_DTYPE_F16;
-    return MOE_DTYPE_UNSET;
-}
-
 // Why the CUDA back end does not run this layer's products; NULL: it does.
 MOE__UNUSED static const char *moe__products_refusal(const moe_layer_desc *layer)
 {
     int32_t first, features, shared = layer->shared.count * layer->shared.intermediate_size;
     if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
-    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &features);
+    if (moe__format_dtype(layer->format) == MOE_DTYPE_UNSET)
+        return "layer.format is quantised, which runs on the CPU alone in this version of moe.h";
+    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_grain(layer), &first, &features);
     if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
     if (features == 0) return "this rank's slice of layer.intermediate_size is empty";
     if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
     if (shared > 0) {
-        moe__parallel_slice(&layer->parallel, shared, moe__format_group(layer), &first, &features);
+        moe__parallel_slice(&layer->parallel, shared, moe__format_grain(layer), &first, &features);
         if (features % 8 != 0) return "the shared experts' width is not a multiple of 8";
     }
     return NULL;
@@ -9517,27 +9925,69 @@ static int64_t moe__packed_row(int32_t gated, int64_t row)
     return f / 16 * 32 + row % 2 * 16 + f % 2 * 8 + f % 16 / 2;
 }
 
-static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t bias1,
-                            int32_t bias2, const moe__layout *layout)
+static uint64_t moe__row_bytes(int32_t dtype, int64_t ld) { return (uint64_t)ld * (uint64_t)moe_dtype_bits(dtype) / 8; }
+
+// A part of `bytes` bytes behind `*offset`.
+static uint64_t moe__block_part(uint64_t *offset, int32_t is_there, uint64_t bytes)
 {
-    uint64_t element = (uint64_t)moe_dtype_bits(layout->dtype) / 8, hidden = (uint64_t)layer->hidden_size, offset = 0;
-    uint64_t align = layout->tiled ? (uint64_t)MOE__PACKED_COLUMNS : (uint64_t)MOE__ROW_ALIGN, rows1, rows2 = hidden;
-    moe__parallel_slice(&layer->parallel, size, moe__format_group(layer), &shape->first_feature, &shape->features);
-    shape->rows1 = shape->features * (moe__layer_is_gated(layer) ? 2 : 1);
+    uint64_t begin = *offset;
+    if (!is_there) return UINT64_MAX;
+    *offset = moe__align_up(begin + bytes, MOE__LAYOUT_ALIGN);
+    return begin;
+}
+
+// Scales for `count` values from `first` on, `unit` of which share one.
+static int32_t moe__scale_count(int32_t first, int32_t count, int32_t unit)
+{
+    return unit == 0 ? 1 : (first % unit + count + unit - 1) / unit;
+}
+
+static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t format,
+                            int32_t bias1, int32_t bias2, int32_t tiled)
+{
+    uint64_t hidden = (uint64_t)layer->hidden_size, offset = 0, rows1, rows2 = hidden, scale_bytes;
+    uint64_t align = tiled ? (uint64_t)MOE__PACKED_COLUMNS : (uint64_t)MOE__ROW_ALIGN;
+    const moe__scheme *w = &shape->weight;
+    int32_t halves = moe__layer_is_gated(layer) ? 2 : 1, coded;
+    shape->weight = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
+    shape->input = moe__activation_scheme(format, layer->scale_dtype);
+    coded = !moe__scheme_is_float(w);
+    moe__parallel_slice(&layer->parallel, size, moe__format_grain(layer), &shape->first_feature, &shape->features);
+    shape->rows1 = shape->features * halves;
     shape->ld1 = (int32_t)moe__align_up(hidden, align);
     shape->ld2 = (int32_t)moe__align_up((uint64_t)shape->features, align);
-    shape->w1 = offset;
+    shape->scale_rows1 = coded ? halves * moe__scale_count(shape->first_feature, shape->features, w->rows) : 0;
+    shape->scale_ld1 = coded ? moe__scale_count(0, shape->ld1, w->columns) : 0;
+    shape->scale_rows2 = coded ? moe__scale_count(0, layer->hidden_size, w->rows) : 0;
+    shape->scale_ld2 = coded ? moe__scale_count(shape->first_feature, shape->ld2, w->columns) : 0;
+    scale_bytes = (uint64_t)moe_dtype_bits(w->scale_dtype) / 8;
     rows1 = (uint64_t)shape->rows1;
-    if (layout->tiled) rows1 = moe__align_up(rows1, MOE__PACKED_ROWS);
-    if (layout->tiled) rows2 = moe__align_up(rows2, MOE__PACKED_ROWS);
-    offset = moe__align_up(offset + rows1 * (uint64_t)shape->ld1 * element, MOE__LAYOUT_ALIGN);
-    shape->bias1 = bias1 ? offset : UINT64_MAX;
-    if (bias1) offset = moe__align_up(offset + (uint64_t)shape->rows1 * 4, MOE__LAYOUT_ALIGN);
-    shape->w2 = offset;
-    offset = moe__align_up(offset + rows2 * (uint64_t)shape->ld2 * element, MOE__LAYOUT_ALIGN);
-    shape->bias2 = bias2 ? offset : UINT64_MAX;
-    if (bias2) offset = moe__align_up(offset + hidden * 4, MOE__LAYOUT_ALIGN);
+    if (tiled) rows1 = moe__align_up(rows1, MOE__PACKED_ROWS);
+    if (tiled) rows2 = moe__align_up(rows2, MOE__PACKED_ROWS);
+    shape->w1 = moe__block_part(&offset, 1, rows1 * moe__row_bytes(w->dtype, shape->ld1));
+    shape->scales1 =
+        moe__block_part(&offset, coded, (uint64_t)shape->scale_rows1 * (uint64_t)shape->scale_ld1 * scale_bytes);
+    shape->bias1 = moe__block_part(&offset, bias1, (uint64_t)shape->rows1 * 4);
+    shape->w2 = moe__block_part(&offset, 1, rows2 * moe__row_bytes(w->dtype, shape->ld2));
+    shape->scales2 =
+        moe__block_part(&offset, coded, (uint64_t)shape->scale_rows2 * (uint64_t)shape->scale_ld2 * scale_bytes);
+    shape->bias2 = moe__block_part(&offset, bias2, hidden * 4);
+    shape->factors = moe__block_part(&offset, coded, MOE__FACTORS * 4);
     shape->bytes = offset;
+}
+
+// Row of scales of a row of codes, of W1 in the CPU's order.
+static int64_t moe__scale_row1(const moe__block_shape *shape, int32_t gated, int64_t row)
+{
+    int32_t unit = shape->weight.rows;
+    if (unit == 1) return row;
+    if (!gated) return unit == 0 ? 0 : (row + shape->first_feature % unit) / unit;
+    return row % 2 + (unit == 0 ? 0 : (row / 2 + shape->first_feature % unit) / unit * 2);
+}
+
+static int64_t moe__scale_row2(const moe__block_shape *shape, int64_t row)
+{
+    return shape->weight.rows == 0 ? 0 : row / shape->weight.rows;
 }
 
 static int32_t moe__layout_table(moe__layout *layout, int32_t role, uint64_t rows, uint64_t columns)
@@ -9561,19 +10011,19 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     int32_t ok = 1;
     memset(layout, 0, sizeof *layout);
     memset(layout->table_offset, 0xff, sizeof layout->table_offset);
-    layout->id = tiled ? MOE__LAYOUT_TILES_16 : MOE__LAYOUT_CPU_ROWS;
+    layout->id = tiled                                                      ? MOE__LAYOUT_TILES_16
+                 : moe__format_dtype(layer->format) == MOE_DTYPE_UNSET ? MOE__LAYOUT_CPU_CODES
+                                                                            : MOE__LAYOUT_CPU_ROWS;
     layout->tiled = tiled;
-    layout->dtype = moe__format_dtype(layer->format);
-    if (layout->dtype == MOE_DTYPE_UNSET)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.format",
-                         "is %s: this version of moe.h executes f32, bf16 and f16; "
-                         "quantised formats are described and inferred, not run", moe_format_string(layer->format));
     layout->blocks = layer->parallel.local_experts + (layer->parallel.omit_common ? 0 : routing->extra_slots);
-    moe__block_make(&layout->expert, layer, layer->intermediate_size, layer->gemm1_bias, layer->gemm2_bias, layout);
+    moe__block_make(&layout->expert, layer, layer->intermediate_size, layer->format, layer->gemm1_bias,
+                    layer->gemm2_bias, tiled);
+    layout->dtype = layout->expert.weight.dtype;
     if (!moe__mul(layout->expert.bytes, (uint64_t)layout->blocks, &layout->bytes)) ok = 0;
     layout->shared_offset = layout->bytes;
     if (ok && layer->shared.count > 0 && !layer->parallel.omit_common) {
-        moe__block_make(&layout->shared, layer, layer->shared.count * layer->shared.intermediate_size, 0, 0, layout);
+        moe__block_make(&layout->shared, layer, layer->shared.count * layer->shared.intermediate_size,
+                        layer->shared.format, 0, 0, tiled);
         ok = moe__add(layout->bytes, layout->shared.bytes, &layout->bytes);
     }
     layout->tables = layout->bytes;
@@ -9639,6 +10089,9 @@ typedef struct moe__device_tables {
 } moe__device_tables;
 #endif
 
+// What a matrix consists of.
+enum { MOE__VALUE_DATA, MOE__VALUE_SCALE, MOE__VALUE_GLOBAL, MOE__VALUE_INPUT, MOE__VALUES };
+
 struct moe_weights {
     moe_context *ctx;
     uint64_t self_bytes;      // of this struct with the arrays behind it: one allocation
@@ -9651,9 +10104,9 @@ struct moe_weights {
     int32_t sealed;
     int32_t pruned;           // experts that are a constant, once sealed
     unsigned char **expert;   // [blocks] where each lies in host memory: the CPU reaches them through this table alone
-    uint32_t *expert_set;     // [blocks] bit per role: set; MOE_TENSOR_CONSTANT among them
+    uint32_t *expert_set;     // [blocks] bits of moe__tensor_bits(): set; MOE_TENSOR_CONSTANT among them
     uint32_t common_set;      // bit per role of the tables
-    uint64_t shared_set[3];   // gate, up, down: bit per shared expert
+    uint64_t shared_set[MOE__VALUES][3]; // gate, up, down: bit per shared expert
     uint32_t *bias_rows_set;  // [bias_rows]
     uint32_t *constant_set;   // [special_experts]
     const void *mapping;      // of moe_weights_load(): read-only, so replaced experts lie outside; NULL: none
@@ -9669,7 +10122,8 @@ struct moe_weights {
 typedef struct moe__block {
     const moe__block_shape *shape;
     const unsigned char *w1, *w2; // [rows1][ld1], [H][ld2]
-    const float *bias1, *bias2;   // or NULL
+    const unsigned char *scales1, *scales2; // or NULL, as all below
+    const float *bias1, *bias2, *factors;
 } moe__block;
 
 static moe__block moe__block_at(const moe__block_shape *shape, const unsigned char *memory)
@@ -9678,6 +10132,9 @@ static moe__block moe__block_at(const moe__block_shape *shape, const unsigned ch
     block.shape = shape;
     block.w1 = memory + shape->w1;
     block.w2 = memory + shape->w2;
+    block.scales1 = shape->scales1 == UINT64_MAX ? NULL : memory + shape->scales1;
+    block.scales2 = shape->scales2 == UINT64_MAX ? NULL : memory + shape->scales2;
+    block.factors = shape->factors == UINT64_MAX ? NULL : (const float *)(const void *)(memory + shape->factors);
     block.bias1 = shape->bias1 == UINT64_MAX ? NULL : (const float *)(const void *)(memory + shape->bias1);
     block.bias2 = shape->bias2 == UINT64_MAX ? NULL : (const float *)(const void *)(memory + shape->bias2);
     return block;
@@ -9792,6 +10249,23 @@ static int32_t moe__role_is_bias(int32_t role)
     return role >= MOE_TENSOR_GATE_BIAS && role <= MOE_TENSOR_DOWN_BIAS;
 }
 
+// Matrices of experts by what they are: gate, up or down; -1: none of them.
+static int32_t moe__role_matrix(int32_t role)
+{
+    switch (role) {
+    case MOE_TENSOR_GATE: case MOE_TENSOR_GATE_UP: case MOE_TENSOR_SHARED_GATE: case MOE_TENSOR_SHARED_GATE_UP:
+        return 0;
+    case MOE_TENSOR_UP: case MOE_TENSOR_SHARED_UP: return 1;
+    case MOE_TENSOR_DOWN: case MOE_TENSOR_SHARED_DOWN: return 2;
+    default: return -1;
+    }
+}
+
+static int32_t moe__role_is_shared(int32_t role)
+{
+    return role >= MOE_TENSOR_SHARED_GATE && role <= MOE_TENSOR_SHARED_DOWN;
+}
+
 // Roles whose rows are output features of an expert, which a row order may shuffle.
 static int32_t moe__role_has_order(int32_t role) { return role >= MOE_TENSOR_GATE && role <= MOE_TENSOR_SHARED_DOWN; }
 
@@ -9887,6 +10361,15 @@ static void moe__text_dims(moe__text *text, const int64_t *dims, int32_t rank)
     moe__text_char(text, ']');
 }
 
+static int32_t moe__part_value(int32_t part)
+{
+    if (part == MOE_PART_DATA) return MOE__VALUE_DATA;
+    if (part == MOE_PART_SCALE) return MOE__VALUE_SCALE;
+    return part <= MOE_PART_GLOBAL_SCALE_RECIPROCAL ? MOE__VALUE_GLOBAL : MOE__VALUE_INPUT;
+}
+
+static const char *const moe__value_names[MOE__VALUES] = { "", "scale of ", "global scale of ", "input scale of " };
+
 // "moe: <member> of "name" (up of expert 3) <format...>"
 static int32_t moe__fail_tensor(moe_error *err, int32_t code, const char *member, const moe_tensor *tensor,
                                 const char *format, ...)
@@ -9898,6 +10381,8 @@ static int32_t moe__fail_tensor(moe_error *err, int32_t code, const char *member
         moe__text_quoted(&text, tensor->name);
         moe__text_string(&text, " (");
     }
+    if (tensor->part > MOE_PART_DATA && tensor->part < MOE_PART_SHAPE)
+        moe__text_string(&text, moe__value_names[moe__part_value(tensor->part)]);
     moe__text_role(&text, tensor->role, tensor->expert);
     if (tensor->name != NULL) moe__text_char(&text, ')');
     text = moe__text_make(what, sizeof what);
@@ -9915,29 +10400,68 @@ typedef struct moe__checked {
     int32_t stacked;         // [E, ...]
     int32_t index;           // one of several shared experts, or one row of the selection bias; -1: all
     int32_t by_kernel;       // source and packed memory are the device's
+    moe__scheme scheme;      // of the matrix that it belongs to; of tables: none
+    int32_t dtype;           // that its bytes are read as; shape counts elements of it
+    int32_t packed;          // codes in one element of dims, 0: no codes
+    int32_t flip;            // codes are INT4 + 8
 } moe__checked;
 
-static int32_t moe__check_dtype(const moe_tensor *t, int32_t kind, moe_error *err)
+// Codes of a matrix: how many lie in an element of dims.
+static int32_t moe__check_codes(moe__checked *c, moe_error *err)
 {
+    const moe_tensor *t = &c->tensor;
+    int32_t codes = c->scheme.dtype, four = moe__is_4_bits(codes);
+    c->packed = t->dtype == MOE_DTYPE_U8 && four ? 2 : t->dtype == MOE_DTYPE_I32 && codes == MOE_DTYPE_INT4 ? 8 : 1;
+    c->flip = c->packed == 8;
+    if (t->dtype == codes || c->packed > 1) {
+        if (!four || t->layout != MOE_LAYOUT_MAJOR_MN) return MOE_OK;
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t,
+                                "is MOE_LAYOUT_MAJOR_MN: 4-bit codes lie in pairs along the input");
+    }
+    if (moe__is_float_dtype(t->dtype))
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t,
+                                "is %s: the layer's format has codes of %s, which moe_quantize() makes",
+                                moe_dtype_string(t->dtype), moe_dtype_string(codes));
+    return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t, "is %s: it must be %s%s",
+                            moe_dtype_string(t->dtype), moe_dtype_string(codes),
+                            codes == MOE_DTYPE_INT4   ? ", u8 of two, or i32 of eight"
+                            : codes == MOE_DTYPE_E2M1 ? ", or u8 of two"
+                                                      : "");
+}
+
+static int32_t moe__check_dtype(moe__checked *c, moe_error *err)
+{
+    moe_tensor *t = &c->tensor;
+    int32_t scale = c->scheme.scale_dtype;
+    c->dtype = t->dtype;
     if (t->dtype == MOE_DTYPE_UNSET)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t, "is not set: it must be a moe_dtype");
-    if (kind == MOE__KIND_IDS) {
+    if (c->shape.kind == MOE__KIND_IDS || t->part == MOE_PART_SHAPE) {
         if (t->dtype == MOE_DTYPE_I32 || t->dtype == MOE_DTYPE_I64) return MOE_OK;
-        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t, "is %s: ids are i32 or i64",
-                                moe_dtype_string(t->dtype));
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t, "is %s: %s are i32 or i64",
+                                moe_dtype_string(t->dtype), t->part == MOE_PART_SHAPE ? "shapes" : "ids");
     }
+    if (t->part == MOE_PART_DATA && scale != 0 && moe__role_matrix(t->role) >= 0) return moe__check_codes(c, err);
     if (moe__is_float_dtype(t->dtype)) return MOE_OK;
-    if (t->dtype >= MOE_DTYPE_E4M3 && t->dtype <= MOE_DTYPE_INT4)
-        return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.dtype", t,
-                                "is %s: this version of moe.h takes f32, "
-                                "bf16 and f16; quantised tensors need a newer one", moe_dtype_string(t->dtype));
-    return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t, "is %s: it must be f32, bf16 or f16",
-                            moe_dtype_string(t->dtype));
+    if (t->part == MOE_PART_SCALE && (t->dtype == scale || (t->dtype == MOE_DTYPE_U8 && moe_dtype_bits(scale) == 8) ||
+                                      t->dtype == MOE_DTYPE_UE8M0)) {
+        if (t->dtype == MOE_DTYPE_U8) c->dtype = scale;
+        return MOE_OK;
+    }
+    if (t->dtype >= MOE_DTYPE_E4M3 && t->dtype <= MOE_DTYPE_INT4 && t->part == MOE_PART_DATA)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t,
+                                "is %s, but this tensor of the layer is not quantised: f32, bf16 or f16",
+                                moe_dtype_string(t->dtype));
+    return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t, "is %s: it must be f32, bf16 or f16%s%s",
+                            moe_dtype_string(t->dtype), t->part == MOE_PART_SCALE ? ", or " : "",
+                            t->part == MOE_PART_SCALE ? moe_dtype_string(scale) : "");
 }
 
 // How the source lies: layout, halves, row order, where its bytes come from.
-static int32_t moe__check_storage(const moe_context *ctx, const moe_tensor *t, int32_t kind, moe_error *err)
+static int32_t moe__check_storage(const moe_context *ctx, moe__checked *c, moe_error *err)
 {
+    const moe_tensor *t = &c->tensor;
+    int32_t kind = c->shape.kind;
     if (t->layout < MOE_LAYOUT_UNSET || t->layout > MOE_LAYOUT_BLOCK_MAJOR_K)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t, "is %d: it must be a moe_weight_layout",
                                 t->layout);
@@ -9964,8 +10488,12 @@ static int32_t moe__check_storage(const moe_context *ctx, const moe_tensor *t, i
     if (t->rows == NULL) {
         if (t->data == NULL)
             return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data", t, "is NULL, and so is rows");
-        return moe__check_dtype(t, kind, err);
+        return moe__check_dtype(c, err);
     }
+    c->dtype = MOE_DTYPE_F32;
+    if (!moe__scheme_is_float(&c->scheme) && moe__role_matrix(t->role) >= 0)
+        return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.rows", t, "is set: it yields fp32, and the layer's "
+                                "format is quantised; moe_quantize() makes codes and scales");
     if (t->data != NULL)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data", t, "is set beside rows: leave one NULL");
     if (kind == MOE__KIND_IDS)
@@ -9973,6 +10501,26 @@ static int32_t moe__check_storage(const moe_context *ctx, const moe_tensor *t, i
     if (t->layout > MOE_LAYOUT_MAJOR_K || t->row_order != MOE_ROWS_NATURAL)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.rows", t,
                                 "is set: it yields rows in natural order, leave layout and row_order 0");
+    return MOE_OK;
+}
+
+// Values beside the codes that the layer's format does not have.
+static int32_t moe__check_part(const moe_tensor *t, const moe_layer_desc *layer, moe_error *err)
+{
+    int32_t format = moe__role_is_shared(t->role) ? layer->shared.format : layer->format;
+    moe__scheme scheme = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
+    int32_t value = moe__part_value(t->part);
+    if (t->part == MOE_PART_DATA) return MOE_OK;
+    if (t->part == MOE_PART_SHAPE && moe__role_matrix(t->role) >= 0) return MOE_OK;
+    if (moe__role_matrix(t->role) < 0)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.part", t,
+                                "is %d: only matrices of experts have scales", t->part);
+    if (moe__scheme_is_float(&scheme))
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.part", t, "is %d: %s has no scales", t->part,
+                                moe_format_string(format));
+    if (value == MOE__VALUE_GLOBAL && !moe__scheme_has_global(&scheme))
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.part", t, "is %d: %s has no global scales", t->part,
+                                moe_format_string(format));
     return MOE_OK;
 }
 
@@ -9987,10 +10535,9 @@ static int32_t moe__check_role(const moe_tensor *t, const moe_layer_desc *layer,
     if (t->part < MOE_PART_DATA || t->part > MOE_PART_SHAPE)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.part", t, "is %d: it must be a moe_tensor_part",
                                 t->part);
-    if (t->part != MOE_PART_DATA)
-        return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.part", t,
-                                "is %d, which quantised formats have: this "
-                                "version of moe.h takes MOE_PART_DATA of f32, bf16 and f16", t->part);
+    if (t->role == MOE_TENSOR_INPUT_SCALES)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.role", t,
+                                "is only read: set them as MOE_PART_INPUT_SCALE of the matrices");
     if ((absent = moe__role_absent(layer, t->role)) != NULL)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.role", t, "does not belong to this layer: %s is 0",
                                 absent);
@@ -9998,7 +10545,7 @@ static int32_t moe__check_role(const moe_tensor *t, const moe_layer_desc *layer,
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.role", t, "does not belong to this layer: "
                                 "layer.activation.kind is %s, which has no gate; its GEMM1 matrix is MOE_TENSOR_UP",
                                 moe_activation_string(layer->activation.kind));
-    return MOE_OK;
+    return moe__check_part(t, layer, err);
 }
 
 static int32_t moe__check_expert(const moe_tensor *t, const moe_layer_desc *layer, int32_t kind, moe_error *err)
@@ -10148,10 +10695,63 @@ static int32_t moe__check_dims(moe__checked *c, const moe_layer_desc *layer, moe
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.row_order", t,
                                 "shuffles blocks of %D rows, but there are %D rows", block, c->shape.rows);
     if (t->rows != NULL) return MOE_OK;
-    bytes = (uint64_t)(c->shape.rows * c->shape.columns) * (uint64_t)(moe_dtype_bits(t->dtype) / 8);
+    bytes = (uint64_t)(c->shape.rows * c->shape.columns) * (uint64_t)moe_dtype_bits(t->dtype) / 8;
     if (!moe__mul(bytes, stack > 0 ? (uint64_t)stack : 1, &bytes) || t->data_bytes != bytes)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data_bytes", t, "is %U: dims and dtype make %U",
                                 t->data_bytes, bytes);
+    if (c->packed > 0) { // from here on in bytes
+        c->shape.columns = c->shape.columns * moe_dtype_bits(t->dtype) / 8;
+        c->dtype = MOE_DTYPE_U8;
+    }
+    return MOE_OK;
+}
+
+static int64_t moe__up(int64_t n, int64_t unit) { return unit == 0 ? 1 : (n + unit - 1) / unit; }
+
+// The shape of a part of a quantised matrix, in elements of dims; dims of several spellings become those of one.
+static int32_t moe__check_part_shape(moe__checked *c, moe_error *err)
+{
+    moe_tensor *t = &c->tensor;
+    moe__tensor_shape *shape = &c->shape;
+    int32_t lead = c->stacked, one = 1;
+    if (t->rank < 0 || t->rank > 4) return MOE_OK; // refused behind this
+    if (t->part == MOE_PART_DATA) {
+        if (c->packed == 0) return MOE_OK;
+        if (t->rank == 3 + lead && t->dims[2 + lead] == 16 && c->packed == 2 && c->scheme.columns == 32 &&
+            t->layout <= MOE_LAYOUT_MAJOR_K && t->dims[1 + lead] <= INT32_MAX) { // blocks of gpt-oss
+            t->rank--;
+            t->dims[1 + lead] *= 16;
+        }
+        if (shape->columns % (2 * c->packed) != 0 && moe__is_4_bits(c->scheme.dtype))
+            return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dims", t,
+                                    "lacks whole bytes of codes: rows have %D", shape->columns);
+        shape->columns /= c->packed;
+        return MOE_OK;
+    }
+    if (t->layout > MOE_LAYOUT_MAJOR_K && (t->layout != MOE_LAYOUT_MAJOR_MN || c->scheme.columns == 0))
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t, "is %d: scales come output-major",
+                                t->layout);
+    if (t->part == MOE_PART_SCALE && c->scheme.rows > 0) {
+        if (c->scheme.rows > 1 && t->row_order != MOE_ROWS_NATURAL)
+            return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.row_order", t,
+                                    "is %d: a scale of %d rows belongs to rows in natural order", t->row_order,
+                                    c->scheme.rows);
+        if (c->scheme.rows > 1 && t->halves >= MOE_HALVES_INTERLEAVED)
+            return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.halves", t,
+                                    "is %d: a scale of %d rows would belong to both halves", t->halves, c->scheme.rows);
+        shape->rows = (shape->fused ? 2 : 1) * moe__up(shape->rows / (shape->fused ? 2 : 1), c->scheme.rows);
+        shape->columns = moe__up(shape->columns, c->scheme.columns);
+        shape->matrix = c->scheme.columns > 0;
+        if (!shape->matrix && t->rank == 2 + lead && t->dims[1 + lead] == 1) t->rank--; // [out, 1]
+        return MOE_OK;
+    }
+    for (int32_t i = lead; i < t->rank; i++) one = one && t->dims[i] == 1;
+    shape->rows = shape->fused && !one ? 2 : 1;
+    shape->columns = 1;
+    shape->matrix = 0;
+    if (t->part == MOE_PART_SHAPE) shape->rows = 2;
+    if (lead && t->rank == 1) t->dims[t->rank++] = 1;
+    while (one && t->rank > 1 + lead) t->rank--;
     return MOE_OK;
 }
 
@@ -10164,13 +10764,20 @@ static int32_t moe__tensor_check(moe__checked *c, const moe_weights *weights, co
     if ((result = moe__check_role(&c->tensor, layer, err)) != MOE_OK) return result;
     c->shape = moe__tensor_shape_of(layer, c->tensor.role);
     c->index = -1;
-    c->by_kernel = 0;
+    c->by_kernel = c->packed = c->flip = 0;
+    c->scheme = moe__role_matrix(c->tensor.role) < 0       ? moe__weight_scheme(MOE_FORMAT_F32, 0, 0)
+                : moe__role_is_shared(c->tensor.role) ? weights->layout.shared.weight
+                                                           : weights->layout.expert.weight;
+    if (moe__role_is_shared(c->tensor.role) && weights->layout.shared.bytes == 0) // another rank's
+        c->scheme = moe__weight_scheme(layer->shared.format, layer->format_block, layer->scale_dtype);
     if (c->tensor.expert == 0 && c->shape.kind != MOE__KIND_EXPERT && c->shape.kind != MOE__KIND_CONSTANT)
         c->tensor.expert = -1; // zero-initialised
-    if ((result = moe__check_storage(weights->ctx, &c->tensor, c->shape.kind, err)) != MOE_OK ||
+    if ((result = moe__check_storage(weights->ctx, c, err)) != MOE_OK ||
         (result = moe__check_expert(&c->tensor, layer, c->shape.kind, err)) != MOE_OK)
         return result;
     c->stacked = c->shape.kind == MOE__KIND_EXPERT && c->tensor.expert < 0;
+    if (!moe__scheme_is_float(&c->scheme) || c->tensor.part == MOE_PART_SHAPE)
+        if ((result = moe__check_part_shape(c, err)) != MOE_OK) return result;
     return moe__check_dims(c, layer, err);
 }
 
@@ -10188,6 +10795,8 @@ typedef struct moe__pack {
     int64_t first_row, count_rows, first_column, count_columns;
     unsigned char *out;
     int32_t out_dtype;
+    int32_t flip;                         // xored into bytes
+    int64_t *refused;                     // where not NULL: gets a stored row and column, and what is wrong there
     int32_t tiled;                        // where those rows lie: 0 one after the other, 1 in tiles, 2 in gated ones
     int32_t by_kernel;                    // data and out are addresses of the device
     int64_t out_ld, out_row, out_step, out_half, out_column, out_end; // zeros behind the columns, up to out_end
@@ -10229,11 +10838,13 @@ static void moe__widen_run(const unsigned char *in, int32_t dtype, int64_t strid
             memcpy(&narrow, in + 2 * i * stride, 2);
             out[i] = moe__bf16_to_f32(narrow);
         }
-    } else {
+    } else if (dtype == MOE_DTYPE_F16) {
         for (int64_t i = 0; i < n; i++) {
             memcpy(&narrow, in + 2 * i * stride, 2);
             out[i] = moe__f16_to_f32(narrow);
         }
+    } else {
+        for (int64_t i = 0; i < n; i++) out[i] = moe__widen(in, dtype, i * stride);
     }
 }
 
@@ -10247,11 +10858,13 @@ static void moe__narrow_run(const float *in, unsigned char *out, int32_t dtype, 
             narrow = moe__f32_to_bf16(in[i]);
             memcpy(out + 2 * i, &narrow, 2);
         }
-    } else {
+    } else if (dtype == MOE_DTYPE_F16) {
         for (int64_t i = 0; i < n; i++) {
             narrow = moe__f32_to_f16(in[i]);
             memcpy(out + 2 * i, &narrow, 2);
         }
+    } else {
+        for (int64_t i = 0; i < n; i++) moe__narrow(out, dtype, i, in[i]);
     }
 }
 
@@ -10265,11 +10878,31 @@ static void moe__convert_run(const unsigned char *in, int32_t dtype, int64_t str
         memcpy(out, in, (size_t)(n * element));
     } else if (dtype == out_dtype && element == 2) {
         for (int64_t i = 0; i < n; i++) memcpy(out + 2 * i, in + 2 * i * stride, 2);
+    } else if (dtype == out_dtype && element == 1) {
+        for (int64_t i = 0; i < n; i++) out[i] = in[i * stride];
     } else {
         for (int64_t at = 0, run = MOE__RUN; at < n; at += run) {
             if (n - at < run) run = n - at;
             moe__widen_run(in + at * stride * element, dtype, stride, wide, run);
             moe__narrow_run(wide, out + at * out_element, out_dtype, run);
+        }
+    }
+}
+
+// Scales are finite, of a size that leaves room for products, and kept exactly; codes of 8 bits are numbers.
+static void moe__pack_verify(const moe__pack *p, const unsigned char *in, int64_t stride, const unsigned char *out,
+                             int64_t n)
+{
+    if (p->out_dtype == MOE_DTYPE_U8) {
+        unsigned char worst = 0;
+        for (int64_t i = 0; i < n; i++) worst = (unsigned char)(worst | ((out[i] & 0x7f) == 0x7f));
+        if (worst != 0) p->refused[2] = 1;
+    } else {
+        for (int64_t i = 0; i < n; i++) {
+            float given = moe__widen(in, p->dtype, i * stride), kept = moe__widen(out, p->out_dtype, i);
+            if (!(given < 1.2676506e30f && given > -1.2676506e30f)) p->refused[2] = 2; // 2^100
+            else if (given != kept) p->refused[2] = 3;
+            if (p->refused[2] != 0) return;
         }
     }
 }
@@ -10280,8 +10913,14 @@ static void moe__pack_store(const moe__pack *p, int64_t target, int64_t done, co
 {
     int64_t column = p->out_column + done, element = moe_dtype_bits(dtype) / 8;
     if (!p->tiled) {
-        moe__convert_run(in, dtype, stride,
-                         p->out + (target * p->out_ld + column) * (moe_dtype_bits(p->out_dtype) / 8), p->out_dtype, n);
+        unsigned char *out = p->out + (target * p->out_ld + column) * (moe_dtype_bits(p->out_dtype) / 8);
+        moe__convert_run(in, dtype, stride, out, p->out_dtype, n);
+        for (int64_t i = 0; i < n && p->flip; i++) out[i] = (unsigned char)(out[i] ^ 0x88);
+        if (p->refused != NULL && p->refused[2] == 0) {
+            moe__pack_verify(p, in, stride, out, n);
+            p->refused[0] = target;
+            p->refused[1] = done;
+        }
         return;
     }
     target = moe__packed_row(p->tiled == 2, target);
@@ -10499,6 +11138,15 @@ static int32_t moe__pack_wait(const moe_context *ctx, moe_error *err)
 }
 #endif
 
+static int32_t moe__fail_refused(const moe__pack *p, moe_error *err)
+{
+    static const char *const what[] = { "a code that is NaN", "a scale that is not finite or beyond 2^100",
+                                        "a scale that the layer's scale type does not hold" };
+    return moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.data", p->tensor, "has %s, in row %D (as packed) from element "
+                            "%D on%s%s", what[p->refused[2] - 1], p->refused[0], p->refused[1],
+                            p->refused[2] == 3 ? ": " : "", p->refused[2] == 3 ? moe_dtype_string(p->out_dtype) : "");
+}
+
 static int32_t moe__pack_run(moe_context *ctx, moe__pack *p, int32_t matrix, moe_error *err)
 {
     uint64_t bytes = (uint64_t)(p->rows * p->columns) * (uint64_t)(moe_dtype_bits(p->dtype) / 8);
@@ -10510,6 +11158,7 @@ static int32_t moe__pack_run(moe_context *ctx, moe__pack *p, int32_t matrix, moe
     result = moe__source_begin(ctx, p->tensor, bytes, &p->data, err);
     if (result == MOE_OK) moe__pack_data(p);
     moe__source_end(ctx, p->tensor, bytes, p->data);
+    if (result == MOE_OK && p->refused != NULL && p->refused[2] != 0) return moe__fail_refused(p, err);
     return result;
 }
 
@@ -10524,14 +11173,15 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     p.expert = expert;
     p.fused = c->shape.fused;
     p.by_kernel = c->by_kernel;
-    p.dtype = t->rows != NULL ? MOE_DTYPE_F32 : t->dtype;
+    p.dtype = c->dtype;
+    p.flip = c->flip;
     p.layout = c->shape.matrix ? t->layout : (int32_t)MOE_LAYOUT_MAJOR_K;
     p.row_order = t->row_order;
     p.rows = c->shape.rows;
     p.columns = c->shape.columns;
     if (t->rows == NULL)
         p.data = (const unsigned char *)t->data +
-                 (uint64_t)position * (uint64_t)(p.rows * p.columns) * (uint64_t)(moe_dtype_bits(t->dtype) / 8);
+                 (uint64_t)position * (uint64_t)(p.rows * p.columns) * (uint64_t)(moe_dtype_bits(p.dtype) / 8);
     p.count_rows = p.rows;
     p.count_columns = p.columns;
     p.out = out;
@@ -10541,54 +11191,129 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     return p;
 }
 
-// A matrix or bias into an expert's or the shared experts' block. The source has the features from `base` on.
+// Single values: the scale of a whole matrix, global ones, those of the input.
+static int32_t moe__pack_factors(const moe_weights *weights, const moe__checked *c, const moe__block_shape *shape,
+                                 int32_t position, unsigned char *block, moe_error *err)
+{
+    int32_t matrix = moe__role_matrix(c->tensor.role), count = (int32_t)c->shape.rows, value, result;
+    uint64_t bytes = (uint64_t)c->tensor.data_bytes;
+    const unsigned char *data = (const unsigned char *)c->tensor.data;
+    float values[2], *factors = (float *)(void *)(block + shape->factors);
+    if ((result = moe__source_begin(weights->ctx, &c->tensor, bytes, &data, err)) == MOE_OK)
+        for (int32_t i = 0; i < 2; i++) values[i] = moe__widen(data, c->dtype, position * count + (i < count ? i : 0));
+    moe__source_end(weights->ctx, &c->tensor, bytes, data);
+    if (result != MOE_OK) return result;
+    value = moe__part_value(c->tensor.part);
+    for (int32_t i = 0; i < 2; i++) {
+        int32_t inverse = c->tensor.part == MOE_PART_GLOBAL_SCALE_RECIPROCAL ||
+                          c->tensor.part == MOE_PART_INPUT_SCALE_RECIPROCAL;
+        float factor = inverse ? 1.0f / values[i] : values[i];
+        int32_t half = matrix == 0 ? i : matrix; // gate, up, down
+        if (!(factor < 1.2676506e30f && factor > -1.2676506e30f) || (value == MOE__VALUE_INPUT && !(factor > 0)))
+            return moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.data", &c->tensor, "is %g%s: it must be %s",
+                                    (double)values[i], inverse ? ", and divides" : "",
+                                    value == MOE__VALUE_INPUT ? "above 0, and finite" : "finite, and below 2^100");
+        if (i > 0 && !c->shape.fused) break;
+        if (value == MOE__VALUE_INPUT) {
+            float *input = factors + (matrix == 2 ? MOE__FACTOR_INPUT2 : MOE__FACTOR_INPUT1);
+            if (factor > *input) *input = factor;
+        } else if (value == MOE__VALUE_GLOBAL) {
+            factors[MOE__FACTOR_GATE + half] = factor;
+        } else if (half == 2) {
+            memcpy(block + shape->scales2, &factor, 4);
+        } else {
+            memcpy(block + shape->scales1 + (moe__layer_is_gated(&weights->layer) ? 4 * half : 0), &factor, 4);
+        }
+    }
+    return MOE_OK;
+}
+
+// Where a matrix, or its scales, lie in a block, and how many rows (of W1) or columns (of W2) make one of theirs.
+typedef struct moe__pack_place {
+    uint64_t at;
+    int32_t dtype, unit;
+    int64_t ld, features; // of this rank's slice, in those units
+} moe__pack_place;
+
+static moe__pack_place moe__pack_place_of(const moe__checked *c, const moe__block_shape *shape, int32_t down)
+{
+    const moe__scheme *w = &shape->weight;
+    int32_t scales = c->tensor.part == MOE_PART_SCALE, codes = c->packed > 0;
+    moe__pack_place place;
+    place.at = scales ? (down ? shape->scales2 : shape->scales1) : down ? shape->w2 : shape->w1;
+    place.dtype = scales ? w->scale_dtype : codes ? (int32_t)MOE_DTYPE_U8 : w->dtype;
+    place.ld = scales ? (down ? shape->scale_ld2 : shape->scale_ld1) : down ? shape->ld2 : shape->ld1;
+    if (codes && !scales) place.ld = place.ld * moe_dtype_bits(w->dtype) / 8;
+    place.unit = scales ? (down ? w->columns : w->rows) : codes && down ? 8 / moe_dtype_bits(w->dtype) : 1;
+    place.features = moe__scale_count(shape->first_feature, shape->features, place.unit);
+    return place;
+}
+
+// A matrix, its scales or a bias into an expert's or the shared experts' block. The source has the features from `base`
+// on.
 static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c, const moe__block_shape *shape,
                                int32_t base, int32_t expert, int32_t position, unsigned char *block, moe_error *err)
 {
-    int32_t role = c->tensor.role, gated = moe__layer_is_gated(&weights->layer), dtype = weights->layout.dtype;
-    int32_t first = shape->first_feature - base, tiled = weights->layout.tiled;
+    int32_t role = c->tensor.role, gated = moe__layer_is_gated(&weights->layer), tiled = weights->layout.tiled;
+    int32_t down = moe__role_matrix(role) == 2, bias = moe__role_is_bias(role);
+    int64_t first, refused[3] = { 0, 0, 0 };
+    moe__pack_place place = moe__pack_place_of(c, shape, down);
+    int32_t per_row = place.unit == 0; // one column of scales
     moe__pack p;
-    switch (role) {
-    case MOE_TENSOR_DOWN: case MOE_TENSOR_SHARED_DOWN:
-        p = moe__pack_make(c, expert, position, block + shape->w2, dtype, shape->ld2);
-        p.tiled = tiled;
-        p.first_column = moe__max32(first, 0);
-        p.out_column = first > 0 ? 0 : -first;
-        p.count_columns = moe__min32(first + shape->features, (int32_t)p.columns) - p.first_column;
-        if (p.out_column + p.count_columns < shape->features) p.out_end = 0; // another shared expert follows
-        if (p.count_columns <= 0) return MOE_OK;
-        break;
-    case MOE_TENSOR_DOWN_BIAS:
+    if (c->tensor.part != MOE_PART_DATA && (c->tensor.part != MOE_PART_SCALE || shape->weight.rows == 0))
+        return moe__pack_factors(weights, c, shape, position, block, err);
+    if (role == MOE_TENSOR_DOWN_BIAS) {
         p = moe__pack_make(c, expert, position, block + shape->bias2, MOE_DTYPE_F32, 1);
-        break;
-    default:
-        if (moe__role_is_bias(role)) {
-            p = moe__pack_make(c, expert, position, block + shape->bias1, MOE_DTYPE_F32, 1);
-            p.out_half = tiled ? shape->features : 1;
-            p.out_step = gated && !tiled ? 2 : 1;
-        } else {
-            p = moe__pack_make(c, expert, position, block + shape->w1, dtype, shape->ld1);
-            p.tiled = tiled ? 1 + gated : 0;
-            p.out_step = gated ? 2 : 1;
-        }
-        p.half = gated && !moe__role_is_gate(role);
-        p.first_row = moe__max32(first, 0);
-        p.out_row = first > 0 ? 0 : -(int64_t)first * p.out_step;
-        p.count_rows = moe__min32(first + shape->features, (int32_t)(p.rows / (p.fused ? 2 : 1))) - p.first_row;
-        if (p.count_rows <= 0) return MOE_OK;
-        break;
+        return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
     }
+    if (per_row) place.unit = shape->features;
+    first = bias ? shape->first_feature - base : shape->first_feature / place.unit - base / place.unit;
+    if (bias) p = moe__pack_make(c, expert, position, block + shape->bias1, MOE_DTYPE_F32, 1);
+    else p = moe__pack_make(c, expert, position, block + place.at, place.dtype, place.ld);
+    if (bias) place.features = shape->features;
+    if (!bias && !moe__scheme_is_float(&shape->weight) &&
+        (c->tensor.part == MOE_PART_SCALE || moe_dtype_bits(shape->weight.dtype) == 8))
+        p.refused = refused;
+    if (down && !per_row) {
+        p.first_column = first > 0 ? first : 0;
+        p.out_column = first > 0 ? 0 : -first;
+        p.count_columns = place.features - p.out_column;
+        if (p.count_columns > p.columns - p.first_column) p.count_columns = p.columns - p.first_column;
+        if (p.out_column + p.count_columns < place.features) p.out_end = 0; // another shared expert follows
+        if (p.count_columns <= 0) return MOE_OK;
+    }
+    if (!down) {
+        p.out_half = bias && tiled ? shape->features : 1;
+        p.out_step = gated && !(bias && tiled) ? 2 : 1;
+        p.half = gated && !moe__role_is_gate(role);
+        p.first_row = first > 0 ? first : 0;
+        p.out_row = first > 0 ? 0 : -first * p.out_step;
+        p.count_rows = place.features - (first > 0 ? 0 : -first);
+        if (p.count_rows > p.rows / (p.fused ? 2 : 1) - p.first_row)
+            p.count_rows = p.rows / (p.fused ? 2 : 1) - p.first_row;
+        if (p.count_rows <= 0) return MOE_OK;
+    }
+    if (tiled && !bias) p.tiled = down ? 1 : 1 + gated;
     return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
 }
 
 // ---- setting ----
 
-// Bits of the separate tensors that one of `role` brings.
-static uint32_t moe__role_bits(int32_t role)
+// Bits of the separate tensors that one of `role` brings. Bits of roles that are not of experts stand for what belongs
+// to their matrices beside the codes.
+static uint32_t moe__value_bit(int32_t value, int32_t matrix)
 {
-    if (role == MOE_TENSOR_GATE_UP) return 1u << MOE_TENSOR_GATE | 1u << MOE_TENSOR_UP;
+    static const uint32_t data[3] = { 1u << MOE_TENSOR_GATE, 1u << MOE_TENSOR_UP, 1u << MOE_TENSOR_DOWN };
+    if (value == MOE__VALUE_DATA) return data[matrix];
+    return 1u << (MOE_TENSOR_SHARED_GATE + (value - 1) * 3 + matrix);
+}
+
+static uint32_t moe__tensor_bits(int32_t role, int32_t part)
+{
+    int32_t value = moe__part_value(part), matrix = moe__role_matrix(role);
     if (role == MOE_TENSOR_GATE_UP_BIAS) return 1u << MOE_TENSOR_GATE_BIAS | 1u << MOE_TENSOR_UP_BIAS;
-    return 1u << role;
+    if (matrix < 0) return 1u << role;
+    return moe__value_bit(value, matrix) | (moe__role_is_fused(role) ? moe__value_bit(value, 1) : 0);
 }
 
 static int32_t moe__fail_doubled(const moe_tensor *t, moe_error *err)
@@ -10600,7 +11325,7 @@ static int32_t moe__fail_doubled(const moe_tensor *t, moe_error *err)
 // An expert is either matrices or a constant.
 static int32_t moe__check_unset(const moe_tensor *t, uint32_t set, moe_error *err)
 {
-    uint32_t bits = moe__role_bits(t->role), constant = 1u << MOE_TENSOR_CONSTANT;
+    uint32_t bits = moe__tensor_bits(t->role, t->part), constant = 1u << MOE_TENSOR_CONSTANT;
     if ((set & bits) != 0) return moe__fail_doubled(t, err);
     if (set != 0 && ((set | bits) & constant) != 0)
         return moe__fail_tensor(err, MOE_ERROR_STATE, "tensor.role", t,
@@ -10623,7 +11348,7 @@ static int32_t moe__set_in_block(const moe_weights *weights, const moe__checked 
     } else {
         result = moe__pack_block(weights, c, &weights->layout.expert, 0, expert, position, block, err);
     }
-    if (result == MOE_OK) *set |= moe__role_bits(c->tensor.role);
+    if (result == MOE_OK) *set |= moe__tensor_bits(c->tensor.role, c->tensor.part);
     return result;
 }
 
@@ -10653,7 +11378,7 @@ static moe__part moe__part_of(const moe_weights *weights, const moe__checked *c,
     else if (role == MOE_TENSOR_DOWN || role == MOE_TENSOR_SHARED_DOWN) i = 2;
     else if (moe__role_is_bias(role)) i = 1;
     if (c->shape.kind == MOE__KIND_SHARED)
-        part.alone = (i == 2 ? weights->shared_set[2] : weights->shared_set[0] | weights->shared_set[1]) == 0;
+        part.alone = (i == 2 ? weights->shared_set[0][2] : weights->shared_set[0][0] | weights->shared_set[0][1]) == 0;
     else
         part.alone = i >= 2 || (weights->expert_set[local] & (i == 1 ? biases : matrices)) == 0;
     part.begin = begins[i++];
@@ -10747,7 +11472,7 @@ static int32_t moe__set_stacked(moe_weights *weights, const moe__checked *c, moe
 #endif
     for (int32_t e = 0; e < experts && result == MOE_OK; e++) {
         int32_t local = moe__layer_local(&weights->layer, e);
-        if (local >= 0) weights->expert_set[local] |= moe__role_bits(c->tensor.role);
+        if (local >= 0) weights->expert_set[local] |= moe__tensor_bits(c->tensor.role, c->tensor.part);
     }
     return result;
 }
@@ -10759,28 +11484,22 @@ static uint64_t moe__shared_bits(const moe_layer_desc *layer)
 
 static int32_t moe__set_shared(moe_weights *weights, const moe__checked *c, moe_error *err)
 {
-    int32_t role = c->tensor.role, result;
+    int32_t fused = c->shape.fused, matrix = moe__role_matrix(c->tensor.role), result;
     uint64_t bits = c->index < 0 ? moe__shared_bits(&weights->layer) : (uint64_t)1 << c->index;
-    int32_t gate = role != MOE_TENSOR_SHARED_UP && role != MOE_TENSOR_SHARED_DOWN,
-            down = role == MOE_TENSOR_SHARED_DOWN;
-    int32_t up = role == MOE_TENSOR_SHARED_UP || role == MOE_TENSOR_SHARED_GATE_UP;
+    uint64_t *set = weights->shared_set[moe__part_value(c->tensor.part)];
     if (weights->layout.shared.bytes == 0) return MOE_OK; // another rank's
-    if ((gate && (weights->shared_set[0] & bits) != 0) || (up && (weights->shared_set[1] & bits) != 0) ||
-        (down && (weights->shared_set[2] & bits) != 0))
-        return moe__fail_doubled(&c->tensor, err);
+    if ((set[matrix] & bits) != 0 || (fused && (set[1] & bits) != 0)) return moe__fail_doubled(&c->tensor, err);
 #if !defined(MOE_NO_CUDA)
     if (weights->layout.tiled) result = moe__device_set(weights, c, -1, 0, weights->layout.blocks, NULL, err);
     else
 #endif
         result = moe__set_in_shared(weights, c, weights->memory + weights->layout.shared_offset, err);
     if (result != MOE_OK) return result;
-    if (gate) weights->shared_set[0] |= bits;
-    if (up) weights->shared_set[1] |= bits;
-    if (down) weights->shared_set[2] |= bits;
+    set[matrix] |= bits;
+    if (fused) set[1] |= bits;
     return MOE_OK;
 }
 
-// The caller's ids into `out`; those that are no ids are refused.
 static int32_t moe__pack_ids(const moe_weights *weights, const moe__checked *c, const unsigned char *data,
                              unsigned char *out, moe_error *err)
 {
@@ -10862,6 +11581,29 @@ static int32_t moe__set_constant(moe_weights *weights, const moe__checked *c, mo
     return result;
 }
 
+// compressed-tensors says the shape that packed codes have once more.
+static int32_t moe__check_weight_shape(const moe_weights *weights, const moe__checked *c, moe_error *err)
+{
+    moe__tensor_shape whole = moe__tensor_shape_of(&weights->layer, c->tensor.role);
+    const unsigned char *data = (const unsigned char *)c->tensor.data;
+    int32_t result, wide = c->tensor.dtype == MOE_DTYPE_I64, low = 0;
+    int64_t given[2] = { 0, 0 };
+    if (c->index >= 0 && c->tensor.role == MOE_TENSOR_SHARED_DOWN) whole.columns /= weights->layer.shared.count;
+    else if (c->index >= 0) whole.rows /= weights->layer.shared.count;
+    if ((result = moe__source_begin(weights->ctx, &c->tensor, c->tensor.data_bytes, &data, err)) == MOE_OK)
+        for (int32_t i = 0; i < 2; i++) {
+            memcpy(wide ? (void *)&given[i] : (void *)&low, data + i * (wide ? 8 : 4), wide ? 8 : 4);
+            if (!wide) given[i] = low;
+        }
+    moe__source_end(weights->ctx, &c->tensor, c->tensor.data_bytes, data);
+    if (result != MOE_OK) return result;
+    if (!c->stacked && (given[0] != whole.rows || given[1] != whole.columns))
+        return moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.data", &c->tensor,
+                                "says the shape [%D, %D]: the layer's is [%D, %D]", given[0], given[1], whole.rows,
+                                whole.columns);
+    return moe__ok(err);
+}
+
 MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
 {
     moe__checked c;
@@ -10872,6 +11614,7 @@ MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *t
     if (weights->sealed)
         return moe__fail_tensor(err, MOE_ERROR_STATE, "weights", &c.tensor, "are sealed: set every tensor before "
                                 "moe_weights_seal(), or use moe_weights_replace_expert()");
+    if (c.tensor.part == MOE_PART_SHAPE) return moe__check_weight_shape(weights, &c, err);
     switch (c.shape.kind) {
     case MOE__KIND_EXPERT:
         result = c.stacked ? moe__set_stacked(weights, &c, err) : moe__set_expert(weights, &c, err);
@@ -10887,7 +11630,7 @@ MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *t
 
 typedef struct moe__missing {
     int32_t count;
-    int32_t role, expert, index; // of the first
+    int32_t role, expert, index, value; // of the first
 } moe__missing;
 
 static void moe__miss(moe__missing *missing, int32_t is_set, int32_t role, int32_t expert, int32_t index)
@@ -10899,26 +11642,46 @@ static void moe__miss(moe__missing *missing, int32_t is_set, int32_t role, int32
     missing->index = index;
 }
 
-static void moe__missing_of_expert(moe__missing *missing, const moe_layer_desc *layer, int32_t expert, uint32_t set)
+static void moe__miss_value(moe__missing *missing, int32_t is_set, int32_t value, int32_t role, int32_t expert,
+                            int32_t index)
 {
-    static const int32_t matrices[] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN,
-                                        MOE_TENSOR_GATE_BIAS, MOE_TENSOR_UP_BIAS, MOE_TENSOR_DOWN_BIAS };
+    if (missing->count == 0 && !is_set) missing->value = value;
+    moe__miss(missing, is_set, role, expert, index);
+}
+
+// Whether a matrix of a block needs such a value.
+static int32_t moe__block_needs(const moe__block_shape *shape, int32_t value)
+{
+    if (value == MOE__VALUE_DATA) return 1;
+    if (moe__scheme_is_float(&shape->weight)) return 0;
+    if (value == MOE__VALUE_SCALE) return 1;
+    return moe__scheme_has_global(value == MOE__VALUE_GLOBAL ? &shape->weight : &shape->input);
+}
+
+static void moe__missing_of_expert(moe__missing *missing, const moe_weights *weights, int32_t expert, uint32_t set)
+{
+    static const int32_t matrices[] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN };
+    static const int32_t biases[] = { MOE_TENSOR_GATE_BIAS, MOE_TENSOR_UP_BIAS, MOE_TENSOR_DOWN_BIAS };
+    const moe_layer_desc *layer = &weights->layer;
+    int32_t first = moe__layer_is_gated(layer) ? 0 : 1;
     if ((set >> MOE_TENSOR_CONSTANT & 1u) != 0) return;
-    for (int32_t i = 0; i < MOE__ARRAY_COUNT(matrices); i++) {
-        int32_t role = matrices[i];
-        if (moe__role_is_gate(role) && !moe__layer_is_gated(layer)) continue;
-        if (moe__role_absent(layer, role) == NULL) moe__miss(missing, (int32_t)(set >> role & 1u), role, expert, -1);
-    }
+    for (int32_t value = 0; value < MOE__VALUES; value++)
+        for (int32_t i = first; i < 3 && moe__block_needs(&weights->layout.expert, value); i++)
+            moe__miss_value(missing, (set & moe__value_bit(value, i)) != 0, value, matrices[i], expert, -1);
+    for (int32_t i = first; i < 3; i++)
+        if (moe__role_absent(layer, biases[i]) == NULL)
+            moe__miss(missing, (int32_t)(set >> biases[i] & 1u), biases[i], expert, -1);
 }
 
 static void moe__missing_of_shared(moe__missing *missing, const moe_weights *weights)
 {
     static const int32_t roles[] = { MOE_TENSOR_SHARED_GATE, MOE_TENSOR_SHARED_UP, MOE_TENSOR_SHARED_DOWN };
     int32_t count = weights->layout.shared.bytes != 0 ? weights->layer.shared.count : 0;
-    for (int32_t i = 0; i < 3; i++)
-        for (int32_t j = 0; j < count; j++)
-            if (i > 0 || moe__layer_is_gated(&weights->layer))
-                moe__miss(missing, (int32_t)(weights->shared_set[i] >> j & 1u), roles[i], -1, count > 1 ? j : -1);
+    for (int32_t value = 0; value < MOE__VALUES && count > 0; value++)
+        for (int32_t i = moe__layer_is_gated(&weights->layer) ? 0 : 1; i < 3; i++)
+            for (int32_t j = 0; j < count && moe__block_needs(&weights->layout.shared, value); j++)
+                moe__miss_value(missing, (int32_t)(weights->shared_set[value][i] >> j & 1u), value, roles[i], -1,
+                                count > 1 ? j : -1);
 }
 
 // The one list of what a layer needs. The router is optional, because engines may bring logits; with it come its bias
@@ -10933,7 +11696,7 @@ static moe__missing moe__weights_missing(const moe_weights *weights)
     memset(&missing, 0, sizeof missing);
     for (int32_t e = 0; e < first_extra + layer->routing.extra_slots; e++) {
         int32_t local = moe__layer_local(layer, e);
-        if (local >= 0) moe__missing_of_expert(&missing, layer, e, weights->expert_set[local]);
+        if (local >= 0) moe__missing_of_expert(&missing, weights, e, weights->expert_set[local]);
         else if (e >= layer->num_experts && e < first_extra && layer->routing.special_kind == MOE_SPECIAL_CONSTANT)
             moe__miss(&missing, layer->parallel.omit_common || weights->constant_set[e - layer->num_experts] != 0,
                       MOE_TENSOR_CONSTANT, e, -1);
@@ -10957,6 +11720,7 @@ static moe__missing moe__weights_missing(const moe_weights *weights)
 // "gate of expert 3, and 5 more tensors"
 static void moe__text_missing(moe__text *text, const moe__missing *missing)
 {
+    moe__text_string(text, moe__value_names[missing->value]);
     moe__text_role(text, missing->role, missing->expert);
     if (missing->index >= 0) moe__text_format(text, " %d", missing->index);
     if (missing->role == MOE_TENSOR_ALPHA) moe__text_string(text, ", beta or limit");
@@ -11154,18 +11918,23 @@ static void moe__weights_place(moe_weights *weights, unsigned char *memory)
         weights->expert[i] = memory + (uint64_t)i * weights->layout.expert.bytes;
 }
 
-// Zeros what no tensor writes: the gaps between the parts of a block. Padding of rows is written with them.
-static void moe__block_clear(const moe__block_shape *shape, const moe_layer_desc *layer, int32_t dtype,
-                             unsigned char *block)
+// Zeros what no tensor writes: the gaps between the parts of a block, and factors, which may be left out. Padding of
+// rows is written with them.
+static void moe__block_clear(const moe__block_shape *shape, const moe_layer_desc *layer, unsigned char *block)
 {
-    uint64_t element = (uint64_t)moe_dtype_bits(dtype) / 8, ends[4], parts[4];
-    parts[0] = (uint64_t)shape->rows1 * (uint64_t)shape->ld1 * element;
-    parts[1] = shape->bias1 == UINT64_MAX ? 0 : shape->bias1 + (uint64_t)shape->rows1 * 4;
-    parts[2] = shape->w2 + (uint64_t)layer->hidden_size * (uint64_t)shape->ld2 * element;
-    parts[3] = shape->bias2 == UINT64_MAX ? 0 : shape->bias2 + (uint64_t)layer->hidden_size * 4;
-    for (int32_t i = 0; i < 4; i++) {
-        ends[i] = moe__align_up(parts[i], MOE__LAYOUT_ALIGN);
-        memset(block + parts[i], 0, (size_t)(ends[i] - parts[i]));
+    const uint64_t scale_bytes = (uint64_t)moe_dtype_bits(shape->weight.scale_dtype) / 8;
+    const uint64_t begins[7] = { shape->w1, shape->scales1, shape->bias1, shape->w2, shape->scales2, shape->bias2,
+                                 shape->factors };
+    const uint64_t sizes[7] = { (uint64_t)shape->rows1 * moe__row_bytes(shape->weight.dtype, shape->ld1),
+                                (uint64_t)shape->scale_rows1 * (uint64_t)shape->scale_ld1 * scale_bytes,
+                                (uint64_t)shape->rows1 * 4,
+                                (uint64_t)layer->hidden_size * moe__row_bytes(shape->weight.dtype, shape->ld2),
+                                (uint64_t)shape->scale_rows2 * (uint64_t)shape->scale_ld2 * scale_bytes,
+                                (uint64_t)layer->hidden_size * 4, 0 };
+    for (int32_t i = 0; i < 7; i++) {
+        uint64_t end = begins[i] + sizes[i];
+        if (begins[i] == UINT64_MAX) continue;
+        memset(block + end, 0, (size_t)(moe__align_up(end + (i == 6), MOE__LAYOUT_ALIGN) - end));
     }
 }
 
@@ -11176,9 +11945,9 @@ static void moe__weights_clear(moe_weights *weights)
     const moe_activation_desc *act = &weights->layer.activation;
     float values[3];
     for (int32_t i = 0; i < layout->blocks && !layout->tiled; i++)
-        moe__block_clear(&layout->expert, &weights->layer, layout->dtype, weights->expert[i]);
+        moe__block_clear(&layout->expert, &weights->layer, weights->expert[i]);
     if (layout->shared.bytes != 0 && !layout->tiled)
-        moe__block_clear(&layout->shared, &weights->layer, layout->dtype, weights->memory + layout->shared_offset);
+        moe__block_clear(&layout->shared, &weights->layer, weights->memory + layout->shared_offset);
     memset(weights->tables, 0, (size_t)(layout->bytes - layout->tables));
     values[0] = act->alpha;
     values[1] = act->beta;
@@ -11348,8 +12117,8 @@ MOE_API int32_t moe_weights_get_info(const moe_weights *weights, moe_weights_inf
     for (int32_t i = 0; i < weights->layout.blocks; i++)
         for (uint32_t bits = weights->expert_set[i]; bits != 0; bits &= bits - 1) set++;
     for (uint32_t bits = weights->common_set & ~(1u << MOE_TENSOR_SELECT_BIAS); bits != 0; bits &= bits - 1) set++;
-    for (int32_t i = 0; i < 3; i++)
-        for (uint64_t bits = weights->shared_set[i]; bits != 0; bits &= bits - 1) set++;
+    for (int32_t i = 0; i < 3 * MOE__VALUES; i++)
+        for (uint64_t bits = weights->shared_set[i / 3][i % 3]; bits != 0; bits &= bits - 1) set++;
     for (int32_t i = 0; i < weights->layer.routing.bias_rows; i++) set += weights->bias_rows_set[i] != 0;
     for (int32_t i = 0; i < weights->layer.routing.special_experts; i++) set += weights->constant_set[i] != 0;
     memset(info, 0, sizeof *info);
@@ -11415,20 +12184,35 @@ static int32_t moe__read_vector(const moe_weights *weights, int32_t local, uint6
     return result;
 }
 
-// Row `row`, in the CPU's order, of the matrix that begins at `part`. Of tiles: the slab that it is in.
-static int32_t moe__read_matrix(const moe_weights *weights, int32_t local, uint64_t part, int32_t gated, int64_t row,
-                                int64_t ld, int64_t n, float *out, moe_error *err)
+// Row `row`, in the CPU's order, of W1 or W2 in a block of shape `shape`. Of tiles: the slab that it is in.
+static int32_t moe__read_matrix(const moe_weights *weights, int32_t local, const moe__block_shape *shape, int32_t down,
+                                int64_t row, int64_t n, float *out, moe_error *err)
 {
     const unsigned char *data;
-    int32_t dtype = weights->layout.dtype, tiled = weights->layout.tiled, result;
+    const moe__scheme *w = &shape->weight;
+    int32_t tiled = weights->layout.tiled, gated = !down && moe__layer_is_gated(&weights->layer), result;
     int64_t packed = tiled ? moe__packed_row(gated, row) : row, in_slab = tiled ? packed % MOE__PACKED_ROWS : 0;
-    uint64_t row_bytes = (uint64_t)ld * (uint64_t)(moe_dtype_bits(dtype) / 8);
+    int64_t ld = down ? shape->ld2 : shape->ld1;
+    uint64_t row_bytes = moe__row_bytes(w->dtype, ld), part = down ? shape->w2 : shape->w1;
     uint64_t bytes = row_bytes * (tiled ? (uint64_t)MOE__PACKED_ROWS : 1u);
     result = moe__block_open(weights, local, part + (uint64_t)(packed - in_slab) * row_bytes, bytes, &data, err);
-    if (result == MOE_OK && !tiled) moe__read_run(data, dtype, 0, 1, n, out);
-    for (int64_t k = 0; result == MOE_OK && tiled && k < n; k++)
-        out[k] = moe__load(data + moe__packed_at(ld, in_slab, k), dtype, 0);
+    for (int64_t k = 0; result == MOE_OK && k < n; k++)
+        out[k] = tiled ? moe__load(data + moe__packed_at(ld, in_slab, k), w->dtype, 0) : moe__widen(data, w->dtype, k);
     moe__block_shut(weights, bytes, data);
+    if (result == MOE_OK && !moe__scheme_is_float(w)) { // codes are the CPU's, in memory
+        moe__block block = moe__block_at(shape, local < weights->layout.blocks
+                                                    ? weights->expert[local]
+                                                    : weights->memory + weights->layout.shared_offset);
+        int32_t half = down ? MOE__FACTOR_DOWN : gated && row % 2 == 0 ? MOE__FACTOR_GATE : MOE__FACTOR_UP;
+        int64_t first = down ? moe__scale_row2(shape, row) * shape->scale_ld2
+                             : moe__scale_row1(shape, gated, row) * shape->scale_ld1;
+        int32_t phase = down && w->columns > 0 ? shape->first_feature % w->columns : 0;
+        for (int64_t k = 0; k < n; k++) {
+            int64_t at = first + (w->columns > 0 ? (k + phase) / w->columns : 0);
+            float scale = moe__widen(down ? block.scales2 : block.scales1, w->scale_dtype, at);
+            out[k] = out[k] * (moe__scheme_has_global(w) ? moe__mulf(scale, block.factors[half]) : scale);
+        }
+    }
     return result;
 }
 
@@ -11447,9 +12231,8 @@ static int32_t moe__read_block(const moe_weights *weights, int32_t local, int32_
     if (moe__role_is_bias(role))
         return moe__read_vector(weights, local, shape->bias1, layout->tiled ? up * shape->features : up,
                                 layout->tiled ? 1 : 1 + gated, shape->features, out, err);
-    if (down) return moe__read_matrix(weights, local, shape->w2, 0, row, shape->ld2, shape->features, out, err);
-    return moe__read_matrix(weights, local, shape->w1, gated, (int64_t)row * (1 + gated) + up, shape->ld1, hidden, out,
-                            err);
+    if (down) return moe__read_matrix(weights, local, shape, 1, row, shape->features, out, err);
+    return moe__read_matrix(weights, local, shape, 0, (int64_t)row * (1 + gated) + up, hidden, out, err);
 }
 
 static int32_t moe__read_table(const moe_weights *weights, int32_t role, int32_t row, float *out, moe_error *err)
@@ -11464,6 +12247,24 @@ static int32_t moe__read_table(const moe_weights *weights, int32_t role, int32_t
         const int32_t *ids = moe__weights_forced_ids(weights);
         for (int64_t i = 0; i < shape.columns; i++) out[i] = (float)ids[row * ld + i];
     }
+    return MOE_OK;
+}
+
+// Static scales of a block's inputs; MISSING where it has none.
+static int32_t moe__read_inputs(const moe_weights *weights, int32_t expert, int32_t row, float *out, moe_error *err)
+{
+    const moe__layout *layout = &weights->layout;
+    int32_t local = expert < 0 ? layout->blocks : moe__layer_local(&weights->layer, expert);
+    moe__block block;
+    if (local < 0 || (expert < 0 && layout->shared.bytes == 0))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "expert", "is %d: this rank has no such expert with matrices",
+                         expert);
+    if (row != 0) return moe__fail_row(err, row, 1, MOE_TENSOR_INPUT_SCALES);
+    if (moe__scheme_is_float(expert < 0 ? &layout->shared.weight : &layout->expert.weight))
+        return moe__fail(err, MOE_ERROR_MISSING, "role", "is input scales, which the format does not have");
+    block = expert < 0 ? moe__weights_shared(weights) : moe__weights_expert(weights, local);
+    out[0] = block.factors[MOE__FACTOR_INPUT1];
+    out[1] = block.factors[MOE__FACTOR_INPUT2];
     return MOE_OK;
 }
 
@@ -11510,11 +12311,13 @@ MOE_API int32_t moe_weights_read_row(const moe_weights *weights, int32_t role, i
     if ((absent = moe__role_absent(&weights->layer, role)) != NULL)
         return moe__fail(err, MOE_ERROR_MISSING, "role", "is %s, but %s is 0", moe_role_string(role), absent);
     kind = moe__tensor_shape_of(&weights->layer, role).kind;
-    if (kind == MOE__KIND_EXPERT || kind == MOE__KIND_CONSTANT) {
+    if (role == MOE_TENSOR_INPUT_SCALES) {
+        result = moe__read_inputs(weights, expert, row, out, err);
+    } else if (kind == MOE__KIND_EXPERT || kind == MOE__KIND_CONSTANT) {
         result = moe__read_expert(weights, role, expert, row, out, err);
     } else if (kind == MOE__KIND_SHARED) {
         int32_t part = role == MOE_TENSOR_SHARED_DOWN ? 2 : role == MOE_TENSOR_SHARED_UP;
-        if (weights->shared_set[part] == 0) return moe__fail_not_set(err, role, -1);
+        if (weights->shared_set[0][part] == 0) return moe__fail_not_set(err, role, -1);
         result = moe__read_block(weights, weights->layout.blocks, role, row, out, err);
     } else {
         int32_t defaulted = role >= MOE_TENSOR_ALPHA && role <= MOE_TENSOR_LIMIT;
@@ -11537,7 +12340,7 @@ static int32_t moe__replace_pack(const moe_weights *weights, int32_t expert, con
 {
     moe__missing missing;
     if (weights->layout.tiled) memset(block, 0, (size_t)weights->layout.expert.bytes);
-    else moe__block_clear(&weights->layout.expert, &weights->layer, weights->layout.dtype, block);
+    else moe__block_clear(&weights->layout.expert, &weights->layer, block);
     for (int32_t i = 0; i < count; i++) {
         moe__checked c;
         int32_t result = moe__tensor_check(&c, weights, &tensors[i], err);
@@ -11548,7 +12351,7 @@ static int32_t moe__replace_pack(const moe_weights *weights, int32_t expert, con
         if ((result = moe__set_in_block(weights, &c, expert, 0, block, set, err)) != MOE_OK) return result;
     }
     memset(&missing, 0, sizeof missing);
-    moe__missing_of_expert(&missing, &weights->layer, expert, *set);
+    moe__missing_of_expert(&missing, weights, expert, *set);
     if (missing.count > 0) {
         char what[160];
         moe__text text = moe__text_make(what, sizeof what);
@@ -11636,7 +12439,7 @@ MOE_API int32_t moe_weights_replace_expert(moe_weights *weights, int32_t expert,
 //
 // Both hashes are checked before anything is used. They find damage, not forgery; what a forged file could do harm with
 // is checked again. Hashing reads the whole file once, about as fast as memory is read.
-enum { MOE__FILE_VERSION = 2, MOE__FILE_FIXED = 48, MOE__FILE_HEADER_MAX = 1 << 20 };
+enum { MOE__FILE_VERSION = 3, MOE__FILE_FIXED = 48, MOE__FILE_HEADER_MAX = 1 << 20 };
 
 static const unsigned char moe__file_magic[8] = { 'm', 'o', 'e', '.', 'h', 26, '\r', '\n' };
 static const uint32_t moe__file_order = 0x01020304u;
@@ -11761,6 +12564,7 @@ static const moe__layer_member moe__layer_members[] = {
     MOE__MEMBER_1(moe_shared_desc, shared, intermediate_size, 0),
     MOE__MEMBER_1(moe_shared_desc, shared, gate, 0),
     MOE__MEMBER_1(moe_shared_desc, shared, scale, 1),
+    MOE__MEMBER_1(moe_shared_desc, shared, format, 0),
     MOE__MEMBER_SHARED(kind, 0),
     MOE__MEMBER_SHARED(alpha, 1),
     MOE__MEMBER_SHARED(beta, 1),
@@ -11937,7 +12741,9 @@ static int32_t moe__fail_format(moe_error *err, const char *path, const char *wh
 
 static const char *moe__layout_reader(uint32_t id)
 {
-    return id == MOE__LAYOUT_CPU_ROWS ? "the CPU" : id == MOE__LAYOUT_TILES_16 ? "CUDA" : "another version";
+    return id == MOE__LAYOUT_CPU_ROWS || id == MOE__LAYOUT_CPU_CODES ? "the CPU"
+           : id == MOE__LAYOUT_TILES_16                              ? "CUDA"
+                                                                     : "another version";
 }
 
 // The fixed part and both sums. Leaves the reader behind the fixed part, with the header's own end.
@@ -12020,7 +12826,9 @@ static int32_t moe__load_flags(moe__file_reader *r, moe_weights *weights, moe_er
     weights->common_set = moe__get_u32(r);
     if (r->at != r->end) return moe__fail_format(err, r->path, "is damaged: its header has a wrong length");
     for (int32_t i = moe__layer_is_gated(&weights->layer) ? 0 : 1; i < 3 && weights->layout.shared.bytes != 0; i++)
-        weights->shared_set[i] = moe__shared_bits(&weights->layer);
+        for (int32_t value = 0; value < MOE__VALUES; value++)
+            if (moe__block_needs(&weights->layout.shared, value))
+                weights->shared_set[value][i] = moe__shared_bits(&weights->layer);
     for (int32_t i = 0; i < routing->bias_rows; i++) weights->bias_rows_set[i] = 1;
     for (int32_t i = 0; i < routing->special_experts; i++) weights->constant_set[i] = 1;
     if (moe__weights_missing(weights).count > 0)
@@ -12274,7 +13082,8 @@ static int32_t moe__ckpt_seal(moe_weights *weights, const moe_checkpoint *ckpt, 
     for (int32_t i = 0; i < ckpt->num_tensors; i++) { // a sibling shows how the name would have looked
         const moe_tensor_name *name = &ckpt->tensors[i].what;
         if (name->layer != layer || name->role == MOE_TENSOR_UNSET || name->expert < 0) continue;
-        if ((moe__role_bits(name->role) >> missing.role & 1u) == 0) continue;
+        if (name->part != MOE_PART_DATA || missing.value != MOE__VALUE_DATA) continue;
+        if ((moe__tensor_bits(name->role, name->part) >> missing.role & 1u) == 0) continue;
         moe__text_format(&text, "; that of expert %d is %q", name->expert, ckpt->tensors[i].name);
         break;
     }
@@ -12323,6 +13132,10 @@ MOE_API int32_t moe_weights_from_checkpoint(moe_context *ctx, const moe_checkpoi
 //   dot product  fp32, 16 lanes: lane l adds x[k] w[k] for k = l, l + 16, l + 32, ... in this order by fused
 //                multiply-add, from +0; then lane i += lane i + 8 (i < 8), += lane i + 4, + 2, + 1. Weights and x widen
 //                exactly. Rows are padded with zeros to 32 elements, which changes no lane (but -0 becomes +0).
+//                Codes become fp32 first: code * (scale * global scale), each product rounded, a K block of the few
+//                weight rows that are used next at a time, so that memory carries codes alone.
+//   rounding     of x (times weight, rounded, with the weight on the input) and of the intermediate to the codes that
+//                the format has for activations, and back to fp32: moe__round_row().
 //   GEMM 1       dot (of x, or of x * weight rounded, with the weight on the input), + bias, then
 //                moe__activate(), one rounding to the intermediate's type.
 //   GEMM 2       dot, + bias (tp_rank 0 alone). Row norm: u = v * (1 + w), each product rounded; s = the dot product of
@@ -12345,6 +13158,8 @@ enum {
     MOE__TASK_ROWS = 32,
     MOE__TASK_COLS = 96,  // 96 weight rows of a K block: 96 KB in 16 bits, in L2 for the next 4 x rows
     MOE__SUMS = MOE__TASK_ROWS * MOE__TASK_COLS * MOE__LANES,
+    MOE__WIDENED = MOE__TASK_COLS * MOE__K_BLOCK, // codes as fp32: of all weight rows of a task
+    MOE__SCALED = 16,        // codes that share a scale at least
     MOE__COLUMN_BLOCK = 512, // of finalize
     MOE__ROWS_PER_TASK = 16
 };
@@ -12412,20 +13227,48 @@ static float moe__activate(const moe_activation_desc *act, float g, float u)
 
 // ---- kernels ----
 
+struct moe__nibbles;
+
 // w and x rows are aligned to 64 bytes or more and padded with zeros; n is a multiple of 32.
 typedef struct moe__kernels {
     // sums [4 rows][3 columns][16 lanes] += (first: =) products of 4 x rows and 3 weight rows over n elements; by
     // dtype. The lines `ahead` bytes behind the weights are asked for meanwhile.
     void (*tile[3])(const float *const *x, const void *const *w, int32_t n, int32_t first, size_t ahead, float *sums);
-    // sums [4][16] = products of one x row and 4 weight rows.
-    void (*strip[3])(const float *x, const void *const *w, int32_t n, size_t ahead, float *sums);
+    // sums [4][16] += (first: =) products of one x row and 4 weight rows.
+    void (*strip[3])(const float *x, const void *const *w, int32_t n, int32_t first, size_t ahead, float *sums);
     // out [count] = the lanes of each of `count` sums, added up; count is a multiple of 4.
     void (*reduce)(const float *sums, int32_t count, float *out);
     void (*add_scaled)(float scale, const float *x, float *acc, int32_t n); // acc = fma(scale, x, acc)
     void (*sigmoid)(float *x, int32_t n);                                   // n is a multiple of 16
     // As tile, for 8 x rows; NULL where registers are too few.
     void (*wide[3])(const float *const *x, const void *const *w, int32_t n, int32_t first, size_t ahead, float *sums);
+    // out [n] = e4m3 codes times scales [n / 16]. n is a multiple of 16; bytes `ahead` are asked for meanwhile.
+    void (*codes_8)(const unsigned char *in, const float *scales, int32_t n, size_t ahead, float *out);
+    // The same of 4-bit codes with these values; n is a multiple of 32.
+    void (*codes_4)(const unsigned char *in, const struct moe__nibbles *values, const float *scales, int32_t n,
+                    size_t ahead, float *out);
 } moe__kernels;
+
+// Values of the codes 0..15: fp32, and the two upper bytes of that; the others are 0.
+typedef struct moe__nibbles {
+    float value[16];
+    unsigned char low[16], high[16];
+} moe__nibbles;
+
+static const moe__nibbles *moe__nibbles_of(int32_t dtype)
+{
+    static const moe__nibbles e2m1 = {
+        { 0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f },
+        { 0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0, 0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0 },
+        { 0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0 }
+    };
+    static const moe__nibbles int4 = {
+        { 0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1 },
+        { 0, 0x80, 0, 0x40, 0x80, 0xa0, 0xc0, 0xe0, 0, 0xe0, 0xc0, 0xa0, 0x80, 0x40, 0, 0x80 },
+        { 0, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf }
+    };
+    return dtype == MOE_DTYPE_E2M1 ? &e2m1 : &int4;
+}
 
 static float moe__same_f32(float value) { return value; }
 
@@ -12444,10 +13287,11 @@ static float moe__same_f32(float value) { return value; }
             for (int32_t c = 0; c < MOE__CELL_COLS; c++) \
                 moe__scalar_row_##suffix(x[r], (const type *)w[c], n, sums + (r * MOE__CELL_COLS + c) * MOE__LANES); \
     } \
-    static void moe__scalar_strip_##suffix(const float *x, const void *const *w, int32_t n, size_t ahead, float *sums) \
+    static void moe__scalar_strip_##suffix(const float *x, const void *const *w, int32_t n, int32_t first, \
+                                           size_t ahead, float *sums) \
     { \
         (void)ahead; \
-        memset(sums, 0, MOE__STRIP_COLS * MOE__LANES * sizeof sums[0]); \
+        if (first) memset(sums, 0, MOE__STRIP_COLS * MOE__LANES * sizeof sums[0]); \
         for (int32_t c = 0; c < MOE__STRIP_COLS; c++) \
             moe__scalar_row_##suffix(x, (const type *)w[c], n, sums + c * MOE__LANES); \
     }
@@ -12473,6 +13317,26 @@ static void moe__scalar_add_scaled(float scale, const float *x, float *acc, int3
 static void moe__scalar_sigmoid(float *x, int32_t n)
 {
     for (int32_t i = 0; i < n; i++) x[i] = moe__sigmoidf(x[i]);
+}
+
+// The bits of e4m3 under f16's exponent are 2^-8 of the value, subnormal ones too: the scale takes it back, exactly.
+static void moe__scalar_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead, float *out)
+{
+    (void)ahead;
+    for (int32_t k = 0; k < n; k++) {
+        uint16_t half = (uint16_t)((in[k] & 0x80u) << 8 | (in[k] & 0x7fu) << 7);
+        out[k] = moe__f16_to_f32(half) * (scales[k / MOE__SCALED] * 256.0f);
+    }
+}
+
+static void moe__scalar_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales, int32_t n,
+                                size_t ahead, float *out)
+{
+    (void)ahead;
+    for (int32_t k = 0; k < n; k += 2) {
+        out[k] = values->value[in[k / 2] & 15] * scales[k / MOE__SCALED];
+        out[k + 1] = values->value[in[k / 2] >> 4] * scales[k / MOE__SCALED];
+    }
 }
 
 #if defined(MOE__X86) || defined(MOE__NEON)
@@ -12525,12 +13389,15 @@ static void moe__scalar_sigmoid(float *x, int32_t n)
 
 // Few sums and long runs: memory is the clock here.
 #define MOE__VECTOR_STRIP(name, target, vec, lanes, type, load, widen, set1, fma, store) \
-    target static void name(const float *x, const void *const *w, int32_t n, size_t ahead, float *sums) \
+    target static void name(const float *x, const void *const *w, int32_t n, int32_t first, size_t ahead, \
+                            float *sums) \
     { \
         const type *p0 = (const type *)w[0], *p1 = (const type *)w[1]; \
         const type *p2 = (const type *)w[2], *p3 = (const type *)w[3]; \
         vec a[4][MOE__LANES / lanes]; \
-        for (int32_t i = 0; i < MOE__LANES / lanes; i++) a[0][i] = a[1][i] = a[2][i] = a[3][i] = set1(0); \
+        for (int32_t i = 0; i < MOE__LANES / lanes; i++) \
+            for (int32_t c = 0; c < MOE__STRIP_COLS; c++) \
+                a[c][i] = first ? set1(0) : load(sums + MOE__LANES * c + lanes * i); \
         for (int32_t k = 0; k < n; k += MOE__LANES) { \
             __builtin_prefetch((const char *)(p0 + k) + ahead); \
             __builtin_prefetch((const char *)(p1 + k) + ahead); \
@@ -12631,6 +13498,68 @@ MOE__AVX512_WIDE(moe__avx512_wide_f32, float, _mm512_loadu_ps)
 MOE__AVX512_WIDE(moe__avx512_wide_bf16, uint16_t, moe__avx512_bf16)
 MOE__AVX512_WIDE(moe__avx512_wide_f16, uint16_t, moe__avx512_f16)
 
+// 16 codes as the halves of moe__scalar_codes_8(): the byte's sign lands on bit 15 and, to be cleared, on bit 14.
+MOE__AVX512 static void moe__avx512_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead,
+                                            float *out)
+{
+    for (int32_t k = 0; k < n; k += 16) {
+        __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(in + k)));
+        if (k % 64 == 0) __builtin_prefetch(in + k + ahead);
+        v = _mm256_and_si256(_mm256_slli_epi16(v, 7), _mm256_set1_epi16((short)0xbfff));
+        _mm512_storeu_ps(out + k, _mm512_mul_ps(_mm512_maskz_cvtph_ps(0xffff, v),
+                                                _mm512_set1_ps(scales[k / MOE__SCALED] * 256.0f)));
+    }
+}
+MOE__AVX2 static void moe__avx2_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead,
+                                        float *out)
+{
+    for (int32_t k = 0; k < n; k += 8) {
+        __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)(in + k)));
+        if (k % 64 == 0) __builtin_prefetch(in + k + ahead);
+        v = _mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbfff));
+        _mm256_storeu_ps(out + k, _mm256_mul_ps(_mm256_cvtph_ps(v), _mm256_set1_ps(scales[k / MOE__SCALED] * 256.0f)));
+    }
+}
+
+// The lower four bits of an index choose among 16 floats.
+MOE__AVX512 static void moe__avx512_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales,
+                                            int32_t n, size_t ahead, float *out)
+{
+    const __m512 table = _mm512_loadu_ps(values->value);
+    for (int32_t k = 0; k < n; k += 32) {
+        __m128i low = _mm_loadu_si128((const __m128i *)(const void *)(in + k / 2)), high = _mm_srli_epi16(low, 4);
+        __m512i a = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(low, high));
+        __m512i b = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpackhi_epi8(low, high));
+        if (k % 128 == 0) __builtin_prefetch(in + k / 2 + ahead);
+        _mm512_storeu_ps(out + k, _mm512_mul_ps(_mm512_maskz_permutexvar_ps(0xffff, a, table),
+                                                _mm512_set1_ps(scales[k / MOE__SCALED])));
+        _mm512_storeu_ps(out + k + 16, _mm512_mul_ps(_mm512_maskz_permutexvar_ps(0xffff, b, table),
+                                                     _mm512_set1_ps(scales[k / MOE__SCALED + 1])));
+    }
+}
+
+// 8 floats from the bytes of their upper halves.
+MOE__AVX2 static inline __m256 moe__avx2_upper(__m128i halves)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+MOE__AVX2 static void moe__avx2_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales,
+                                        int32_t n, size_t ahead, float *out)
+{
+    const __m128i low = _mm_loadu_si128((const __m128i *)(const void *)values->low), mask = _mm_set1_epi8(15);
+    const __m128i high = _mm_loadu_si128((const __m128i *)(const void *)values->high);
+    for (int32_t k = 0; k < n; k += 16) {
+        __m128i v = _mm_loadl_epi64((const __m128i *)(const void *)(in + k / 2)), a, b;
+        __m256 scale = _mm256_set1_ps(scales[k / MOE__SCALED]);
+        if (k % 128 == 0) __builtin_prefetch(in + k / 2 + ahead);
+        v = _mm_and_si128(_mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4)), mask);
+        a = _mm_shuffle_epi8(low, v);
+        b = _mm_shuffle_epi8(high, v);
+        _mm256_storeu_ps(out + k, _mm256_mul_ps(moe__avx2_upper(_mm_unpacklo_epi8(a, b)), scale));
+        _mm256_storeu_ps(out + k + 8, _mm256_mul_ps(moe__avx2_upper(_mm_unpackhi_epi8(a, b)), scale));
+    }
+}
+
 // Four sums at a time, so that the last steps have full registers; AVX-512 machines use it too.
 MOE__AVX2 static void moe__avx2_reduce(const float *sums, int32_t count, float *out)
 {
@@ -12656,6 +13585,37 @@ static inline float32x4_t moe__neon_bf16(const uint16_t *p)
 }
 static inline float32x4_t moe__neon_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline float32x4_t moe__neon_fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+static void moe__neon_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead, float *out)
+{
+    for (int32_t k = 0; k < n; k += 8) {
+        uint16x8_t v = vreinterpretq_u16_s16(vshlq_n_s16(vmovl_s8(vld1_s8((const int8_t *)(in + k))), 7));
+        float32x4_t scale = vdupq_n_f32(scales[k / MOE__SCALED] * 256.0f);
+        if (k % 64 == 0) __builtin_prefetch(in + k + ahead);
+        v = vandq_u16(v, vdupq_n_u16(0xbfff));
+        vst1q_f32(out + k, vmulq_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(v))), scale));
+        vst1q_f32(out + k + 4, vmulq_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(v))), scale));
+    }
+}
+static inline void moe__neon_upper(uint8x16_t halves, float32x4_t scale, float *out)
+{
+    uint16x8_t v = vreinterpretq_u16_u8(halves);
+    vst1q_f32(out, vmulq_f32(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(v), 16)), scale));
+    vst1q_f32(out + 4, vmulq_f32(vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(v), 16)), scale));
+}
+static void moe__neon_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales, int32_t n,
+                              size_t ahead, float *out)
+{
+    const uint8x16_t low = vld1q_u8(values->low), high = vld1q_u8(values->high);
+    for (int32_t k = 0; k < n; k += 16) {
+        uint8x8_t v = vld1_u8(in + k / 2), a = vand_u8(v, vdup_n_u8(15)), b = vshr_n_u8(v, 4);
+        uint8x16_t index = vcombine_u8(vzip1_u8(a, b), vzip2_u8(a, b));
+        uint8x16_t lows = vqtbl1q_u8(low, index), highs = vqtbl1q_u8(high, index);
+        float32x4_t scale = vdupq_n_f32(scales[k / MOE__SCALED]);
+        if (k % 128 == 0) __builtin_prefetch(in + k / 2 + ahead);
+        moe__neon_upper(vzip1q_u8(lows, highs), scale, out + k);
+        moe__neon_upper(vzip2q_u8(lows, highs), scale, out + k + 8);
+    }
+}
 MOE__VECTOR_KERNELS(moe__neon, , float32x4_t, moe__i32x4, 4, vld1q_f32, moe__neon_bf16, moe__neon_f16, vdupq_n_f32,
                     moe__neon_fma, vmaxq_f32, vst1q_f32)
 #endif
@@ -12664,7 +13624,7 @@ static const moe__kernels *moe__kernels_of(int32_t isa)
 {
 #define MOE__KERNEL_TABLE(isa, reduce, wide_f32, wide_bf16, wide_f16) \
     { { isa##_tile_f32, isa##_tile_bf16, isa##_tile_f16 }, { isa##_strip_f32, isa##_strip_bf16, isa##_strip_f16 }, \
-      reduce, isa##_add_scaled, isa##_sigmoid, { wide_f32, wide_bf16, wide_f16 } }
+      reduce, isa##_add_scaled, isa##_sigmoid, { wide_f32, wide_bf16, wide_f16 }, isa##_codes_8, isa##_codes_4 }
     static const moe__kernels scalar = MOE__KERNEL_TABLE(moe__scalar, moe__scalar_reduce, NULL, NULL, NULL);
 #if defined(MOE__X86)
     static const moe__kernels avx2 = MOE__KERNEL_TABLE(moe__avx2, moe__avx2_reduce, NULL, NULL, NULL);
@@ -12730,23 +13690,26 @@ typedef struct moe__cpu {
     const moe__kernels *kernels;
     const moe_layer_desc *layer;
     const moe_weights *weights;
-    int32_t mid_dtype;          // the intermediate is rounded to it
+    moe__scheme mid_scheme, mid_shared_scheme; // the intermediate is rounded to them
     int32_t blocks, shared_rows; // groups without the shared ones; 0: no shared experts in this call
     const int32_t *expert_of_block; // global id
     const int32_t *offsets;     // [blocks + 1] rows of a group
+    int32_t tokens;             // T: rows of x
     const int32_t *slot_of_row; // [rows] NULL: row r is x row r
     int32_t slots;              // per token
     const float *x;             // [T][ld1] fp32, padded with zeros
     const float *slot_weights;  // [T][slots]
-    float *x_rows;              // [rows][ld1] x times weight, with the weight on the input; else NULL
+    float *x_round;             // [T][ld1] x as its codes give it back, without a scale of each expert's own; or NULL
+    float *x_rows;              // [rows][ld1] the same, or x times weight, of each row; NULL: there is no need
     float *mid, *mid_shared;    // [rows][ld2]
     float *rows, *rows_shared;  // [rows][slice_ld]: columns [slice, slice + slice_cols) of GEMM 2
     int32_t slice, slice_cols, slice_ld;
     int32_t *task_begin;        // [blocks + 2] first task of a group
-    float *scratch;             // MOE__SCRATCH floats per worker
+    float *scratch;             // of each worker
+    size_t scratch_floats;
 } moe__cpu;
 
-enum { MOE__SCRATCH = MOE__SUMS + 3 * MOE__TASK_ROWS * MOE__TASK_COLS };
+enum { MOE__SCRATCH = MOE__SUMS + 3 * MOE__TASK_ROWS * MOE__TASK_COLS }; // MOE__WIDENED more for codes
 
 typedef struct moe__cpu_task {
     moe__block block;
@@ -12806,44 +13769,137 @@ static void moe__cpu_task_at(const moe__cpu *cpu, int32_t index, int32_t all_col
     task->cols = moe__min32(MOE__TASK_COLS, all_cols - task->col);
 }
 
-// dots [rows][96] of up to 32 x rows and 96 weight rows. x has room for MOE__WIDE_ROWS - 1 more pointers.
-static void moe__cpu_dots(const moe__kernels *kernels, int32_t dtype, const float **x, int32_t rows,
-                          const unsigned char *w, size_t row_bytes, int32_t cols, int32_t n, float *sums, float *dots)
+// Weight rows of a task: rows [first, first + cols) of W1 or W2.
+typedef struct moe__cpu_matrix {
+    const unsigned char *w;
+    size_t row_bytes;
+    int32_t dtype, cols;
+    int32_t n;                // elements of a row
+    const moe__block *block;  // of codes, as all below
+    int32_t down, gated, first;
+} moe__cpu_matrix;
+
+static moe__cpu_matrix moe__cpu_matrix_of(const moe__cpu *cpu, const moe__block *block, int32_t down, int32_t first,
+                                          int32_t cols)
 {
-    size_t element = dtype == MOE_DTYPE_F32 ? 4 : 2;
-    int32_t tiles = (cols + MOE__CELL_COLS - 1) / MOE__CELL_COLS, step = rows <= MOE__CELL_ROWS ? 1 : tiles;
-    int32_t wide = rows > MOE__CELL_ROWS && kernels->wide[0] != NULL, cell = wide ? MOE__WIDE_ROWS : MOE__CELL_ROWS;
+    moe__cpu_matrix m;
+    m.block = block;
+    m.down = down;
+    m.gated = moe__layer_is_gated(cpu->layer);
+    m.first = first;
+    m.cols = cols;
+    m.n = down ? block->shape->ld2 : block->shape->ld1;
+    m.dtype = block->shape->weight.dtype;
+    m.row_bytes = (size_t)moe__row_bytes(m.dtype, m.n);
+    m.w = (down ? block->w2 : block->w1) + (size_t)first * m.row_bytes;
+    return m;
+}
+
+// What the codes [k, k + n) of a row are multiplied by, 16 at a time. A row's scales have others behind them, so that
+// reading whole vectors is safe.
+static void moe__cpu_scales(const moe__kernels *kernels, const moe__cpu_matrix *m, int32_t row, int32_t k, int32_t n,
+                            float *out)
+{
+    const moe__block_shape *shape = m->block->shape;
+    const moe__scheme *w = &shape->weight;
+    int32_t half = m->down ? MOE__FACTOR_DOWN : m->gated && row % 2 == 0 ? MOE__FACTOR_GATE : MOE__FACTOR_UP;
+    int64_t at = m->down ? moe__scale_row2(shape, row) * shape->scale_ld2
+                         : moe__scale_row1(shape, m->gated, row) * shape->scale_ld1;
+    const unsigned char *scales = m->down ? m->block->scales2 : m->block->scales1;
+    int32_t phase = m->down && w->columns > 0 ? shape->first_feature % w->columns : 0, count = n / MOE__SCALED;
+    if (w->columns == MOE__SCALED) { // e4m3, times the global scale
+        float global[MOE__K_BLOCK / MOE__SCALED / MOE__SCALED];
+        for (int32_t i = 0; i < MOE__ARRAY_COUNT(global); i++) global[i] = m->block->factors[half];
+        kernels->codes_8(scales + at + k / MOE__SCALED, global, (count + 15) / 16 * 16, 0, out);
+        return;
+    }
+    for (int32_t i = 0; i < count;) {
+        int32_t index = w->columns > 0 ? (k + phase + i * MOE__SCALED) / w->columns : 0;
+        int32_t end = w->columns > 0 ? moe__min32(count, ((index + 1) * w->columns - k - phase) / MOE__SCALED) : count;
+        float scale = w->scale_dtype == MOE_DTYPE_UE8M0 ? moe__ue8m0_to_f32(scales[at + index])
+                                                        : moe__load(scales, w->scale_dtype, at + index);
+        while (i < end) out[i++] = scale;
+    }
+}
+
+// Codes [k, k + n) of `count` weight rows from `first` of the task on, as fp32 in rows of MOE__K_BLOCK; the last one
+// again where there are no more.
+static void moe__cpu_widen(const moe__kernels *kernels, const moe__cpu_matrix *m, int32_t first, int32_t count,
+                           int32_t k, int32_t n, size_t ahead, float *out)
+{
+    for (int32_t c = first; c < first + count; c++, out += MOE__K_BLOCK) {
+        int32_t row = moe__min32(c, m->cols - 1);
+        const unsigned char *codes = m->w + (size_t)row * m->row_bytes;
+        float scales[MOE__K_BLOCK / MOE__SCALED];
+        moe__cpu_scales(kernels, m, m->first + row, k, n, scales);
+        if (m->dtype == MOE_DTYPE_E4M3) kernels->codes_8(codes + k, scales, n, ahead, out);
+        else kernels->codes_4(codes + k / 2, moe__nibbles_of(m->dtype), scales, n, ahead, out);
+    }
+}
+
+// dots of one x row: every weight row is met once.
+static void moe__cpu_dots_1(const moe__kernels *kernels, const moe__cpu_matrix *m, const float *x, float *sums,
+                            float *wide, float *dots)
+{
+    int32_t coded = !moe__is_float_dtype(m->dtype);
     const void *weight[MOE__STRIP_COLS];
-    float values[MOE__WIDE_ROWS * MOE__CELL_COLS];
-    if (rows == 1) {
-        for (int32_t c = 0; c < cols; c += MOE__STRIP_COLS) {
-            for (int32_t i = 0; i < MOE__STRIP_COLS; i++)
-                weight[i] = w + (size_t)moe__min32(c + i, cols - 1) * row_bytes;
-            kernels->strip[dtype - MOE_DTYPE_F32](x[0], weight, n, MOE__STRIP_COLS * row_bytes, sums);
-            kernels->reduce(sums, MOE__STRIP_COLS, dots + c); // dots has room for whole strips
+    for (int32_t c = 0; c < m->cols; c += MOE__STRIP_COLS) {
+        size_t ahead = MOE__STRIP_COLS * m->row_bytes;
+        for (int32_t i = 0; i < MOE__STRIP_COLS; i++)
+            weight[i] = coded ? (const void *)(wide + i * MOE__K_BLOCK)
+                              : m->w + (size_t)moe__min32(c + i, m->cols - 1) * m->row_bytes;
+        for (int32_t k = 0; k < m->n && coded; k += MOE__K_BLOCK) {
+            int32_t n = moe__min32(MOE__K_BLOCK, m->n - k);
+            moe__cpu_widen(kernels, m, c, MOE__STRIP_COLS, k, n, ahead, wide);
+            kernels->strip[0](x + k, weight, n, k == 0, 0, sums);
         }
+        if (!coded) kernels->strip[m->dtype - MOE_DTYPE_F32](x, weight, m->n, 1, ahead, sums);
+        kernels->reduce(sums, MOE__STRIP_COLS, dots + c); // dots has room for whole strips
+    }
+}
+
+// dots [rows][96] of up to 32 x rows and 96 weight rows. x has room for MOE__WIDE_ROWS - 1 more pointers.
+static void moe__cpu_dots(const moe__kernels *kernels, const moe__cpu_matrix *m, const float **x, int32_t rows,
+                          float *sums, float *dots)
+{
+    int32_t coded = !moe__is_float_dtype(m->dtype), kernel = coded ? 0 : m->dtype - (int32_t)MOE_DTYPE_F32;
+    int32_t cols = m->cols;
+    size_t element = m->dtype == MOE_DTYPE_F32 ? 4 : 2, row_bytes = m->row_bytes;
+    int32_t tiles = (cols + MOE__CELL_COLS - 1) / MOE__CELL_COLS, step = rows <= MOE__CELL_ROWS ? 1 : tiles;
+    int32_t several = rows > MOE__CELL_ROWS && kernels->wide[0] != NULL;
+    int32_t cell = several ? MOE__WIDE_ROWS : MOE__CELL_ROWS;
+    const void *weight[MOE__STRIP_COLS];
+    float values[MOE__WIDE_ROWS * MOE__CELL_COLS], *wide = dots + 3 * MOE__TASK_ROWS * MOE__TASK_COLS;
+    if (rows == 1) {
+        moe__cpu_dots_1(kernels, m, x[0], sums, wide, dots);
         return;
     }
     for (int32_t r = rows; r % cell != 0; r++) x[r] = x[rows - 1]; // computed, not used
-    for (int32_t t0 = 0; t0 < tiles; t0 += step) {
-        for (int32_t k = 0; k < n; k += MOE__K_BLOCK)
+    for (int32_t t0 = 0; t0 < tiles; t0 += step)
+        for (int32_t k = 0; k < m->n; k += MOE__K_BLOCK) {
+            int32_t n = moe__min32(MOE__K_BLOCK, m->n - k);
+            if (coded)
+                moe__cpu_widen(kernels, m, t0 * MOE__CELL_COLS, step * MOE__CELL_COLS, k, n,
+                               MOE__CELL_COLS * row_bytes, wide);
             for (int32_t r = 0; r < rows; r += cell) {
                 const float *xk[MOE__WIDE_ROWS];
                 // Next from memory: the same K block of the next weight rows, as long as no x row has seen them, else
                 // the next K block of these.
                 size_t ahead = k == 0 || rows <= MOE__CELL_ROWS ? MOE__CELL_COLS * row_bytes : MOE__K_BLOCK * element;
                 if (r > 0) ahead = MOE__K_BLOCK * element;
+                if (coded) ahead = 0;
                 for (int32_t i = 0; i < cell; i++) xk[i] = x[r + i] + k;
                 for (int32_t t = t0; t < t0 + step; t++) {
                     for (int32_t i = 0; i < MOE__CELL_COLS; i++)
-                        weight[i] =
-                            w + (size_t)moe__min32(t * MOE__CELL_COLS + i, cols - 1) * row_bytes + (size_t)k * element;
-                    (wide ? kernels->wide : kernels->tile)[dtype - MOE_DTYPE_F32](
-                        xk, weight, moe__min32(MOE__K_BLOCK, n - k), k == 0, ahead,
+                        weight[i] = coded ? (const void *)(wide + ((t - t0) * MOE__CELL_COLS + i) * MOE__K_BLOCK)
+                                          : m->w + (size_t)moe__min32(t * MOE__CELL_COLS + i, cols - 1) * row_bytes +
+                                                (size_t)k * element;
+                    (several ? kernels->wide : kernels->tile)[kernel](
+                        xk, weight, n, k == 0, ahead,
                         sums + (r / cell * tiles + t) * cell * MOE__CELL_COLS * MOE__LANES);
                 }
             }
-    }
+        }
     for (int32_t r = 0; r < rows; r += cell)
         for (int32_t t = 0; t < tiles; t++) {
             kernels->reduce(sums + (r / cell * tiles + t) * cell * MOE__CELL_COLS * MOE__LANES,
@@ -12884,14 +13940,21 @@ static moe_activation_desc moe__cpu_activation(const moe__cpu *cpu, const moe__c
     return act;
 }
 
+// What GEMM 1 rounds to: codes need whole rows, and come behind it.
+static int32_t moe__mid_dtype(const moe__scheme *s)
+{
+    return moe__scheme_is_float(s) ? s->dtype : (int32_t)MOE_DTYPE_F32;
+}
+
 static void moe__cpu_gemm1(void *arg, int32_t index, int32_t worker)
 {
     const moe__cpu *cpu = (const moe__cpu *)arg;
     const float *x[MOE__TASK_ROWS + MOE__WIDE_ROWS];
-    float *sums = cpu->scratch + (size_t)worker * MOE__SCRATCH, *dots = sums + MOE__SUMS;
+    float *sums = cpu->scratch + (size_t)worker * cpu->scratch_floats, *dots = sums + MOE__SUMS;
     float gate[MOE__TASK_COLS], up[MOE__TASK_COLS], s[MOE__TASK_COLS];
-    int32_t gated = moe__layer_is_gated(cpu->layer), dtype = cpu->weights->layout.dtype, first, features;
+    int32_t gated = moe__layer_is_gated(cpu->layer), first, features, mid_dtype;
     const moe__block_shape *shape;
+    moe__cpu_matrix matrix;
     moe_activation_desc act;
     moe__cpu_task task;
     moe__cpu_task_at(cpu, index, -1, &task);
@@ -12900,15 +13963,14 @@ static void moe__cpu_gemm1(void *arg, int32_t index, int32_t worker)
     act = moe__cpu_activation(cpu, &task);
     for (int32_t r = 0; r < task.rows; r++) {
         int32_t row = task.first + r;
-        if (task.is_shared || cpu->slot_of_row == NULL) x[r] = cpu->x + (size_t)row * (size_t)shape->ld1;
+        const float *tokens = moe__scheme_is_float(&shape->input) ? cpu->x : cpu->x_round;
+        if (task.is_shared || cpu->slot_of_row == NULL) x[r] = tokens + (size_t)row * (size_t)shape->ld1;
         else if (cpu->x_rows != NULL) x[r] = cpu->x_rows + (size_t)row * (size_t)shape->ld1;
-        else x[r] = cpu->x + (size_t)(cpu->slot_of_row[row] / cpu->slots) * (size_t)shape->ld1;
+        else x[r] = tokens + (size_t)(cpu->slot_of_row[row] / cpu->slots) * (size_t)shape->ld1;
     }
-    {
-        size_t row_bytes = (size_t)shape->ld1 * (dtype == MOE_DTYPE_F32 ? 4 : 2);
-        moe__cpu_dots(cpu->kernels, dtype, x, task.rows, task.block.w1 + (size_t)task.col * row_bytes, row_bytes,
-                      task.cols, shape->ld1, sums, dots);
-    }
+    matrix = moe__cpu_matrix_of(cpu, &task.block, 0, task.col, task.cols);
+    moe__cpu_dots(cpu->kernels, &matrix, x, task.rows, sums, dots);
+    mid_dtype = moe__mid_dtype(task.is_shared ? &cpu->mid_shared_scheme : &cpu->mid_scheme);
     first = task.col >> gated;
     features = task.cols >> gated;
     for (int32_t r = 0; r < task.rows; r++) {
@@ -12921,7 +13983,7 @@ static void moe__cpu_gemm1(void *arg, int32_t index, int32_t worker)
             up[i] = dot[(i << gated) + gated];
         }
         moe__cpu_activate(cpu->kernels, &act, gate, up, s, features);
-        for (int32_t i = 0; i < features; i++) mid[first + i] = moe__round_to(gate[i], cpu->mid_dtype);
+        for (int32_t i = 0; i < features; i++) mid[first + i] = moe__round_to(gate[i], mid_dtype);
         for (int32_t i = first + features; first + features == shape->features && i < shape->ld2; i++) mid[i] = 0;
     }
 }
@@ -12930,8 +13992,8 @@ static void moe__cpu_gemm2(void *arg, int32_t index, int32_t worker)
 {
     const moe__cpu *cpu = (const moe__cpu *)arg;
     const float *x[MOE__TASK_ROWS + MOE__WIDE_ROWS];
-    float *sums = cpu->scratch + (size_t)worker * MOE__SCRATCH, *dots = sums + MOE__SUMS;
-    int32_t dtype = cpu->weights->layout.dtype, column;
+    float *sums = cpu->scratch + (size_t)worker * cpu->scratch_floats, *dots = sums + MOE__SUMS;
+    int32_t column;
     const moe__block_shape *shape;
     moe__cpu_task task;
     moe__cpu_task_at(cpu, index, cpu->slice_cols, &task);
@@ -12939,11 +14001,10 @@ static void moe__cpu_gemm2(void *arg, int32_t index, int32_t worker)
     shape = task.block.shape;
     column = cpu->slice + task.col;
     if (task.constant == NULL) {
-        size_t row_bytes = (size_t)shape->ld2 * (dtype == MOE_DTYPE_F32 ? 4 : 2);
+        moe__cpu_matrix matrix = moe__cpu_matrix_of(cpu, &task.block, 1, column, task.cols);
         const float *mid = task.is_shared ? cpu->mid_shared : cpu->mid;
         for (int32_t r = 0; r < task.rows; r++) x[r] = mid + (size_t)(task.first + r) * (size_t)shape->ld2;
-        moe__cpu_dots(cpu->kernels, dtype, x, task.rows, task.block.w2 + (size_t)column * row_bytes, row_bytes,
-                      task.cols, shape->ld2, sums, dots);
+        moe__cpu_dots(cpu->kernels, &matrix, x, task.rows, sums, dots);
     }
     for (int32_t r = 0; r < task.rows; r++) {
         float *row = (task.is_shared ? cpu->rows_shared : cpu->rows) +
@@ -12963,7 +14024,7 @@ static float moe__cpu_dot(const moe__kernels *kernels, const float *x, const flo
     float sums[MOE__STRIP_COLS * MOE__LANES], dots[MOE__STRIP_COLS];
     const void *weight[MOE__STRIP_COLS];
     for (int32_t i = 0; i < MOE__STRIP_COLS; i++) weight[i] = w;
-    kernels->strip[0](x, weight, n, 0, sums);
+    kernels->strip[0](x, weight, n, 1, 0, sums);
     kernels->reduce(sums, MOE__STRIP_COLS, dots);
     return dots[0];
 }
@@ -12980,6 +14041,13 @@ static void moe__cpu_row_norm(const moe__cpu *cpu, float *row)
     for (int32_t i = 0; i < hidden; i++) row[i] = row[i] * scale;
 }
 
+// The group of a row that is not before `group`.
+static int32_t moe__cpu_group_of(const moe__cpu *cpu, int32_t group, int32_t row)
+{
+    while (row >= cpu->offsets[group + 1]) group++;
+    return group;
+}
+
 // The row norm of every row of an expert with matrices.
 static void moe__cpu_norm_rows(void *arg, int32_t index, int32_t worker)
 {
@@ -12988,23 +14056,73 @@ static void moe__cpu_norm_rows(void *arg, int32_t index, int32_t worker)
     int32_t group = 0;
     (void)worker;
     for (int32_t row = begin; row < end; row++) {
-        while (row >= cpu->offsets[group + 1]) group++;
+        group = moe__cpu_group_of(cpu, group, row);
         if (moe__weights_expert_constant(cpu->weights, group) == NULL)
             moe__cpu_row_norm(cpu, cpu->rows + (size_t)row * (size_t)cpu->slice_ld);
     }
 }
 
-// x times weight for GEMM 1, where the weight is on the input.
-static void moe__cpu_weigh_rows(void *arg, int32_t index, int32_t worker)
+static float moe__cpu_factor(const moe__cpu *cpu, int32_t group, int32_t factor)
+{
+    moe__block block =
+        group < cpu->blocks ? moe__weights_expert(cpu->weights, group) : moe__weights_shared(cpu->weights);
+    if (group < cpu->blocks && moe__weights_is_pruned(cpu->weights, group)) return 0;
+    return block.factors == NULL ? 0 : block.factors[factor];
+}
+
+// x of every row for GEMM 1: times weight, where the weight is on the input, and rounded to the expert's codes.
+static void moe__cpu_make_rows(void *arg, int32_t index, int32_t worker)
 {
     const moe__cpu *cpu = (const moe__cpu *)arg;
+    const moe__block_shape *shape = &cpu->weights->layout.expert;
     int32_t begin = index * MOE__ROWS_PER_TASK, end = moe__min32(cpu->offsets[cpu->blocks], begin + MOE__ROWS_PER_TASK);
-    int64_t ld = cpu->weights->layout.expert.ld1;
+    int32_t on_input = cpu->layer->routing.weight_on == MOE_WEIGHT_ON_INPUT, group = 0;
+    int64_t ld = shape->ld1;
     (void)worker;
     for (int32_t row = begin; row < end; row++) {
         int32_t slot = cpu->slot_of_row[row];
         const float *x = cpu->x + slot / cpu->slots * ld;
-        for (int64_t i = 0; i < ld; i++) cpu->x_rows[row * ld + i] = x[i] * cpu->slot_weights[slot];
+        float *out = cpu->x_rows + row * ld;
+        for (int64_t i = 0; i < ld; i++) out[i] = on_input ? x[i] * cpu->slot_weights[slot] : x[i];
+        group = moe__cpu_group_of(cpu, group, row);
+        if (!moe__scheme_is_float(&shape->input))
+            moe__round_row(&shape->input, moe__cpu_factor(cpu, group, MOE__FACTOR_INPUT1), out,
+                           cpu->layer->hidden_size);
+    }
+}
+
+// x of every token, where all experts round it alike, or for the shared ones.
+static void moe__cpu_round_tokens(void *arg, int32_t index, int32_t worker)
+{
+    const moe__cpu *cpu = (const moe__cpu *)arg;
+    const moe__block_shape *shape = &cpu->weights->layout.expert;
+    int32_t begin = index * MOE__ROWS_PER_TASK, end = moe__min32(cpu->tokens, begin + MOE__ROWS_PER_TASK);
+    float given = cpu->shared_rows > 0 ? moe__cpu_factor(cpu, cpu->blocks, MOE__FACTOR_INPUT1) : 0;
+    int64_t ld = shape->ld1;
+    (void)worker;
+    for (int32_t t = begin; t < end; t++) {
+        memcpy(cpu->x_round + t * ld, cpu->x + t * ld, (size_t)ld * sizeof(float));
+        moe__round_row(&shape->input, given, cpu->x_round + t * ld, cpu->layer->hidden_size);
+    }
+}
+
+// The intermediate's rows behind GEMM 1, those of the shared experts last.
+static void moe__cpu_round_mid(void *arg, int32_t index, int32_t worker)
+{
+    const moe__cpu *cpu = (const moe__cpu *)arg;
+    const moe__layout *layout = &cpu->weights->layout;
+    int32_t rows = cpu->offsets[cpu->blocks], begin = index * MOE__ROWS_PER_TASK, group = 0;
+    int32_t end = moe__min32(rows + cpu->shared_rows, begin + MOE__ROWS_PER_TASK);
+    (void)worker;
+    for (int32_t row = begin; row < end; row++) {
+        int32_t shared = row >= rows;
+        const moe__scheme *s = shared ? &cpu->mid_shared_scheme : &cpu->mid_scheme;
+        float *mid = shared ? cpu->mid_shared + (int64_t)(row - rows) * layout->shared.ld2
+                            : cpu->mid + (int64_t)row * layout->expert.ld2;
+        group = shared ? cpu->blocks : moe__cpu_group_of(cpu, group, row);
+        if (moe__scheme_is_float(s) || (!shared && moe__weights_is_pruned(cpu->weights, group))) continue;
+        moe__round_row(s, moe__cpu_factor(cpu, group, MOE__FACTOR_INPUT2), mid,
+                       shared ? layout->shared.features : layout->expert.features);
     }
 }
 
@@ -14519,7 +15637,7 @@ static moe__tile_problem moe__tile_problem_of(const moe_layer_desc *layer, const
     moe__tile_problem p;
     int32_t first;
     memset(&p, 0, sizeof p);
-    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_group(layer), &first, &p.features);
+    moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_grain(layer), &first, &p.features);
     p.format = layer->format;
     p.block = layer->format_block;
     p.dtype = moe__format_dtype(layer->format);
@@ -14889,8 +16007,8 @@ enum {
 
 // Offsets in the caller's workspace.
 typedef struct moe__workspace {
-    uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_rows, mid, mid_shared, rows,
-        scratch;
+    uint64_t faults, ids, weights, row_of_slot, slot_of_row, offsets, task_begin, x, x_round, x_rows, mid, mid_shared,
+        rows, scratch;
     uint64_t routing, routing_bytes; // per worker
     uint64_t slot_ranks, chunk_counts, chunk_faults, counts, tile_expert, tile_limit, num_tiles, rows_shared; // CUDA
     uint64_t gate;
@@ -14940,9 +16058,11 @@ static int32_t moe__plan_dtype(int32_t *dtype, int32_t otherwise, const char *me
                      moe_dtype_string(otherwise));
 }
 
-static int32_t moe__plan_desc_resolve(moe_plan_desc *desc, int32_t format_dtype, int32_t slots, moe_error *err)
+static int32_t moe__plan_desc_resolve(moe_plan_desc *desc, const moe_layer_desc *layer, int32_t slots, moe_error *err)
 {
+    int32_t format_dtype = moe__format_dtype(layer->format), mid = moe__activation_scheme(layer->format, 0).dtype;
     int32_t result;
+    if (format_dtype == MOE_DTYPE_UNSET) format_dtype = MOE_DTYPE_BF16;
     if ((desc->flags & ~(uint32_t)MOE_PLAN_BATCH_INVARIANT) != 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.flags", "is %u: it must be moe_plan_flags", desc->flags);
     if (desc->max_tokens == 0) desc->max_tokens = 8192;
@@ -14959,7 +16079,11 @@ static int32_t moe__plan_desc_resolve(moe_plan_desc *desc, int32_t format_dtype,
         (result = moe__plan_dtype(&desc->weights_dtype, MOE_DTYPE_F32, "desc.weights_dtype", err)) != MOE_OK ||
         (result = moe__plan_dtype(&desc->out_dtype, desc->x_dtype, "desc.out_dtype", err)) != MOE_OK)
         return result;
-    return moe__plan_dtype(&desc->intermediate_dtype, format_dtype, "desc.intermediate_dtype", err);
+    if (desc->intermediate_dtype == mid || desc->intermediate_dtype == 0) {
+        desc->intermediate_dtype = mid;
+        return MOE_OK;
+    }
+    return moe__plan_dtype(&desc->intermediate_dtype, mid, "desc.intermediate_dtype", err);
 }
 
 // Columns of GEMM 2 that are computed and finished before the next ones.
@@ -14983,6 +16107,28 @@ static int32_t moe__workspace_area(uint64_t *bytes, uint64_t *at, uint64_t rows,
     return 1;
 }
 
+// Floats of a worker.
+static size_t moe__plan_scratch(const moe_plan *plan)
+{
+    return MOE__SCRATCH + (moe__scheme_is_float(&plan->layout.expert.weight) ? 0 : (size_t)MOE__WIDENED);
+}
+
+// Whether rows of experts have an x of their own: where it is weighted, or rounded with a scale of the expert's.
+static int32_t moe__plan_has_x_rows(const moe_plan *plan)
+{
+    const moe__scheme *input = &plan->layout.expert.input;
+    return plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT ||
+           (!moe__scheme_is_float(input) && (input->rows == 0 || moe__scheme_has_global(input)));
+}
+
+// Whether tokens are rounded: for all experts at once, or for the shared ones.
+static int32_t moe__plan_has_x_round(const moe_plan *plan)
+{
+    const moe__layout *layout = &plan->layout;
+    return (!moe__scheme_is_float(&layout->expert.input) && !moe__plan_has_x_rows(plan)) ||
+           (layout->shared.bytes != 0 && !moe__scheme_is_float(&layout->shared.input));
+}
+
 static int32_t moe__workspace_make(moe_plan *plan, moe_error *err)
 {
     moe__workspace *ws = &plan->workspace;
@@ -15004,12 +16150,14 @@ static int32_t moe__workspace_make(moe_plan *plan, moe_error *err)
         !moe__workspace_area(end, &ws->offsets, (uint64_t)plan->blocks + 1, 4, 1) ||
         !moe__workspace_area(end, &ws->task_begin, (uint64_t)plan->blocks + 2, 4, 1) ||
         !moe__workspace_area(end, &ws->x, tokens, (uint64_t)plan->x_ld, 4) ||
-        !moe__workspace_area(end, &ws->x_rows, plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT ? slots : 0,
-                             (uint64_t)layout->expert.ld1, 4) ||
+        !moe__workspace_area(end, &ws->x_round, moe__plan_has_x_round(plan) ? tokens : 0, (uint64_t)layout->expert.ld1,
+                             4) ||
+        !moe__workspace_area(end, &ws->x_rows, moe__plan_has_x_rows(plan) ? slots : 0, (uint64_t)layout->expert.ld1,
+                             4) ||
         !moe__workspace_area(end, &ws->mid, slots, (uint64_t)layout->expert.ld2, 4) ||
         !moe__workspace_area(end, &ws->mid_shared, shared, (uint64_t)layout->shared.ld2, 4) ||
         !moe__workspace_area(end, &ws->rows, rows, 4, 1) ||
-        !moe__workspace_area(end, &ws->scratch, threads, MOE__SCRATCH, 4) ||
+        !moe__workspace_area(end, &ws->scratch, threads, moe__plan_scratch(plan), 4) ||
         !moe__workspace_area(end, &ws->routing, threads, ws->routing_bytes, 1))
         return moe__fail(err, MOE_ERROR_ARGUMENT, "desc.max_tokens",
                          "is %d: the workspace for this layer is more than this machine can address",
@@ -15133,7 +16281,7 @@ static int32_t moe__plan_resolve(moe_context *ctx, const moe_layer_desc *layer, 
     plan->ids_end = plan->layer.num_experts + plan->layer.routing.special_experts + plan->layer.routing.extra_slots;
     plan->blocks = plan->layout.blocks;
     plan->x_ld = moe__max32(plan->layout.expert.ld1, plan->layout.router_ld);
-    if ((result = moe__plan_desc_resolve(&plan->desc, plan->layout.dtype, plan->slots, err)) != MOE_OK) return result;
+    if ((result = moe__plan_desc_resolve(&plan->desc, &plan->layer, plan->slots, err)) != MOE_OK) return result;
 #if !defined(MOE_NO_CUDA)
     if (ctx->desc.backend == MOE_BACKEND_CUDA) {
         const moe__tile_chip chip = moe__cuda_tile_chip(ctx->cuda);
@@ -15975,7 +17123,11 @@ static void moe__run_cpu(const moe__run *run, moe__cpu *cpu)
     cpu->kernels = moe__kernels_of(plan->ctx->isa);
     cpu->layer = &plan->layer;
     cpu->weights = run->weights;
-    cpu->mid_dtype = plan->desc.intermediate_dtype;
+    cpu->tokens = run->tokens;
+    cpu->mid_scheme = moe__mid_scheme(&plan->layout.expert.input, plan->desc.intermediate_dtype);
+    cpu->mid_shared_scheme = moe__mid_scheme(&plan->layout.shared.input, plan->desc.intermediate_dtype);
+    if (plan->layout.shared.bytes != 0 && plan->layer.shared.format != plan->layer.format)
+        cpu->mid_shared_scheme = plan->layout.shared.input;
     cpu->blocks = plan->blocks;
     cpu->expert_of_block = plan->expert_of_block;
     cpu->offsets = run->offsets;
@@ -15983,13 +17135,14 @@ static void moe__run_cpu(const moe__run *run, moe__cpu *cpu)
     cpu->slot_of_row = run->slot_of_row;
     cpu->slot_weights = run->slot_weights;
     cpu->x = run->x;
-    if (plan->layer.routing.weight_on == MOE_WEIGHT_ON_INPUT)
-        cpu->x_rows = (float *)(void *)(run->memory + plan->workspace.x_rows);
+    if (moe__plan_has_x_round(plan)) cpu->x_round = (float *)(void *)(run->memory + plan->workspace.x_round);
+    if (moe__plan_has_x_rows(plan)) cpu->x_rows = (float *)(void *)(run->memory + plan->workspace.x_rows);
     cpu->mid = (float *)(void *)(run->memory + plan->workspace.mid);
     cpu->mid_shared = (float *)(void *)(run->memory + plan->workspace.mid_shared);
     cpu->rows = (float *)(void *)(run->memory + plan->workspace.rows);
     cpu->task_begin = (int32_t *)(void *)(run->memory + plan->workspace.task_begin);
     cpu->scratch = (float *)(void *)(run->memory + plan->workspace.scratch);
+    cpu->scratch_floats = moe__plan_scratch(plan);
 }
 
 static void moe__run_finalize(const moe__run *run, moe__finalize *f)
@@ -16021,8 +17174,12 @@ static void moe__run_experts(moe__cpu *cpu, moe__finalize *f, int32_t items,
 {
     int32_t rows = cpu->offsets[cpu->blocks], hidden = cpu->layer->hidden_size;
     int32_t columns = moe__slice_columns(cpu->layer, (int64_t)rows + cpu->shared_rows);
-    if (cpu->x_rows != NULL) moe__work_run(cpu->ctx, moe__tasks_of(rows, MOE__ROWS_PER_TASK), moe__cpu_weigh_rows, cpu);
+    if (cpu->x_round != NULL)
+        moe__work_run(cpu->ctx, moe__tasks_of(cpu->tokens, MOE__ROWS_PER_TASK), moe__cpu_round_tokens, cpu);
+    if (cpu->x_rows != NULL) moe__work_run(cpu->ctx, moe__tasks_of(rows, MOE__ROWS_PER_TASK), moe__cpu_make_rows, cpu);
     moe__work_run(cpu->ctx, moe__cpu_split(cpu, 1), moe__cpu_gemm1, cpu);
+    if (!moe__scheme_is_float(&cpu->mid_scheme) || !moe__scheme_is_float(&cpu->mid_shared_scheme))
+        moe__work_run(cpu->ctx, moe__tasks_of(rows + cpu->shared_rows, MOE__ROWS_PER_TASK), moe__cpu_round_mid, cpu);
     cpu->slice_ld = (int32_t)moe__align_up((uint64_t)columns, MOE__ROW_ALIGN);
     cpu->rows_shared = cpu->rows + (size_t)rows * (size_t)cpu->slice_ld;
     f->rows = cpu->rows;
@@ -16783,13 +17940,18 @@ static void moe__router_task(void *arg, int32_t index, int32_t worker)
             ld = plan->layout.router_ld;
     int32_t col = index / tiles * MOE__TASK_COLS, cols = moe__min32(MOE__TASK_COLS, plan->width - col);
     int32_t rows = moe__min32(MOE__TASK_ROWS, run->tokens - first);
-    float *sums = (float *)(void *)(run->memory + plan->workspace.scratch) + (size_t)worker * MOE__SCRATCH,
+    float *sums = (float *)(void *)(run->memory + plan->workspace.scratch) + (size_t)worker * moe__plan_scratch(plan),
           *dots = sums + MOE__SUMS;
     const float *x[MOE__TASK_ROWS + MOE__WIDE_ROWS];
+    moe__cpu_matrix matrix;
+    memset(&matrix, 0, sizeof matrix);
     for (int32_t r = 0; r < rows; r++) x[r] = run->x + (int64_t)(first + r) * ld;
-    moe__cpu_dots(moe__kernels_of(plan->ctx->isa), MOE_DTYPE_F32, x, rows,
-                  (const unsigned char *)(router->table + (int64_t)col * ld), (size_t)ld * sizeof(float), cols, ld,
-                  sums, dots);
+    matrix.w = (const unsigned char *)(router->table + (int64_t)col * ld);
+    matrix.dtype = MOE_DTYPE_F32;
+    matrix.row_bytes = (size_t)ld * sizeof(float);
+    matrix.cols = cols;
+    matrix.n = ld;
+    moe__cpu_dots(moe__kernels_of(plan->ctx->isa), &matrix, x, rows, sums, dots);
     for (int32_t r = 0; r < rows; r++)
         for (int32_t c = 0; c < cols; c++) {
             float dot = dots[r * MOE__TASK_COLS + c];
@@ -17344,8 +18506,8 @@ static int32_t moe__ahead_layer(moe__ahead *ahead, const moe_layer_desc *given, 
     if ((result = moe__copy_desc(&layer, sizeof layer, given, "layer", err)) != MOE_OK ||
         (result = moe__copy_desc(&plan, sizeof plan, ahead->desc.plan, "desc.plan", err)) != MOE_OK ||
         (result = moe__layer_resolve(&layer, err)) != MOE_OK ||
-        (result = moe__plan_desc_resolve(&plan, MOE_DTYPE_BF16, layer.routing.top_k + layer.routing.extra_slots,
-                                         err)) != MOE_OK)
+        (result = moe__plan_desc_resolve(&plan, &layer, layer.routing.top_k + layer.routing.extra_slots, err)) !=
+            MOE_OK)
         return result;
     for (int32_t i = 0; i < MOE__TILE_CHIPS; i++) {
         if (moe__tile_chips[i].chip.arch != arch) continue;
@@ -17647,7 +18809,8 @@ MOE_API int32_t moe_cache_trim(const char *cache_dir, uint64_t max_bytes, moe_er
 typedef struct moe__reference {
     const moe_layer_desc *layer;
     const moe_reference_layer_args *args;
-    int32_t mid_dtype;
+    moe__scheme input, shared_input; // x is rounded to them
+    int32_t mid_dtype;               // 0: so is the intermediate
     float *weight;      // [wide] a matrix row or a vector
     float *x;           // [H] what the expert sees
     float *gate, *up;   // [wide] products, then the intermediate in gate
@@ -17714,7 +18877,18 @@ static int32_t moe__reference_expert(moe__reference *ref, int32_t expert, moe_er
     int32_t bias1 = layer->gemm1_bias && expert >= 0,
             bias2 = layer->gemm2_bias && expert >= 0 && layer->parallel.tp_rank == 0;
     int32_t gated = moe__layer_is_gated(layer), first, n, result;
-    moe__parallel_slice(&layer->parallel, size, moe__format_group(layer), &first, &n);
+    const moe__scheme *input = expert < 0 ? &ref->shared_input : &ref->input;
+    moe__scheme mid = moe__mid_scheme(input, ref->mid_dtype);
+    float given[2] = { 0, 0 };
+    if (expert < 0 && layer->shared.format != layer->format) mid = *input;
+    if (!moe__scheme_is_float(input)) {
+        if (moe__reference_read(ref, MOE_TENSOR_INPUT_SCALES, expert, 0) == 0)
+            memcpy(given, ref->weight, sizeof given);
+        if (moe__scheme_has_global(input) && (given[0] == 0 || given[1] == 0))
+            return moe__fail(err, MOE_ERROR_DATA, "args.rows", "has no input scales of expert %d", expert);
+        moe__round_row(input, given[0], ref->x, layer->hidden_size);
+    }
+    moe__parallel_slice(&layer->parallel, size, moe__format_grain(layer), &first, &n);
     if (act.per_expert && expert < layer->num_experts &&
         ((result = moe__reference_table(ref, MOE_TENSOR_ALPHA, expert, &act.alpha, err)) != MOE_OK ||
          (result = moe__reference_table(ref, MOE_TENSOR_BETA, expert, &act.beta, err)) != MOE_OK ||
@@ -17728,8 +18902,8 @@ static int32_t moe__reference_expert(moe__reference *ref, int32_t expert, moe_er
                                         bias1 ? MOE_TENSOR_GATE_BIAS : 0, expert, n, ref->x, layer->hidden_size,
                                         ref->gate, err);
     if (result != MOE_OK) return result;
-    for (int32_t i = 0; i < n; i++)
-        ref->gate[i] = moe__round_to(moe__activate(&act, ref->gate[i], gated ? ref->up[i] : 0), ref->mid_dtype);
+    for (int32_t i = 0; i < n; i++) ref->gate[i] = moe__activate(&act, ref->gate[i], gated ? ref->up[i] : 0);
+    moe__round_row(&mid, given[1], ref->gate, n);
     result = moe__reference_product(ref, expert < 0 ? MOE_TENSOR_SHARED_DOWN : MOE_TENSOR_DOWN,
                                     bias2 ? MOE_TENSOR_DOWN_BIAS : 0, expert, layer->hidden_size, ref->gate, n,
                                     ref->row, err);
@@ -17865,10 +19039,9 @@ MOE_API int32_t moe_reference_layer(const moe_layer_desc *layer, const moe_refer
         return result;
     ref.layer = &resolved;
     ref.args = &copy;
-    ref.mid_dtype = copy.intermediate_dtype != 0 ? copy.intermediate_dtype : moe__format_dtype(resolved.format);
-    if (ref.mid_dtype == MOE_DTYPE_UNSET)
-        return moe__fail(err, MOE_ERROR_UNSUPPORTED, "layer.format",
-                         "is %s: this version of moe.h executes f32, bf16 and f16", moe_format_string(resolved.format));
+    ref.mid_dtype = copy.intermediate_dtype;
+    ref.input = moe__activation_scheme(resolved.format, resolved.scale_dtype);
+    ref.shared_input = moe__activation_scheme(resolved.shared.format, resolved.scale_dtype);
     wide = (uint64_t)moe__max32(moe__max32(resolved.hidden_size, resolved.intermediate_size),
                                 moe__max32(resolved.shared.count * resolved.shared.intermediate_size,
                                            resolved.num_experts));

@@ -86,7 +86,7 @@ TEST(dot_products_of_all_kernel_sets_follow_the_contract)
                         float expected = contract(o.x[r], o.w[c], dtype, sizes[s]);
                         wrong += memcmp(&expected, &dots[r * MOE__CELL_COLS + c], 4) != 0;
                     }
-                kernels->strip[dtype - 1](o.x[0], o.weights, o.padded, 128, sums);
+                kernels->strip[dtype - 1](o.x[0], o.weights, o.padded, 1, 128, sums);
                 kernels->reduce(sums, MOE__STRIP_COLS, dots);
                 for (int c = 0; c < MOE__STRIP_COLS; c++) {
                     float expected = contract(o.x[0], o.w[c], dtype, sizes[s]);
@@ -138,7 +138,7 @@ TEST(f16_weights_widen_exactly_also_when_denormal)
             float sums[MOE__STRIP_COLS * MOE__LANES], dots[MOE__STRIP_COLS];
             if ((bits & 0x7c00) == 0x7c00 || bits == 0x8000) continue; // infinities, NaN, -0
             w[0] = (uint16_t)bits;
-            kernels->strip[2](x, weights, 32, 0, sums);
+            kernels->strip[2](x, weights, 32, 1, 0, sums);
             kernels->reduce(sums, MOE__STRIP_COLS, dots);
             wrong += dots[0] != moe__f16_to_f32((uint16_t)bits);
         }
@@ -192,14 +192,48 @@ TEST(add_scaled_has_the_scalar_bits_at_every_length)
 }
 
 // Tiles of every shape: rows and columns that fill no cell, and more than one K block.
+// All codes but NaN, with scales of every size: products of what moe_convert() widens.
+TEST(codes_widen_on_every_instruction_set)
+{
+    static const float sizes[] = { 1, 0.3f, 1e-42f, 7e-39f, 1e29f, -3.14159f, 0, 1e-20f };
+    unsigned char codes[256];
+    float values[256], scales[16], out[256];
+    for (int i = 0; i < 256; i++) codes[i] = (unsigned char)(i % 128 == 127 ? 3 : i);
+    for (int isa = MOE__ISA_SCALAR; isa <= MOE__ISA_NEON; isa++) {
+        const moe__kernels *kernels;
+        if (!available(isa, &kernels)) continue;
+        for (int turn = 0; turn < 8; turn++)
+            for (int dtype = MOE_DTYPE_E4M3; dtype <= MOE_DTYPE_INT4; dtype++) {
+                int wrong = 0;
+                if (dtype != MOE_DTYPE_E4M3 && dtype != MOE_DTYPE_E2M1 && dtype != MOE_DTYPE_INT4) continue;
+                for (int i = 0; i < 16; i++) scales[i] = sizes[(i + turn) % 8];
+                if (dtype == MOE_DTYPE_E4M3) kernels->codes_8(codes, scales, 256, 64, out);
+                else kernels->codes_4(codes + 64, moe__nibbles_of(dtype), scales, 256, 64, out);
+                CHECK_OK(moe_convert(dtype == MOE_DTYPE_E4M3 ? codes : codes + 64, dtype, values, MOE_DTYPE_F32, 256,
+                                     &err));
+                for (int i = 0; i < 256; i++) {
+                    float expected = values[i] * scales[i / 16];
+                    wrong += memcmp(&expected, &out[i], 4) != 0;
+                }
+                if (wrong != 0) test_fail_numbers(__FILE__, __LINE__, moe__isa_names[isa], dtype, wrong);
+            }
+    }
+}
+
 TEST(dots_of_a_task_are_single_dots)
 {
     enum { N = 1184, COLS = MOE__TASK_COLS, ROWS = MOE__TASK_ROWS };
     uint64_t state = 21;
     float *x = (float *)aligned(ROWS * N * 4), *scratch = (float *)aligned(MOE__SCRATCH * 4);
     uint16_t *w = (uint16_t *)aligned((COLS + 8) * N * 2);
+    moe__cpu_matrix matrix;
     fill(x, MOE_DTYPE_F32, ROWS * N, ROWS * N, &state);
     fill(w, MOE_DTYPE_BF16, COLS * N, (COLS + 8) * N, &state);
+    memset(&matrix, 0, sizeof matrix);
+    matrix.w = (const unsigned char *)w;
+    matrix.dtype = MOE_DTYPE_BF16;
+    matrix.row_bytes = N * 2;
+    matrix.n = N;
     for (int isa = MOE__ISA_SCALAR; isa <= MOE__ISA_NEON; isa++) {
         static const int rows[] = { 1, 2, 3, 4, 5, 31, 32 }, cols[] = { 1, 2, 3, 7, 94, 95, 96 };
         const moe__kernels *kernels;
@@ -212,8 +246,8 @@ TEST(dots_of_a_task_are_single_dots)
                 if (isa == MOE__ISA_SCALAR && rows[i] * cols[j] > 300) continue;
                 for (int r = 0; r < rows[i]; r++) row[r] = x + r * N;
                 memset(scratch, 0xff, MOE__SCRATCH * 4);
-                moe__cpu_dots(kernels, MOE_DTYPE_BF16, row, rows[i], (const unsigned char *)w, N * 2, cols[j], N,
-                              scratch, dots);
+                matrix.cols = cols[j];
+                moe__cpu_dots(kernels, &matrix, row, rows[i], scratch, dots);
                 for (int r = 0; r < rows[i]; r += rows[i] > 5 ? 15 : 1)
                     for (int c = 0; c < cols[j]; c++) {
                         float expected = contract(x + r * N, w + c * N, MOE_DTYPE_BF16, N);
@@ -296,7 +330,8 @@ TEST(the_kernels_text_holds_for_16_lanes)
 {
     static const moe__kernels kernels = { { wide_tile_f32, wide_tile_bf16, wide_tile_f16 },
                                           { wide_strip_f32, wide_strip_bf16, wide_strip_f16 },
-                                          moe__scalar_reduce, wide_add_scaled, wide_sigmoid, { NULL, NULL, NULL } };
+                                          moe__scalar_reduce, wide_add_scaled, wide_sigmoid, { NULL, NULL, NULL },
+                                          moe__scalar_codes_8, moe__scalar_codes_4 };
     uint64_t state = 31;
     float x[64], y[64];
     for (int dtype = MOE_DTYPE_F32; dtype <= MOE_DTYPE_F16; dtype++) {
@@ -309,9 +344,11 @@ TEST(the_kernels_text_holds_for_16_lanes)
             moe__kernels_of(MOE__ISA_SCALAR)->tile[dtype - 1](o.rows, o.weights, o.padded, first, 64, expected);
             CHECK(memcmp(sums, expected, sizeof sums) == 0);
         }
-        kernels.strip[dtype - 1](o.x[0], o.weights, o.padded, 64, sums);
-        moe__kernels_of(MOE__ISA_SCALAR)->strip[dtype - 1](o.x[0], o.weights, o.padded, 64, expected);
-        CHECK(memcmp(sums, expected, MOE__STRIP_COLS * MOE__LANES * sizeof sums[0]) == 0);
+        for (int first = 1; first >= 0; first--) {
+            kernels.strip[dtype - 1](o.x[0], o.weights, o.padded, first, 64, sums);
+            moe__kernels_of(MOE__ISA_SCALAR)->strip[dtype - 1](o.x[0], o.weights, o.padded, first, 64, expected);
+            CHECK(memcmp(sums, expected, MOE__STRIP_COLS * MOE__LANES * sizeof sums[0]) == 0);
+        }
         free_operands(&o);
     }
     for (int i = 0; i < 64; i++) y[i] = x[i] = 40 * wild(&state);
@@ -412,6 +449,7 @@ TEST_MAIN(
     T(f16_weights_widen_exactly_also_when_denormal)
     T(vector_sigmoid_has_the_scalar_bits)
     T(add_scaled_has_the_scalar_bits_at_every_length)
+    T(codes_widen_on_every_instruction_set)
     T(dots_of_a_task_are_single_dots)
     T(tasks_cover_every_row_and_column_once)
     T(the_kernels_text_holds_for_16_lanes)
