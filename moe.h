@@ -652,8 +652,8 @@ typedef enum moe_tensor_part {
     MOE_PART_DATA = 0,         // codes, in: E4M3 [out, in]; E2M1, INT4 [out, in], or U8 [out, in / 2], two in a byte,
                                // the first in the low half; E2M1 also U8 [out, in / 32, 16] (gpt-oss); INT4 also I32
                                // [out, in / 8] of codes + 8 (compressed-tensors)
-    MOE_PART_SCALE = 1,        // multiplies: [ceil(out / r), ceil(in / c)], one value per tensor, [out] or [out, 1] per
-                               // channel. A type that holds it exactly; U8 is UE8M0 or E4M3, as the format has it
+    MOE_PART_SCALE = 1,        // multiplies: [ceil(out / r), ceil(in / c)], one value per tensor, [out], [out, 1] or
+                               // [1, out] per channel. A type that holds it exactly; U8 is UE8M0 or E4M3, as the format has it
     MOE_PART_GLOBAL_SCALE = 2, // NVFP4: one value, multiplies (ModelOpt weight_scale_2)
     MOE_PART_GLOBAL_SCALE_RECIPROCAL = 3, // divides (compressed-tensors weight_global_scale)
     MOE_PART_INPUT_SCALE = 4,  // NVFP4, FP8_PER_TENSOR: one value; of gate's and up's the larger counts
@@ -7296,7 +7296,7 @@ MOE_API int32_t moe_checkpoint_layers(const moe_checkpoint *ckpt, int32_t *indic
 typedef struct moe__ckpt_seen { // what the tensors of a layer tell
     const moe__ckpt_tensor *data;    // an expert's matrix
     int32_t fused, shared_fused, gemm1_bias, gemm2_bias, router_bias, input_scales;
-    int32_t router; // moe_dtype of its matrix, 0: there is none
+    int32_t router, shared, scale; // moe_dtype of its matrix, of a shared expert's, of a matrix's scale; 0: none
     int32_t stacked, output_major, input_major; // stacks, and how many of them fit each orientation
 } moe__ckpt_seen;
 
@@ -7306,7 +7306,7 @@ static void moe__ckpt_see_stack(const moe__ckpt_tensor *t, const moe_layer_desc 
     int64_t i = layer->intermediate_size, h = layer->hidden_size;
     int64_t out = t->what.role == MOE_TENSOR_DOWN ? h : t->what.role == MOE_TENSOR_GATE_UP ? 2 * i : i;
     int64_t in = t->what.role == MOE_TENSOR_DOWN ? i : h;
-    if (t->what.expert >= 0 || t->rank != 3 || !moe__is_float_dtype(t->dtype)) return;
+    if (t->what.expert >= 0 || t->rank != 3 || moe_dtype_bits(t->dtype) < 8 || t->dtype == MOE_DTYPE_U8) return;
     seen->stacked++;
     seen->output_major += t->dims[1] == out && t->dims[2] == in;
     seen->input_major += t->dims[1] == in && t->dims[2] == out;
@@ -7320,7 +7320,9 @@ static void moe__ckpt_see(const moe_checkpoint *ckpt, const moe_layer_desc *laye
         int32_t role = t->what.role, part = t->what.part;
         if (role == MOE_TENSOR_UNSET || t->what.layer != layer->layer_index) continue;
         seen->input_scales += part == MOE_PART_INPUT_SCALE || part == MOE_PART_INPUT_SCALE_RECIPROCAL;
+        if (part == MOE_PART_SCALE && moe__is_expert_matrix(role)) seen->scale = t->dtype;
         if (part != MOE_PART_DATA) continue;
+        if (role >= MOE_TENSOR_SHARED_GATE && role <= MOE_TENSOR_SHARED_DOWN) seen->shared = t->dtype;
         seen->fused |= role == MOE_TENSOR_GATE_UP;
         seen->shared_fused |= role == MOE_TENSOR_SHARED_GATE_UP;
         seen->gemm1_bias |= role >= MOE_TENSOR_GATE_BIAS && role <= MOE_TENSOR_GATE_UP_BIAS;
@@ -7349,11 +7351,24 @@ static void moe__ckpt_settle_format(moe__infer *in, const moe__ckpt_seen *seen)
     }
     if (format == MOE_FORMAT_UNSET && layer->format == MOE_FORMAT_NVFP4 && seen->input_scales == 0)
         format = MOE_FORMAT_NVFP4_W4A16; // nothing to quantise activations with
+    if (layer->format > MOE_FORMAT_F16 && moe__is_float_dtype(seen->shared) && layer->shared.count > 0) {
+        layer->shared.format = seen->shared == MOE_DTYPE_F32    ? MOE_FORMAT_F32
+                               : seen->shared == MOE_DTYPE_BF16 ? MOE_FORMAT_BF16
+                                                                : MOE_FORMAT_F16;
+        moe__note(in, "shared.format", "tensor dtype", "%s", moe_format_string(layer->shared.format));
+    }
+    if ((layer->format == MOE_FORMAT_INT4_W4A16 && moe__is_float_dtype(seen->scale)) ||
+        (layer->format == MOE_FORMAT_FP8_BLOCK && seen->scale == MOE_DTYPE_UE8M0)) {
+        if (layer->scale_dtype != seen->scale)
+            moe__note(in, "scale_dtype", "tensor dtype", "%s", moe_dtype_string(seen->scale));
+        layer->scale_dtype = seen->scale;
+    }
     if (format == MOE_FORMAT_UNSET || format == layer->format) return;
     if (layer->format_block != 0) moe__note(in, "format_block", "tensor dtype", "0");
     layer->format = format;
     layer->format_block = 0;
     layer->scale_dtype = 0;
+    if (format <= MOE_FORMAT_F16) layer->shared.format = 0;
     moe__note(in, "format", format == MOE_FORMAT_NVFP4_W4A16 ? "no input scales" : "tensor dtype", "%s",
               moe_format_string(format));
 }
@@ -10742,7 +10757,10 @@ static int32_t moe__check_part_shape(moe__checked *c, moe_error *err)
         shape->rows = (shape->fused ? 2 : 1) * moe__up(shape->rows / (shape->fused ? 2 : 1), c->scheme.rows);
         shape->columns = moe__up(shape->columns, c->scheme.columns);
         shape->matrix = c->scheme.columns > 0;
-        if (!shape->matrix && t->rank == 2 + lead && t->dims[1 + lead] == 1) t->rank--; // [out, 1]
+        if (!shape->matrix && t->rank == 2 + lead && (t->dims[1 + lead] == 1 || t->dims[lead] == 1)) { // [out, 1]
+            if (t->dims[lead] == 1) t->dims[lead] = t->dims[1 + lead]; // [1, out], of input-major matrices
+            t->rank--;
+        }
         return MOE_OK;
     }
     for (int32_t i = lead; i < t->rank; i++) one = one && t->dims[i] == 1;
@@ -12962,7 +12980,7 @@ static int32_t moe__ckpt_set(moe_weights *weights, moe_tensor *t, moe_error *err
     const moe_layer_desc *layer = &weights->layer;
     moe__tensor_shape shape = moe__tensor_shape_of(layer, t->role);
     int32_t result, shared = shape.kind == MOE__KIND_SHARED;
-    if (shape.kind == MOE__KIND_EXPERT && t->expert < 0 && shape.matrix)
+    if (shape.kind == MOE__KIND_EXPERT && t->expert < 0 && shape.matrix && t->part == MOE_PART_DATA)
         if ((result = moe__ckpt_orient(layer, t, &shape, err)) != MOE_OK) return result;
     if (shape.fused) {
         if (t->halves == MOE_HALVES_UNSET) t->halves = shared ? layer->source.shared_halves : layer->source.halves;

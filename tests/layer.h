@@ -12,6 +12,7 @@ typedef struct fixture {
     moe_plan_desc plan_desc;
     uint32_t pruned;          // bit per routed expert: a constant in place of matrices
     uint64_t seed;
+    float matrix_scale;       // multiplies the matrices of experts; 0: 1, negative: 0
     moe_context *ctx;
     moe_weights *weights;
     moe_plan *plan;
@@ -108,7 +109,8 @@ static int set_quantized(moe_weights *weights, int role, int expert, moe_quantiz
     int64_t r = s.rows > 0 ? (q->rows + s.rows - 1) / s.rows : 0;
     int64_t c = s.columns > 0 ? (q->columns + s.columns - 1) / s.columns : 0;
     float input = 0.02f + 0.005f * (float)(expert + 1);
-    int result = set_part(weights, role, expert, MOE_PART_DATA, s.dtype, q->rows, q->columns, q->codes, q->codes_bytes, err);
+    int result = set_part(weights, role, expert, MOE_PART_DATA, s.dtype, q->rows, q->columns, q->codes, q->codes_bytes,
+                          err);
     if (result != 0) return result;
     result = set_part(weights, role, expert, MOE_PART_SCALE, s.scale_dtype, r, c, q->scales, q->scales_bytes, err);
     if (result != 0) return result;
@@ -124,6 +126,8 @@ static int set_random(fixture *f, int role, int expert, int rows, int columns, f
     moe_tensor t;
     int matrix = rows > 1 || is_matrix(role) || role == MOE_TENSOR_ROUTER, result, format = f->layer.format;
     float *data = random_tensor(f->seed, role, expert, (size_t)rows * (size_t)columns, scale);
+    if (is_matrix(role) && f->matrix_scale != 0)
+        for (int i = 0; i < rows * columns; i++) data[i] *= f->matrix_scale < 0 ? 0 : f->matrix_scale;
     if (role >= MOE_TENSOR_SHARED_GATE && f->layer.shared.format != 0) format = f->layer.shared.format;
     if (is_matrix(role) && format > MOE_FORMAT_F16) {
         moe_quantize_desc q;

@@ -360,6 +360,460 @@ TEST(saved_weights_come_back)
     }
 }
 
+// ---- dialects -------------------------------------------------------------------------------------------------------
+
+// One matrix, its codes, and what they stand for.
+typedef struct coded {
+    moe_quantize_desc q;
+    float *want;
+} coded;
+
+static coded coded_make(const variant *v, int rows, int columns, int seed)
+{
+    coded c;
+    float *values = random_tensor((uint64_t)seed + 900, 1, v->format, (size_t)rows * (size_t)columns,
+                                  0.7f + 0.1f * (float)seed);
+    (void)quantized_make(&c.q, v->format, v->block, v->scale_dtype, values, rows, columns, &err);
+    c.want = values;
+    CHECK_OK(moe_dequantize(&c.q, &err));
+    return c;
+}
+
+static void coded_free(coded *c)
+{
+    quantized_free(&c->q);
+    free(c->want);
+}
+
+static int reads_as_coded(const moe_weights *w, int role, int expert, const coded *c)
+{
+    float row[1024];
+    for (int r = 0; r < c->q.rows; r++)
+        if (moe_weights_read_row(w, role, expert, r, row, &err) != MOE_OK ||
+            memcmp(row, c->want + r * c->q.columns, (size_t)c->q.columns * 4) != 0)
+            return 0;
+    return 1;
+}
+
+// Rows of codes (part 0) or of scales (part 1) of two matrices in one, as `halves` and `order` have them.
+static unsigned char *fused(const coded *gate, const coded *up, int halves, int order, int part, size_t rows,
+                            size_t *bytes)
+{
+    const moe_quantize_desc *g = &gate->q, *u = &up->q;
+    size_t all = (size_t)(part == 0 ? g->codes_bytes : g->scales_bytes), row = all / rows;
+    unsigned char *out = (unsigned char *)malloc(2 * all);
+    for (size_t n = 0; n < 2 * rows; n++) {
+        size_t block = order == MOE_ROWS_SHUFFLED_128 ? 32 : 16, s = block / 8;
+        size_t j = order == MOE_ROWS_NATURAL ? n : block * (n / block) + n % 8 * s + n % block / 8;
+        int interleaved = halves >= MOE_HALVES_INTERLEAVED, half = (int)(interleaved ? j % 2 : j / rows);
+        int up_first = halves == MOE_HALVES_UP_GATE || halves == MOE_HALVES_INTERLEAVED_UP_GATE;
+        const moe_quantize_desc *q = (half == 1) != up_first ? u : g;
+        size_t from = interleaved ? j / 2 : j % rows;
+        memcpy(out + n * row, (const char *)(part == 0 ? q->codes : q->scales) + from * row, row);
+    }
+    *bytes = 2 * all;
+    return out;
+}
+
+static moe_layer_desc dialect_layer(const variant *v)
+{
+    moe_layer_desc layer = small_layer(v->format, MOE_ACTIVATION_SWIGLU);
+    layer.format_block = v->block;
+    layer.scale_dtype = v->scale_dtype;
+    layer.hidden_size = v->hidden;
+    layer.intermediate_size = v->inner;
+    layer.num_experts = 2;
+    layer.routing.top_k = 1;
+    return layer;
+}
+
+static moe_tensor tensor_of(int role, int part, int expert, int dtype, const void *data, size_t bytes)
+{
+    moe_tensor t;
+    memset(&t, 0, sizeof t);
+    t.role = role;
+    t.part = part;
+    t.expert = expert;
+    t.dtype = dtype;
+    t.data = data;
+    t.data_bytes = bytes;
+    return t;
+}
+
+// The other tensors of an expert's format that a dialect has no word about.
+static void set_rest(moe_weights *w, int role, int expert, const coded *c)
+{
+    float input = 0.5f;
+    if (c->q.format == MOE_FORMAT_NVFP4 || c->q.format == MOE_FORMAT_NVFP4_W4A16)
+        CHECK_OK(set_part(w, role, expert, MOE_PART_GLOBAL_SCALE, MOE_DTYPE_F32, 0, 0, &c->q.global_scale, 4, &err));
+    if (c->q.format == MOE_FORMAT_NVFP4)
+        CHECK_OK(set_part(w, role, expert, MOE_PART_INPUT_SCALE, MOE_DTYPE_F32, 0, 0, &input, 4, &err));
+}
+
+static void set_whole(moe_weights *w, int role, int expert, coded *c)
+{
+    CHECK_OK(set_quantized(w, role, expert, &c->q, &err));
+}
+
+// Formats whose scales belong to one row each: fused in every order, shuffled with their scales, codes in bytes.
+TEST(fused_and_shuffled_codes_and_scales)
+{
+    for (int v = 0; v < VARIANTS; v++)
+        for (int halves = MOE_HALVES_GATE_UP; halves <= MOE_HALVES_INTERLEAVED_UP_GATE; halves++)
+            for (int order = MOE_ROWS_NATURAL; order <= MOE_ROWS_SHUFFLED_64; order++) {
+                variant one = variants[v];
+                moe__scheme s = moe__weight_scheme(one.format, one.block, one.scale_dtype);
+                moe_layer_desc layer;
+                moe_context *ctx;
+                moe_weights *w;
+                moe_tensor t;
+                coded m[2][3];
+                if (s.rows > 1 && (order != 0 || halves >= MOE_HALVES_INTERLEAVED)) continue;
+                if (s.rows != 1 && s.rows != s.columns) continue;
+                if (s.rows == 0) continue;
+                if (one.inner % 32 != 0) one.inner = 64;
+                layer = dialect_layer(&one);
+                REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+                REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+                for (int e = 0; e < 2; e++) {
+                    for (int i = 0; i < 3; i++)
+                        m[e][i] = coded_make(&one, i == 2 ? one.hidden : one.inner, i == 2 ? one.inner : one.hidden,
+                                             e * 3 + i);
+                    for (int part = 0; part < 2; part++) {
+                        size_t bytes;
+                        int64_t rows = part == 0 || s.rows == 1 ? one.inner : one.inner / s.rows;
+                        unsigned char *data = fused(&m[e][0], &m[e][1], halves, order, part, (size_t)rows, &bytes);
+                        t = tensor_of(MOE_TENSOR_GATE_UP, part, e, part == 0 ? s.dtype : s.scale_dtype, data, bytes);
+                        t.halves = halves;
+                        t.row_order = order;
+                        t.rank = 2;
+                        t.dims[0] = 2 * rows;
+                        t.dims[1] = part == 0 ? one.hidden : s.columns == 0 ? 1 : one.hidden / s.columns;
+                        if (moe_dtype_bits(t.dtype) == 4 && v % 2 == 0) {
+                            t.dtype = MOE_DTYPE_U8;
+                            t.dims[1] /= 2;
+                        }
+                        if (part == 1 && s.scale_dtype == MOE_DTYPE_UE8M0) t.dtype = MOE_DTYPE_U8;
+                        CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+                        free(data);
+                    }
+                    for (int i = 0; i < 2; i++) set_rest(w, MOE_TENSOR_GATE + i, e, &m[e][i]);
+                    set_whole(w, MOE_TENSOR_DOWN, e, &m[e][2]);
+                }
+                CHECK_OK(moe_weights_seal(w, &err));
+                for (int e = 0; e < 2; e++)
+                    for (int i = 0; i < 3; i++) {
+                        CHECK(reads_as_coded(w, i == 2 ? MOE_TENSOR_DOWN : MOE_TENSOR_GATE + i, e, &m[e][i]));
+                        coded_free(&m[e][i]);
+                    }
+                moe_weights_destroy(w);
+                moe_context_destroy(ctx);
+            }
+}
+
+// Blocks of 128 bytes of codes, and input-major codes of 8 bits.
+TEST(codes_in_other_layouts)
+{
+    for (int v = 0; v < VARIANTS; v++)
+        for (int layout = MOE_LAYOUT_MAJOR_MN; layout <= MOE_LAYOUT_BLOCK_MAJOR_K; layout++) {
+            variant one = variants[v];
+            moe__scheme s = moe__weight_scheme(one.format, one.block, one.scale_dtype);
+            int bits = moe_dtype_bits(s.dtype), block = 1024 / bits;
+            moe_layer_desc layer;
+            moe_context *ctx;
+            moe_weights *w;
+            coded m;
+            unsigned char *data;
+            moe_tensor t;
+            size_t row;
+            one.hidden = 512;
+            layer = dialect_layer(&one);
+            m = coded_make(&one, one.inner, one.hidden, v);
+            row = (size_t)m.q.codes_bytes / (size_t)one.inner;
+            data = (unsigned char *)malloc((size_t)m.q.codes_bytes);
+            for (size_t r = 0; r < (size_t)one.inner; r++)
+                for (size_t i = 0; i < row; i++)
+                    data[layout == MOE_LAYOUT_MAJOR_MN ? i * (size_t)one.inner + r
+                                                       : (i / 128 * (size_t)one.inner + r) * 128 + i % 128] =
+                        ((unsigned char *)m.q.codes)[r * row + i];
+            REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+            REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+            t = tensor_of(MOE_TENSOR_UP, 0, 1, s.dtype, data, (size_t)m.q.codes_bytes);
+            t.layout = layout;
+            t.rank = layout == MOE_LAYOUT_MAJOR_MN ? 2 : 3;
+            t.dims[0] = layout == MOE_LAYOUT_MAJOR_MN ? one.hidden : one.hidden / block;
+            t.dims[1] = one.inner;
+            t.dims[2] = block;
+            if (layout == MOE_LAYOUT_MAJOR_MN && bits == 4) {
+                CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.layout");
+            } else {
+                CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+                t = tensor_of(MOE_TENSOR_UP, MOE_PART_SCALE, 1, s.scale_dtype, m.q.scales, (size_t)m.q.scales_bytes);
+                t.rank = s.rows == 0 ? 0 : 2;
+                t.dims[0] = s.rows > 0 ? (one.inner + s.rows - 1) / s.rows : 0;
+                t.dims[1] = s.columns > 0 ? one.hidden / s.columns : 1;
+                if (s.columns == 0 && layout == MOE_LAYOUT_MAJOR_MN) { // [1, out]
+                    t.dims[1] = t.dims[0];
+                    t.dims[0] = 1;
+                }
+                CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+                set_rest(w, MOE_TENSOR_UP, 1, &m);
+                CHECK(reads_as_coded(w, MOE_TENSOR_UP, 1, &m));
+            }
+            free(data);
+            coded_free(&m);
+            moe_weights_destroy(w);
+            moe_context_destroy(ctx);
+        }
+}
+
+// gpt-oss: [E, 2 I, H / 32, 16] bytes of interleaved halves, scales as bytes.
+TEST(blocks_of_gpt_oss)
+{
+    variant one = { MOE_FORMAT_MXFP4_W4A16, 0, 0, 96, 64 };
+    moe_layer_desc layer = dialect_layer(&one);
+    moe_context *ctx;
+    moe_weights *w;
+    coded m[2][3];
+    unsigned char *data[2] = { NULL, NULL };
+    size_t bytes = 0;
+    REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+    REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+    for (int e = 0; e < 2; e++)
+        for (int i = 0; i < 3; i++)
+            m[e][i] = coded_make(&one, i == 2 ? one.hidden : one.inner, i == 2 ? one.inner : one.hidden, e * 3 + i);
+    for (int part = 0; part < 2; part++) {
+        moe_tensor t;
+        unsigned char *all;
+        for (int e = 0; e < 2; e++) data[e] = fused(&m[e][0], &m[e][1], MOE_HALVES_INTERLEAVED, 0, part, 64, &bytes);
+        all = (unsigned char *)malloc(2 * bytes);
+        for (int e = 0; e < 2; e++) memcpy(all + (size_t)e * bytes, data[e], bytes);
+        t = tensor_of(MOE_TENSOR_GATE_UP, part, -1, MOE_DTYPE_U8, all, 2 * bytes);
+        t.halves = MOE_HALVES_INTERLEAVED;
+        t.rank = part == 0 ? 4 : 3;
+        t.dims[0] = 2;
+        t.dims[1] = 2 * one.inner;
+        t.dims[2] = one.hidden / 32;
+        t.dims[3] = 16;
+        CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+        for (int e = 0; e < 2; e++) free(data[e]);
+        free(all);
+    }
+    for (int e = 0; e < 2; e++) set_whole(w, MOE_TENSOR_DOWN, e, &m[e][2]);
+    CHECK_OK(moe_weights_seal(w, &err));
+    for (int e = 0; e < 2; e++)
+        for (int i = 0; i < 3; i++) {
+            CHECK(reads_as_coded(w, i == 2 ? MOE_TENSOR_DOWN : MOE_TENSOR_GATE + i, e, &m[e][i]));
+            coded_free(&m[e][i]);
+        }
+    moe_weights_destroy(w);
+    moe_context_destroy(ctx);
+}
+
+// compressed-tensors: eight INT4 + 8 in an int32, their shape beside them; NVFP4 with factors that divide.
+TEST(codes_of_compressed_tensors)
+{
+    static const variant both[2] = { { MOE_FORMAT_INT4_W4A16, 32, 0, 96, 64 }, { MOE_FORMAT_NVFP4, 0, 0, 96, 64 } };
+    for (int v = 0; v < 2; v++) {
+        moe_layer_desc layer = dialect_layer(&both[v]);
+        moe_context *ctx;
+        moe_weights *w;
+        coded m = coded_make(&both[v], 64, 96, 1);
+        float factors[2] = { 0, 0 };
+        uint32_t words[64 * 12];
+        int64_t shape[2] = { 64, 96 };
+        moe_tensor t;
+        REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+        REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+        memset(words, 0, sizeof words);
+        for (int i = 0; i < 64 * 96; i++) {
+            uint32_t code = (uint32_t)((unsigned char *)m.q.codes)[i / 2] >> (i % 2 * 4) & 15;
+            words[i / 8] |= (code ^ 8) << (i % 8 * 4);
+        }
+        t = tensor_of(MOE_TENSOR_GATE, 0, 1, v == 0 ? MOE_DTYPE_I32 : MOE_DTYPE_U8, v == 0 ? (void *)words : m.q.codes,
+                      (size_t)m.q.codes_bytes);
+        t.rank = 2;
+        t.dims[0] = 64;
+        t.dims[1] = v == 0 ? 12 : 48;
+        CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+        CHECK_OK(set_part(w, MOE_TENSOR_GATE, 1, MOE_PART_SCALE, v == 0 ? MOE_DTYPE_BF16 : MOE_DTYPE_E4M3, 64,
+                          v == 0 ? 3 : 6, m.q.scales, m.q.scales_bytes, &err));
+        t = tensor_of(MOE_TENSOR_GATE, MOE_PART_SHAPE, 1, MOE_DTYPE_I64, shape, sizeof shape);
+        t.rank = 1;
+        t.dims[0] = 2;
+        CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+        shape[1] = 95;
+        CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_DATA, "tensor.data");
+        CHECK_CONTAINS(err.text, "[64, 95]");
+        if (v == 1) {
+            factors[0] = 1.0f / m.q.global_scale;
+            CHECK_OK(set_part(w, MOE_TENSOR_GATE, 1, MOE_PART_GLOBAL_SCALE_RECIPROCAL, MOE_DTYPE_F32, 1, 0, factors, 4,
+                              &err));
+            factors[1] = 0.25f;
+            CHECK_OK(set_part(w, MOE_TENSOR_GATE, 1, MOE_PART_INPUT_SCALE_RECIPROCAL, MOE_DTYPE_F32, 1, 0, factors + 1,
+                              4, &err));
+            factors[1] = 0.5f; // of up: the larger scale counts
+            CHECK_OK(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_INPUT_SCALE_RECIPROCAL, MOE_DTYPE_F32, 0, 0, factors + 1, 4,
+                              &err));
+            CHECK_OK(moe_weights_read_row(w, MOE_TENSOR_INPUT_SCALES, 1, 0, factors, &err));
+            CHECK_EQ(factors[0], 4.0f);
+            CHECK_EQ(factors[1], 0.0f);
+            // The reciprocal's reciprocal may be one rounding away.
+            for (int i = 0; i < 64 * 96; i++) {
+                float row[96];
+                if (i % 96 == 0) CHECK_OK(moe_weights_read_row(w, MOE_TENSOR_GATE, 1, i / 96, row, &err));
+                CHECK_NEAR(row[i % 96], m.want[i], fabs(m.want[i]) * 3e-7);
+            }
+        } else {
+            CHECK(reads_as_coded(w, MOE_TENSOR_GATE, 1, &m));
+        }
+        coded_free(&m);
+        moe_weights_destroy(w);
+        moe_context_destroy(ctx);
+    }
+}
+
+// Single values: alone, stacked, and two for a fused tensor, gate first whatever its halves are.
+TEST(single_values_stacked_and_fused)
+{
+    static const variant both[2] = { { MOE_FORMAT_FP8_PER_TENSOR, 0, 0, 72, 40 },
+                                     { MOE_FORMAT_NVFP4_W4A16, 0, 0, 80, 48 } };
+    for (int v = 0; v < 2; v++)
+        for (int kind = 0; kind < 3; kind++) {
+            moe_layer_desc layer = dialect_layer(&both[v]);
+            int part = v == 0 ? MOE_PART_SCALE : MOE_PART_GLOBAL_SCALE;
+            const float values[4] = { 0.5f, 2, 3, 0.125f };
+            moe_context *ctx;
+            moe_weights *w;
+            moe_tensor t;
+            REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+            REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+            t = tensor_of(MOE_TENSOR_GATE_UP, part, -1, MOE_DTYPE_F32, values, kind == 0 ? 16 : 8);
+            t.halves = MOE_HALVES_UP_GATE;
+            t.rank = kind == 2 ? 1 : 2; // [E, 2], [E, 1], [E]
+            t.dims[0] = 2;
+            t.dims[1] = kind == 0 ? 2 : 1;
+            CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+            CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_STATE, "tensor.role");
+            for (int e = 0; e < 2; e++)
+                for (int half = 0; half < 2; half++) {
+                    moe__block block = moe__weights_expert(w, e);
+                    float got = v == 0 ? moe__load(block.scales1, MOE_DTYPE_F32, half) : block.factors[half];
+                    CHECK_EQ(got, values[kind == 0 ? e * 2 + half : e]);
+                }
+            moe_weights_destroy(w);
+            moe_context_destroy(ctx);
+        }
+}
+
+TEST(wrong_values_and_missing_ones_are_named)
+{
+    variant one = { MOE_FORMAT_NVFP4, 0, 0, 80, 48 };
+    moe_layer_desc layer = dialect_layer(&one);
+    moe_context *ctx;
+    moe_weights *w;
+    coded m = coded_make(&one, 48, 80, 3), down = coded_make(&one, 80, 48, 4);
+    float zero = 0, infinite = MOE__INFINITY;
+    moe_tensor t;
+    REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+    REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+    CHECK_ERR(moe_weights_seal(w, &err), MOE_ERROR_MISSING, "weights");
+    CHECK_CONTAINS(err.text, "lack gate of expert 0, and 23 more tensors");
+    ((unsigned char *)m.q.scales)[7] = 0x7f;
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_E4M3, 48, 5, m.q.scales, m.q.scales_bytes, &err),
+              MOE_ERROR_DATA, "tensor.data");
+    CHECK_CONTAINS(err.text, "scale of up of expert 0");
+    CHECK_CONTAINS(err.text, "not finite");
+    ((unsigned char *)m.q.scales)[7] = 0x30;
+    CHECK_OK(set_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_E4M3, 48, 5, m.q.scales, m.q.scales_bytes, &err));
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_E4M3, 48, 5, m.q.scales, m.q.scales_bytes, &err),
+              MOE_ERROR_STATE, "tensor.role");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_SCALE, MOE_DTYPE_E4M3, 48, 6, m.q.scales, m.q.scales_bytes, &err),
+              MOE_ERROR_ARGUMENT, "tensor.dims");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_SCALE, MOE_DTYPE_I8, 48, 5, m.q.scales, m.q.scales_bytes, &err),
+              MOE_ERROR_ARGUMENT, "tensor.dtype");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_DATA, MOE_DTYPE_BF16, 48, 80, m.q.codes, 48 * 80 * 2, &err),
+              MOE_ERROR_ARGUMENT, "tensor.dtype");
+    CHECK_CONTAINS(err.text, "moe_quantize()");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_DATA, MOE_DTYPE_E4M3, 48, 80, m.q.codes, 48 * 80, &err),
+              MOE_ERROR_ARGUMENT, "tensor.dtype");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_INPUT_SCALE, MOE_DTYPE_F32, 0, 0, &zero, 4, &err), MOE_ERROR_DATA,
+              "tensor.data");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_GLOBAL_SCALE_RECIPROCAL, MOE_DTYPE_F32, 0, 0, &zero, 4, &err),
+              MOE_ERROR_DATA, "tensor.data");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_GLOBAL_SCALE, MOE_DTYPE_F32, 0, 0, &infinite, 4, &err),
+              MOE_ERROR_DATA, "tensor.data");
+    CHECK_ERR(set_part(w, MOE_TENSOR_ROUTER, -1, MOE_PART_SCALE, MOE_DTYPE_F32, 0, 0, &zero, 4, &err),
+              MOE_ERROR_ARGUMENT, "tensor.part");
+    t = tensor_of(MOE_TENSOR_INPUT_SCALES, 0, 0, MOE_DTYPE_F32, &zero, 4);
+    CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.role");
+    moe_weights_destroy(w);
+
+    REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+    for (int e = 0; e < 2; e++) {
+        set_whole(w, MOE_TENSOR_GATE, e, &m);
+        set_whole(w, MOE_TENSOR_DOWN, e, &down);
+        CHECK_OK(set_part(w, MOE_TENSOR_UP, e, 0, MOE_DTYPE_E2M1, 48, 80, m.q.codes, m.q.codes_bytes, &err));
+        CHECK_OK(set_part(w, MOE_TENSOR_UP, e, 1, MOE_DTYPE_E4M3, 48, 5, m.q.scales, m.q.scales_bytes, &err));
+        if (e == 0) set_rest(w, MOE_TENSOR_UP, e, &m);
+    }
+    CHECK_ERR(moe_weights_seal(w, &err), MOE_ERROR_MISSING, "weights");
+    CHECK_CONTAINS(err.text, "lack global scale of up of expert 1, and 1 more tensor");
+    moe_weights_destroy(w);
+    coded_free(&m);
+    coded_free(&down);
+
+    one.format = MOE_FORMAT_FP8_PER_CHANNEL; // a code that is no number; scales that bf16 cannot hold
+    m = coded_make(&one, 48, 80, 3);
+    layer = dialect_layer(&one);
+    REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+    ((unsigned char *)m.q.codes)[81] = 0xff;
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 0, 0, MOE_DTYPE_E4M3, 48, 80, m.q.codes, m.q.codes_bytes, &err),
+              MOE_ERROR_DATA, "tensor.data");
+    CHECK_CONTAINS(err.text, "a code that is NaN");
+    CHECK_ERR(set_part(w, MOE_TENSOR_UP, 0, MOE_PART_GLOBAL_SCALE, MOE_DTYPE_F32, 0, 0, &zero, 4, &err),
+              MOE_ERROR_ARGUMENT, "tensor.part");
+    moe_weights_destroy(w);
+    coded_free(&m);
+    one.format = MOE_FORMAT_INT4_W4A16;
+    one.block = 32;
+    one.hidden = 96;
+    one.scale_dtype = MOE_DTYPE_F32;
+    m = coded_make(&one, 48, 96, 3);
+    layer = dialect_layer(&one);
+    layer.intermediate_size = 64;
+    layer.scale_dtype = 0;
+    REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
+    t = tensor_of(MOE_TENSOR_UP, MOE_PART_SCALE, 0, MOE_DTYPE_F32, m.q.scales, 64 * 3 * 4);
+    t.rank = 2;
+    t.dims[0] = 64;
+    t.dims[1] = 3;
+    m.q.scales = realloc(m.q.scales, 64 * 3 * 4);
+    t.data = m.q.scales;
+    CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_DATA, "tensor.data");
+    CHECK_CONTAINS(err.text, "does not hold");
+    moe_weights_destroy(w);
+    coded_free(&m);
+    moe_context_destroy(ctx);
+}
+
+TEST(dead_experts_give_finite_output)
+{
+    static const float tiny[] = { 0, 1e-23f, 1e-42f };
+    for (int v = 0; v < VARIANTS; v++)
+        for (int i = 0; i < 3; i++) {
+            fixture f = fixture_of(&variants[v], MOE_ACTIVATION_SWIGLU);
+            int finite = 1;
+            f.matrix_scale = tiny[i] == 0 ? -1 : tiny[i];
+            REQUIRE_OK(fixture_open(&f, &err));
+            CHECK_EQ(moe_execute(f.plan, f.weights, &f.args, NULL), MOE_OK);
+            for (int j = 0; j < f.tokens * variants[v].hidden; j++)
+                finite = finite && moe__is_finite(moe__load(f.args.out, f.plan->desc.out_dtype, j));
+            CHECK(finite);
+            fixture_close(&f);
+        }
+}
+
 TEST_MAIN(
     T(codes_are_the_nearest_and_scales_their_formulas)
     T(rows_of_activations_are_rounded_as_moe_quantize_does)
@@ -367,4 +821,11 @@ TEST_MAIN(
     T(every_format_gives_the_bits_of_the_reference)
     T(formats_with_everything_beside_them)
     T(slices_that_cut_a_block_have_the_values_of_the_whole)
-    T(saved_weights_come_back))
+    T(saved_weights_come_back)
+    T(fused_and_shuffled_codes_and_scales)
+    T(codes_in_other_layouts)
+    T(blocks_of_gpt_oss)
+    T(codes_of_compressed_tensors)
+    T(single_values_stacked_and_fused)
+    T(wrong_values_and_missing_ones_are_named)
+    T(dead_experts_give_finite_output))
