@@ -13178,6 +13178,7 @@ enum {
     MOE__SUMS = MOE__TASK_ROWS * MOE__TASK_COLS * MOE__LANES,
     MOE__WIDENED = MOE__TASK_COLS * MOE__K_BLOCK, // codes as fp32: of all weight rows of a task
     MOE__SCALED = 16,        // codes that share a scale at least
+    MOE__STRIP_K = 4096,     // codes of a row that meet one x row before the next one's
     MOE__COLUMN_BLOCK = 512, // of finalize
     MOE__ROWS_PER_TASK = 16
 };
@@ -13245,7 +13246,22 @@ static float moe__activate(const moe_activation_desc *act, float g, float u)
 
 // ---- kernels ----
 
-struct moe__nibbles;
+// Values of the codes 0..15: fp32, and the two upper bytes of that; the others are 0.
+typedef struct moe__nibbles {
+    float value[16];
+    unsigned char low[16], high[16];
+} moe__nibbles;
+
+// Scales of a run of codes: piece i, of 16 codes, has scales[(first + i) >> shift].
+typedef struct moe__scale_run {
+    const float *scales;
+    int32_t first, shift;
+} moe__scale_run;
+
+static float moe__scale_of(const moe__scale_run *run, int32_t k)
+{
+    return run->scales[(run->first + k / MOE__SCALED) >> run->shift];
+}
 
 // w and x rows are aligned to 64 bytes or more and padded with zeros; n is a multiple of 32.
 typedef struct moe__kernels {
@@ -13260,18 +13276,16 @@ typedef struct moe__kernels {
     void (*sigmoid)(float *x, int32_t n);                                   // n is a multiple of 16
     // As tile, for 8 x rows; NULL where registers are too few.
     void (*wide[3])(const float *const *x, const void *const *w, int32_t n, int32_t first, size_t ahead, float *sums);
-    // out [n] = e4m3 codes times scales [n / 16]. n is a multiple of 16; bytes `ahead` are asked for meanwhile.
-    void (*codes_8)(const unsigned char *in, const float *scales, int32_t n, size_t ahead, float *out);
-    // The same of 4-bit codes with these values; n is a multiple of 32.
-    void (*codes_4)(const unsigned char *in, const struct moe__nibbles *values, const float *scales, int32_t n,
-                    size_t ahead, float *out);
+    // out [n] = codes times their scales: e4m3, or of 4 bits with these values. n is a multiple of 16; the bytes `ahead`
+    // are asked for meanwhile.
+    void (*widen[2])(const unsigned char *in, const moe__nibbles *values, const moe__scale_run *run, int32_t n,
+                     size_t ahead, float *out);
+    // As strip, of codes: run->scales are those of the first weight row, those of the next ones `apart` floats on. NULL:
+    // widen and strip do it.
+    void (*strip_codes[2])(const float *x, const unsigned char *const *w, const moe__nibbles *values,
+                           const moe__scale_run *run, int32_t apart, int32_t n, int32_t first, size_t ahead,
+                           float *sums);
 } moe__kernels;
-
-// Values of the codes 0..15: fp32, and the two upper bytes of that; the others are 0.
-typedef struct moe__nibbles {
-    float value[16];
-    unsigned char low[16], high[16];
-} moe__nibbles;
 
 static const moe__nibbles *moe__nibbles_of(int32_t dtype)
 {
@@ -13338,22 +13352,25 @@ static void moe__scalar_sigmoid(float *x, int32_t n)
 }
 
 // The bits of e4m3 under f16's exponent are 2^-8 of the value, subnormal ones too: the scale takes it back, exactly.
-static void moe__scalar_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead, float *out)
+static void moe__scalar_widen_8(const unsigned char *in, const moe__nibbles *values, const moe__scale_run *run,
+                                int32_t n, size_t ahead, float *out)
 {
+    (void)values;
     (void)ahead;
     for (int32_t k = 0; k < n; k++) {
         uint16_t half = (uint16_t)((in[k] & 0x80u) << 8 | (in[k] & 0x7fu) << 7);
-        out[k] = moe__f16_to_f32(half) * (scales[k / MOE__SCALED] * 256.0f);
+        out[k] = moe__f16_to_f32(half) * (moe__scale_of(run, k) * 256.0f);
     }
 }
 
-static void moe__scalar_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales, int32_t n,
-                                size_t ahead, float *out)
+static void moe__scalar_widen_4(const unsigned char *in, const moe__nibbles *values, const moe__scale_run *run,
+                                int32_t n, size_t ahead, float *out)
 {
     (void)ahead;
     for (int32_t k = 0; k < n; k += 2) {
-        out[k] = values->value[in[k / 2] & 15] * scales[k / MOE__SCALED];
-        out[k + 1] = values->value[in[k / 2] >> 4] * scales[k / MOE__SCALED];
+        float scale = moe__scale_of(run, k);
+        out[k] = values->value[in[k / 2] & 15] * scale;
+        out[k + 1] = values->value[in[k / 2] >> 4] * scale;
     }
 }
 
@@ -13516,67 +13533,97 @@ MOE__AVX512_WIDE(moe__avx512_wide_f32, float, _mm512_loadu_ps)
 MOE__AVX512_WIDE(moe__avx512_wide_bf16, uint16_t, moe__avx512_bf16)
 MOE__AVX512_WIDE(moe__avx512_wide_f16, uint16_t, moe__avx512_f16)
 
-// 16 codes as the halves of moe__scalar_codes_8(): the byte's sign lands on bit 15 and, to be cleared, on bit 14.
-MOE__AVX512 static void moe__avx512_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead,
-                                            float *out)
-{
-    for (int32_t k = 0; k < n; k += 16) {
-        __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(in + k)));
-        if (k % 64 == 0) __builtin_prefetch(in + k + ahead);
-        v = _mm256_and_si256(_mm256_slli_epi16(v, 7), _mm256_set1_epi16((short)0xbfff));
-        _mm512_storeu_ps(out + k, _mm512_mul_ps(_mm512_maskz_cvtph_ps(0xffff, v),
-                                                _mm512_set1_ps(scales[k / MOE__SCALED] * 256.0f)));
-    }
-}
-MOE__AVX2 static void moe__avx2_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead,
-                                        float *out)
-{
-    for (int32_t k = 0; k < n; k += 8) {
-        __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)(const void *)(in + k)));
-        if (k % 64 == 0) __builtin_prefetch(in + k + ahead);
-        v = _mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbfff));
-        _mm256_storeu_ps(out + k, _mm256_mul_ps(_mm256_cvtph_ps(v), _mm256_set1_ps(scales[k / MOE__SCALED] * 256.0f)));
-    }
-}
-
-// The lower four bits of an index choose among 16 floats.
-MOE__AVX512 static void moe__avx512_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales,
-                                            int32_t n, size_t ahead, float *out)
-{
-    const __m512 table = _mm512_loadu_ps(values->value);
-    for (int32_t k = 0; k < n; k += 32) {
-        __m128i low = _mm_loadu_si128((const __m128i *)(const void *)(in + k / 2)), high = _mm_srli_epi16(low, 4);
-        __m512i a = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(low, high));
-        __m512i b = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpackhi_epi8(low, high));
-        if (k % 128 == 0) __builtin_prefetch(in + k / 2 + ahead);
-        _mm512_storeu_ps(out + k, _mm512_mul_ps(_mm512_maskz_permutexvar_ps(0xffff, a, table),
-                                                _mm512_set1_ps(scales[k / MOE__SCALED])));
-        _mm512_storeu_ps(out + k + 16, _mm512_mul_ps(_mm512_maskz_permutexvar_ps(0xffff, b, table),
-                                                     _mm512_set1_ps(scales[k / MOE__SCALED + 1])));
-    }
-}
+// 16 codes, widened and scaled, in registers. As the halves of moe__scalar_codes_8(): the byte's sign lands on bit 15
+// and, to be cleared, on bit 14.
+#define MOE__AVX512_CODES_8(in, values, scale, a) \
+    __m256i v_ = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(in))); \
+    (void)values; \
+    v_ = _mm256_and_si256(_mm256_slli_epi16(v_, 7), _mm256_set1_epi16((short)0xbfff)); \
+    (a)[0] = _mm512_mul_ps(_mm512_maskz_cvtph_ps(0xffff, v_), _mm512_set1_ps((scale) * 256.0f));
+#define MOE__AVX2_CODES_8(in, values, scale, a) \
+    const __m128i v_ = _mm_loadu_si128((const __m128i *)(const void *)(in)), cleared_ = _mm_set1_epi16((short)0xbfff); \
+    const __m256 scale_ = _mm256_set1_ps((scale) * 256.0f); \
+    const __m128i low_ = _mm_slli_epi16(_mm_cvtepi8_epi16(v_), 7); \
+    const __m128i high_ = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_unpackhi_epi64(v_, v_)), 7); \
+    (void)values; \
+    (a)[0] = _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(low_, cleared_)), scale_); \
+    (a)[1] = _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(high_, cleared_)), scale_);
+// The lower four bits of an index choose among 16 floats, or among their upper bytes.
+#define MOE__AVX512_CODES_4(in, values, scale, a) \
+    const __m128i v_ = _mm_loadl_epi64((const __m128i *)(const void *)(in)); \
+    const __m512i index_ = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_unpacklo_epi8(v_, _mm_srli_epi16(v_, 4))); \
+    (a)[0] = _mm512_mul_ps(_mm512_maskz_permutexvar_ps(0xffff, index_, _mm512_loadu_ps((values)->value)), \
+                           _mm512_set1_ps(scale));
+#define MOE__AVX2_CODES_4(in, values, scale, a) \
+    const __m128i v_ = _mm_loadl_epi64((const __m128i *)(const void *)(in)); \
+    const __m128i index_ = _mm_and_si128(_mm_unpacklo_epi8(v_, _mm_srli_epi16(v_, 4)), _mm_set1_epi8(15)); \
+    const __m128i low_ = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(values)->low), index_); \
+    const __m128i high_ = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(values)->high), index_); \
+    const __m256 scale_ = _mm256_set1_ps(scale); \
+    (a)[0] = _mm256_mul_ps(moe__avx2_upper(_mm_unpacklo_epi8(low_, high_)), scale_); \
+    (a)[1] = _mm256_mul_ps(moe__avx2_upper(_mm_unpackhi_epi8(low_, high_)), scale_);
 
 // 8 floats from the bytes of their upper halves.
 MOE__AVX2 static inline __m256 moe__avx2_upper(__m128i halves)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
-MOE__AVX2 static void moe__avx2_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales,
-                                        int32_t n, size_t ahead, float *out)
-{
-    const __m128i low = _mm_loadu_si128((const __m128i *)(const void *)values->low), mask = _mm_set1_epi8(15);
-    const __m128i high = _mm_loadu_si128((const __m128i *)(const void *)values->high);
-    for (int32_t k = 0; k < n; k += 16) {
-        __m128i v = _mm_loadl_epi64((const __m128i *)(const void *)(in + k / 2)), a, b;
-        __m256 scale = _mm256_set1_ps(scales[k / MOE__SCALED]);
-        if (k % 128 == 0) __builtin_prefetch(in + k / 2 + ahead);
-        v = _mm_and_si128(_mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4)), mask);
-        a = _mm_shuffle_epi8(low, v);
-        b = _mm_shuffle_epi8(high, v);
-        _mm256_storeu_ps(out + k, _mm256_mul_ps(moe__avx2_upper(_mm_unpacklo_epi8(a, b)), scale));
-        _mm256_storeu_ps(out + k + 8, _mm256_mul_ps(moe__avx2_upper(_mm_unpackhi_epi8(a, b)), scale));
+
+// Codes into memory, and against one x row. A cache line is asked for once.
+#define MOE__VECTOR_CODES(prefix, bits, target, vec, lanes, widen, load, set1, fma, store) \
+    target static void prefix##_widen_##bits(const unsigned char *in, const moe__nibbles *values, \
+                                             const moe__scale_run *run, int32_t n, size_t ahead, float *out) \
+    { \
+        for (int32_t k = 0; k < n; k += 16) { \
+            vec a[16 / lanes]; \
+            { widen(in + k * bits / 8, values, moe__scale_of(run, k), a) } \
+            if (k * bits / 8 % 64 == 0) __builtin_prefetch(in + k * bits / 8 + ahead); \
+            for (int32_t i = 0; i < 16 / lanes; i++) store(out + k + lanes * i, a[i]); \
+        } \
+    } \
+    target static void prefix##_strip_##bits(const float *x, const unsigned char *const *w, const moe__nibbles *values, \
+                                             const moe__scale_run *run, int32_t apart, int32_t n, int32_t first, \
+                                             size_t ahead, float *sums) \
+    { \
+        const unsigned char *p0 = w[0], *p1 = w[1], *p2 = w[2], *p3 = w[3]; \
+        const float *s0 = run->scales, *s1 = s0 + apart, *s2 = s1 + apart, *s3 = s2 + apart; \
+        const int32_t shift = run->shift; \
+        vec a[4][16 / lanes]; \
+        for (int32_t i = 0; i < 16 / lanes; i++) \
+            for (int32_t c = 0; c < 4; c++) a[c][i] = first ? set1(0) : load(sums + 16 * c + lanes * i); \
+        for (int32_t k = 0, piece = run->first; k < n; k += 16, piece++) { \
+            const int32_t at = piece >> shift, byte = k * bits / 8; \
+            vec w0[16 / lanes], w1[16 / lanes], w2[16 / lanes], w3[16 / lanes]; \
+            if (byte % 64 == 0) { \
+                __builtin_prefetch(p0 + byte + ahead); \
+                __builtin_prefetch(p1 + byte + ahead); \
+                __builtin_prefetch(p2 + byte + ahead); \
+                __builtin_prefetch(p3 + byte + ahead); \
+            } \
+            { widen(p0 + byte, values, s0[at], w0) } \
+            { widen(p1 + byte, values, s1[at], w1) } \
+            { widen(p2 + byte, values, s2[at], w2) } \
+            { widen(p3 + byte, values, s3[at], w3) } \
+            _Pragma("GCC unroll 2") \
+            for (int32_t i = 0; i < 16 / lanes; i++) { \
+                vec v = load(x + k + lanes * i); \
+                a[0][i] = fma(w0[i], v, a[0][i]); \
+                a[1][i] = fma(w1[i], v, a[1][i]); \
+                a[2][i] = fma(w2[i], v, a[2][i]); \
+                a[3][i] = fma(w3[i], v, a[3][i]); \
+            } \
+        } \
+        for (int32_t i = 0; i < 16 / lanes; i++) \
+            for (int32_t c = 0; c < 4; c++) store(sums + 16 * c + lanes * i, a[c][i]); \
     }
-}
+MOE__VECTOR_CODES(moe__avx2, 8, MOE__AVX2, __m256, 8, MOE__AVX2_CODES_8, _mm256_loadu_ps, _mm256_set1_ps,
+                  _mm256_fmadd_ps, _mm256_storeu_ps)
+MOE__VECTOR_CODES(moe__avx2, 4, MOE__AVX2, __m256, 8, MOE__AVX2_CODES_4, _mm256_loadu_ps, _mm256_set1_ps,
+                  _mm256_fmadd_ps, _mm256_storeu_ps)
+MOE__VECTOR_CODES(moe__avx512, 8, MOE__AVX512, __m512, 16, MOE__AVX512_CODES_8, _mm512_loadu_ps, _mm512_set1_ps,
+                  _mm512_fmadd_ps, _mm512_storeu_ps)
+MOE__VECTOR_CODES(moe__avx512, 4, MOE__AVX512, __m512, 16, MOE__AVX512_CODES_4, _mm512_loadu_ps, _mm512_set1_ps,
+                  _mm512_fmadd_ps, _mm512_storeu_ps)
 
 // Four sums at a time, so that the last steps have full registers; AVX-512 machines use it too.
 MOE__AVX2 static void moe__avx2_reduce(const float *sums, int32_t count, float *out)
@@ -13603,11 +13650,13 @@ static inline float32x4_t moe__neon_bf16(const uint16_t *p)
 }
 static inline float32x4_t moe__neon_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline float32x4_t moe__neon_fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
-static void moe__neon_codes_8(const unsigned char *in, const float *scales, int32_t n, size_t ahead, float *out)
+static void moe__neon_widen_8(const unsigned char *in, const moe__nibbles *values, const moe__scale_run *run, int32_t n,
+                              size_t ahead, float *out)
 {
+    (void)values;
     for (int32_t k = 0; k < n; k += 8) {
         uint16x8_t v = vreinterpretq_u16_s16(vshlq_n_s16(vmovl_s8(vld1_s8((const int8_t *)(in + k))), 7));
-        float32x4_t scale = vdupq_n_f32(scales[k / MOE__SCALED] * 256.0f);
+        float32x4_t scale = vdupq_n_f32(moe__scale_of(run, k) * 256.0f);
         if (k % 64 == 0) __builtin_prefetch(in + k + ahead);
         v = vandq_u16(v, vdupq_n_u16(0xbfff));
         vst1q_f32(out + k, vmulq_f32(vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(v))), scale));
@@ -13620,7 +13669,7 @@ static inline void moe__neon_upper(uint8x16_t halves, float32x4_t scale, float *
     vst1q_f32(out, vmulq_f32(vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(v), 16)), scale));
     vst1q_f32(out + 4, vmulq_f32(vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(v), 16)), scale));
 }
-static void moe__neon_codes_4(const unsigned char *in, const moe__nibbles *values, const float *scales, int32_t n,
+static void moe__neon_widen_4(const unsigned char *in, const moe__nibbles *values, const moe__scale_run *run, int32_t n,
                               size_t ahead, float *out)
 {
     const uint8x16_t low = vld1q_u8(values->low), high = vld1q_u8(values->high);
@@ -13628,7 +13677,7 @@ static void moe__neon_codes_4(const unsigned char *in, const moe__nibbles *value
         uint8x8_t v = vld1_u8(in + k / 2), a = vand_u8(v, vdup_n_u8(15)), b = vshr_n_u8(v, 4);
         uint8x16_t index = vcombine_u8(vzip1_u8(a, b), vzip2_u8(a, b));
         uint8x16_t lows = vqtbl1q_u8(low, index), highs = vqtbl1q_u8(high, index);
-        float32x4_t scale = vdupq_n_f32(scales[k / MOE__SCALED]);
+        float32x4_t scale = vdupq_n_f32(moe__scale_of(run, k));
         if (k % 128 == 0) __builtin_prefetch(in + k / 2 + ahead);
         moe__neon_upper(vzip1q_u8(lows, highs), scale, out + k);
         moe__neon_upper(vzip2q_u8(lows, highs), scale, out + k + 8);
@@ -13640,19 +13689,22 @@ MOE__VECTOR_KERNELS(moe__neon, , float32x4_t, moe__i32x4, 4, vld1q_f32, moe__neo
 
 static const moe__kernels *moe__kernels_of(int32_t isa)
 {
-#define MOE__KERNEL_TABLE(isa, reduce, wide_f32, wide_bf16, wide_f16) \
+#define MOE__KERNEL_TABLE(isa, reduce, wide_f32, wide_bf16, wide_f16, strip_8, strip_4) \
     { { isa##_tile_f32, isa##_tile_bf16, isa##_tile_f16 }, { isa##_strip_f32, isa##_strip_bf16, isa##_strip_f16 }, \
-      reduce, isa##_add_scaled, isa##_sigmoid, { wide_f32, wide_bf16, wide_f16 }, isa##_codes_8, isa##_codes_4 }
-    static const moe__kernels scalar = MOE__KERNEL_TABLE(moe__scalar, moe__scalar_reduce, NULL, NULL, NULL);
+      reduce, isa##_add_scaled, isa##_sigmoid, { wide_f32, wide_bf16, wide_f16 }, { isa##_widen_8, isa##_widen_4 }, \
+      { strip_8, strip_4 } }
+    static const moe__kernels scalar = MOE__KERNEL_TABLE(moe__scalar, moe__scalar_reduce, NULL, NULL, NULL, NULL, NULL);
 #if defined(MOE__X86)
-    static const moe__kernels avx2 = MOE__KERNEL_TABLE(moe__avx2, moe__avx2_reduce, NULL, NULL, NULL);
-    static const moe__kernels avx512 = MOE__KERNEL_TABLE(moe__avx512, moe__avx2_reduce, moe__avx512_wide_f32,
-                                                           moe__avx512_wide_bf16, moe__avx512_wide_f16);
+    static const moe__kernels avx2 = MOE__KERNEL_TABLE(moe__avx2, moe__avx2_reduce, NULL, NULL, NULL,
+                                                         moe__avx2_strip_8, moe__avx2_strip_4);
+    static const moe__kernels avx512 =
+        MOE__KERNEL_TABLE(moe__avx512, moe__avx2_reduce, moe__avx512_wide_f32, moe__avx512_wide_bf16,
+                          moe__avx512_wide_f16, moe__avx512_strip_8, moe__avx512_strip_4);
     if (isa == MOE__ISA_AVX512) return &avx512;
     if (isa == MOE__ISA_AVX2) return &avx2;
 #endif
 #if defined(MOE__NEON)
-    static const moe__kernels neon = MOE__KERNEL_TABLE(moe__neon, moe__scalar_reduce, NULL, NULL, NULL);
+    static const moe__kernels neon = MOE__KERNEL_TABLE(moe__neon, moe__scalar_reduce, NULL, NULL, NULL, NULL, NULL);
     if (isa == MOE__ISA_NEON) return &neon;
 #endif
 #undef MOE__KERNEL_TABLE
@@ -13813,10 +13865,17 @@ static moe__cpu_matrix moe__cpu_matrix_of(const moe__cpu *cpu, const moe__block 
     return m;
 }
 
-// What the codes [k, k + n) of a row are multiplied by, 16 at a time. A row's scales have others behind them, so that
-// reading whole vectors is safe.
-static void moe__cpu_scales(const moe__kernels *kernels, const moe__cpu_matrix *m, int32_t row, int32_t k, int32_t n,
-                            float *out)
+// A scale of f16 without its cases: there are no infinities among them.
+static float moe__f16_scale(uint16_t half)
+{
+    float magnitude = moe__bits_f32((uint32_t)(half & 0x7fffu) << 13) * 5.192296858534828e33f; // 2^112
+    return (half & 0x8000u) != 0 ? -magnitude : magnitude;
+}
+
+// What the codes [k, k + n) of a row are multiplied by; `room` holds them. A row's scales have others behind them, so
+// that reading whole vectors is safe.
+static moe__scale_run moe__cpu_scales(const moe__kernels *kernels, const moe__cpu_matrix *m, int32_t row, int32_t k,
+                                      int32_t n, float *room)
 {
     const moe__block_shape *shape = m->block->shape;
     const moe__scheme *w = &shape->weight;
@@ -13824,20 +13883,37 @@ static void moe__cpu_scales(const moe__kernels *kernels, const moe__cpu_matrix *
     int64_t at = m->down ? moe__scale_row2(shape, row) * shape->scale_ld2
                          : moe__scale_row1(shape, m->gated, row) * shape->scale_ld1;
     const unsigned char *scales = m->down ? m->block->scales2 : m->block->scales1;
-    int32_t phase = m->down && w->columns > 0 ? shape->first_feature % w->columns : 0, count = n / MOE__SCALED;
-    if (w->columns == MOE__SCALED) { // e4m3, times the global scale
-        float global[MOE__K_BLOCK / MOE__SCALED / MOE__SCALED];
-        for (int32_t i = 0; i < MOE__ARRAY_COUNT(global); i++) global[i] = m->block->factors[half];
-        kernels->codes_8(scales + at + k / MOE__SCALED, global, (count + 15) / 16 * 16, 0, out);
-        return;
+    int32_t begin = k, count = 1;
+    moe__scale_run run = { NULL, 0, 31 };
+    run.scales = room;
+    if (w->columns > 0) {
+        if (m->down) begin += shape->first_feature % w->columns;
+        run.first = begin % w->columns / MOE__SCALED;
+        for (run.shift = 0; MOE__SCALED << run.shift < w->columns;) run.shift++;
+        count = (begin + n - 1) / w->columns - begin / w->columns + 1;
+        at += begin / w->columns;
     }
-    for (int32_t i = 0; i < count;) {
-        int32_t index = w->columns > 0 ? (k + phase + i * MOE__SCALED) / w->columns : 0;
-        int32_t end = w->columns > 0 ? moe__min32(count, ((index + 1) * w->columns - k - phase) / MOE__SCALED) : count;
-        float scale = w->scale_dtype == MOE_DTYPE_UE8M0 ? moe__ue8m0_to_f32(scales[at + index])
-                                                        : moe__load(scales, w->scale_dtype, at + index);
-        while (i < end) out[i++] = scale;
+    scales += at * moe_dtype_bits(w->scale_dtype) / 8;
+    if (w->scale_dtype == MOE_DTYPE_E4M3) { // times the global scale
+        moe__scale_run global = { NULL, 0, 31 };
+        global.scales = m->block->factors + half;
+        kernels->widen[0](scales, NULL, &global, (count + 15) / 16 * 16, 0, room);
+    } else if (w->scale_dtype == MOE_DTYPE_UE8M0) {
+        for (int32_t i = 0; i < count; i += 16)
+            for (int32_t j = 0; j < 16; j++) { // of fixed length, for vectors; there is no NaN
+                uint32_t bits = (uint32_t)scales[i + j] << 23;
+                room[i + j] = moe__bits_f32(bits == 0 ? 0x400000u : bits);
+            }
+    } else if (w->scale_dtype == MOE_DTYPE_F32) {
+        memcpy(room, scales, (size_t)count * 4);
+    } else {
+        for (int32_t i = 0; i < count; i++) {
+            uint16_t narrow;
+            memcpy(&narrow, scales + 2 * i, 2);
+            room[i] = w->scale_dtype == MOE_DTYPE_BF16 ? moe__bf16_to_f32(narrow) : moe__f16_scale(narrow);
+        }
     }
+    return run;
 }
 
 // Codes [k, k + n) of `count` weight rows from `first` of the task on, as fp32 in rows of MOE__K_BLOCK; the last one
@@ -13848,10 +13924,40 @@ static void moe__cpu_widen(const moe__kernels *kernels, const moe__cpu_matrix *m
     for (int32_t c = first; c < first + count; c++, out += MOE__K_BLOCK) {
         int32_t row = moe__min32(c, m->cols - 1);
         const unsigned char *codes = m->w + (size_t)row * m->row_bytes;
-        float scales[MOE__K_BLOCK / MOE__SCALED];
-        moe__cpu_scales(kernels, m, m->first + row, k, n, scales);
-        if (m->dtype == MOE_DTYPE_E4M3) kernels->codes_8(codes + k, scales, n, ahead, out);
-        else kernels->codes_4(codes + k / 2, moe__nibbles_of(m->dtype), scales, n, ahead, out);
+        float room[MOE__K_BLOCK / MOE__SCALED + 16];
+        moe__scale_run run = moe__cpu_scales(kernels, m, m->first + row, k, n, room);
+        kernels->widen[moe__is_4_bits(m->dtype)](codes + moe__row_bytes(m->dtype, k), moe__nibbles_of(m->dtype), &run, n,
+                                                 ahead, out);
+    }
+}
+
+// Sums of one x row and MOE__STRIP_COLS weight rows of codes from `col` of the task on.
+static void moe__cpu_strip(const moe__kernels *kernels, const moe__cpu_matrix *m, const float *x, int32_t col,
+                           float *sums, float *wide)
+{
+    enum { APART = MOE__STRIP_K / MOE__SCALED + 16 };
+    const int32_t four = moe__is_4_bits(m->dtype), fused = kernels->strip_codes[four] != NULL;
+    const int32_t step = fused ? MOE__STRIP_K : MOE__K_BLOCK;
+    const size_t ahead = MOE__STRIP_COLS * m->row_bytes;
+    for (int32_t k = 0; k < m->n; k += step) {
+        int32_t n = moe__min32(step, m->n - k);
+        const unsigned char *codes[MOE__STRIP_COLS];
+        const void *weight[MOE__STRIP_COLS];
+        float room[MOE__STRIP_COLS * APART];
+        moe__scale_run run = { NULL, 0, 0 };
+        if (!fused) {
+            moe__cpu_widen(kernels, m, col, MOE__STRIP_COLS, k, n, ahead, wide);
+            for (int32_t i = 0; i < MOE__STRIP_COLS; i++) weight[i] = wide + i * MOE__K_BLOCK;
+            kernels->strip[0](x + k, weight, n, k == 0, 0, sums);
+            continue;
+        }
+        for (int32_t i = 0; i < MOE__STRIP_COLS; i++) {
+            int32_t row = moe__min32(col + i, m->cols - 1);
+            codes[i] = m->w + (size_t)row * m->row_bytes + moe__row_bytes(m->dtype, k);
+            run = moe__cpu_scales(kernels, m, m->first + row, k, n, room + i * APART);
+        }
+        run.scales = room;
+        kernels->strip_codes[four](x + k, codes, moe__nibbles_of(m->dtype), &run, APART, n, k == 0, ahead, sums);
     }
 }
 
@@ -13859,19 +13965,15 @@ static void moe__cpu_widen(const moe__kernels *kernels, const moe__cpu_matrix *m
 static void moe__cpu_dots_1(const moe__kernels *kernels, const moe__cpu_matrix *m, const float *x, float *sums,
                             float *wide, float *dots)
 {
-    int32_t coded = !moe__is_float_dtype(m->dtype);
     const void *weight[MOE__STRIP_COLS];
     for (int32_t c = 0; c < m->cols; c += MOE__STRIP_COLS) {
-        size_t ahead = MOE__STRIP_COLS * m->row_bytes;
-        for (int32_t i = 0; i < MOE__STRIP_COLS; i++)
-            weight[i] = coded ? (const void *)(wide + i * MOE__K_BLOCK)
-                              : m->w + (size_t)moe__min32(c + i, m->cols - 1) * m->row_bytes;
-        for (int32_t k = 0; k < m->n && coded; k += MOE__K_BLOCK) {
-            int32_t n = moe__min32(MOE__K_BLOCK, m->n - k);
-            moe__cpu_widen(kernels, m, c, MOE__STRIP_COLS, k, n, ahead, wide);
-            kernels->strip[0](x + k, weight, n, k == 0, 0, sums);
+        if (moe__is_float_dtype(m->dtype)) {
+            for (int32_t i = 0; i < MOE__STRIP_COLS; i++)
+                weight[i] = m->w + (size_t)moe__min32(c + i, m->cols - 1) * m->row_bytes;
+            kernels->strip[m->dtype - MOE_DTYPE_F32](x, weight, m->n, 1, MOE__STRIP_COLS * m->row_bytes, sums);
+        } else {
+            moe__cpu_strip(kernels, m, x, c, sums, wide);
         }
-        if (!coded) kernels->strip[m->dtype - MOE_DTYPE_F32](x, weight, m->n, 1, ahead, sums);
         kernels->reduce(sums, MOE__STRIP_COLS, dots + c); // dots has room for whole strips
     }
 }

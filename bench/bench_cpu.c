@@ -2,10 +2,10 @@
 //
 //     make bench            or: cc -O2 -o build/bench_cpu bench/bench_cpu.c -lpthread && build/bench_cpu [result.json]
 //
-// Layer: Qwen3-30B-A3B's (E128 k8 H2048 I768, swiglu, bf16), from logits to output; random logits, other ones in every
-// call, so that one token's experts (75 MB) come from memory. Floors: the active experts' bytes at the read stream of
-// all threads, and the multiply-adds at the peak of the widest vector unit in use. MOE_BENCH_THREADS and MOE_BENCH_ISA
-// choose others.
+// Layer: Qwen3-30B-A3B's (E128 k8 H2048 I768, swiglu) in several formats, from logits to output; random logits, other
+// ones in every call, so that one token's experts (75 MB in bf16) come from memory. Floors: the active experts' bytes,
+// scales among them, at the read stream of all threads, and the multiply-adds at the peak of the widest vector unit in
+// use. MOE_BENCH_THREADS and MOE_BENCH_ISA choose others.
 #define _POSIX_C_SOURCE 200809L // clock_gettime
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
@@ -147,36 +147,75 @@ static double measure_stream(moe_context *ctx, const void *data, size_t bytes)
 
 // ---- the layer ----
 
+// The same random matrices for every expert, as codes and scales where the format has them.
+static int set_matrix(moe_weights *weights, const moe_layer_desc *layer, int32_t role, float *values, moe_error *err)
+{
+    int32_t rows = role == MOE_TENSOR_DOWN ? HIDDEN : INNER, columns = HIDDEN + INNER - rows, result = MOE_OK;
+    moe__scheme s = moe__weight_scheme(layer->format, layer->format_block, layer->scale_dtype);
+    moe_quantize_desc q;
+    moe_tensor parts[3];
+    int count = moe__scheme_is_float(&s) ? 1 : layer->format == MOE_FORMAT_NVFP4_W4A16 ? 3 : 2;
+    memset(&q, 0, sizeof q);
+    memset(parts, 0, sizeof parts);
+    for (int i = 0; i < 3; i++) {
+        parts[i].role = role;
+        parts[i].part = MOE_PART_DATA + i; // then SCALE, GLOBAL_SCALE
+        parts[i].rank = i < 2 ? 2 : 0;
+        parts[i].dtype = MOE_DTYPE_F32;
+    }
+    parts[0].dims[0] = rows;
+    parts[0].dims[1] = columns;
+    parts[0].data = values;
+    parts[0].data_bytes = (uint64_t)rows * (uint64_t)columns * 4;
+    if (count > 1) {
+        parts[0].dtype = s.dtype;
+        parts[0].data_bytes = q.codes_bytes = (uint64_t)rows * (uint64_t)columns * (uint64_t)moe_dtype_bits(s.dtype) / 8;
+        parts[1].dtype = s.scale_dtype;
+        parts[1].dims[0] = rows / s.rows;
+        parts[1].dims[1] = columns / s.columns;
+        q.scales_bytes = (uint64_t)(parts[1].dims[0] * parts[1].dims[1] * moe_dtype_bits(s.scale_dtype) / 8);
+        parts[1].data_bytes = q.scales_bytes;
+        parts[2].data_bytes = 4;
+        q.format = layer->format;
+        q.format_block = layer->format_block;
+        q.dtype = MOE_DTYPE_F32;
+        q.rows = rows;
+        q.columns = columns;
+        q.values = values;
+        parts[0].data = q.codes = malloc(q.codes_bytes);
+        parts[1].data = q.scales = malloc(q.scales_bytes);
+        parts[2].data = &q.global_scale;
+        result = moe_quantize(&q, err);
+    }
+    for (int32_t e = 0; e < EXPERTS; e++)
+        for (int i = 0; i < count && result == MOE_OK; i++) {
+            parts[i].expert = e;
+            result = moe_weights_set_tensor(weights, &parts[i], err);
+        }
+    free(q.codes);
+    free(q.scales);
+    return result;
+}
+
 static int make_weights(moe_context *ctx, const moe_layer_desc *layer, moe_weights **weights, moe_error *err)
 {
-    static const int32_t roles[3] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN };
     const size_t count = (size_t)HIDDEN * INNER;
-    uint16_t *data = (uint16_t *)malloc((count + EXPERTS * 64) * sizeof data[0]);
+    float *values = (float *)malloc(count * sizeof values[0]);
     uint64_t state = 1;
     int result;
-    if (data == NULL) return 1;
-    for (size_t i = 0; i < count + EXPERTS * 64; i++)
-        data[i] = moe__f32_to_bf16((float)((int32_t)random_u32(&state) % 1000 - 500) * 1e-4f);
+    if (values == NULL) return 1;
     result = moe_weights_create(ctx, layer, NULL, weights, err);
-    for (int32_t e = 0; e < EXPERTS && result == MOE_OK; e++)
-        for (int r = 0; r < 3 && result == MOE_OK; r++) {
-            moe_tensor t;
-            memset(&t, 0, sizeof t);
-            t.role = roles[r];
-            t.expert = e;
-            t.dtype = MOE_DTYPE_BF16;
-            t.rank = 2;
-            t.dims[0] = r == 2 ? HIDDEN : INNER;
-            t.dims[1] = r == 2 ? INNER : HIDDEN;
-            t.data = data + (size_t)e * 64;
-            t.data_bytes = count * 2;
-            result = moe_weights_set_tensor(*weights, &t, err);
-        }
-    free(data);
+    for (int32_t role = MOE_TENSOR_GATE; role <= MOE_TENSOR_DOWN && result == MOE_OK; role++) {
+        if (role == MOE_TENSOR_GATE_UP) continue;
+        for (size_t i = 0; i < count; i++) values[i] = (float)((int32_t)random_u32(&state) % 1000 - 500) * 1e-4f;
+        result = set_matrix(*weights, layer, role, values, err);
+    }
+    free(values);
     return result == MOE_OK ? moe_weights_seal(*weights, err) : result;
 }
 
 typedef struct row {
+    const char *format;
     int32_t tokens;
     double us, us_min, us_max, bytes, flops, floor_us;
 } row;
@@ -189,7 +228,7 @@ static int compare(const void *a, const void *b)
 
 // Calls with new logits until 1.5 s have passed: median, shortest, longest.
 static int measure_layer(const moe_plan *plan, const moe_weights *weights, moe_execute_args *args, float *logits,
-                         row *out)
+                         double expert_bytes, row *out)
 {
     static uint64_t state = 7;
     static double us[MAX_RUNS];
@@ -210,7 +249,7 @@ static int measure_layer(const moe_plan *plan, const moe_weights *weights, moe_e
     out->us = us[runs / 2];
     out->us_min = us[0];
     out->us_max = us[runs - 1];
-    out->bytes = active / runs * 3 * HIDDEN * INNER * 2;
+    out->bytes = active / runs * expert_bytes;
     out->flops = 2.0 * 3 * HIDDEN * INNER * TOP_K * out->tokens;
     return MOE_OK;
 }
@@ -232,91 +271,122 @@ static void write_json(const char *path, const moe_context_info *info, double st
     fprintf(f, " \"ceilings\": {\"stream_gb_s\": %.2f, \"fma_gflops\": %.1f},\n \"rows\": [\n", stream, peak);
     for (int i = 0; i < count; i++)
         fprintf(f,
-                "  {\"layer\": \"E128 k8 H2048 I768\", \"format\": \"bf16\", \"load\": \"uniform\", \"tokens\": %d, "
+                "  {\"layer\": \"E128 k8 H2048 I768\", \"format\": \"%s\", \"load\": \"uniform\", \"tokens\": %d, "
                 "\"stage\": \"layer\", \"us\": %.1f, \"us_min\": %.1f, \"us_max\": %.1f, \"floor_us\": %.1f, "
-                "\"bytes\": %.0f, \"flops\": %.0f, \"config\": \"cpu_%s_bf16\"}%s\n",
-                rows[i].tokens, rows[i].us, rows[i].us_min, rows[i].us_max, rows[i].floor_us, rows[i].bytes,
+                "\"bytes\": %.0f, \"flops\": %.0f, \"config\": \"cpu_%s\"}%s\n",
+                rows[i].format, rows[i].tokens, rows[i].us, rows[i].us_min, rows[i].us_max, rows[i].floor_us, rows[i].bytes,
                 rows[i].flops, info->isa, i + 1 < count ? "," : "");
     fprintf(f, " ]}\n");
     fclose(f);
 }
 
-int main(int argc, char **argv)
+typedef struct measured {
+    const char *name;
+    int32_t format, block;
+} measured;
+
+static const measured formats[] = {
+    { "bf16", MOE_FORMAT_BF16, 0 },
+    { "fp8 block", MOE_FORMAT_FP8_BLOCK, 128 },
+    { "nvfp4 w4a16", MOE_FORMAT_NVFP4_W4A16, 0 },
+    { "mxfp4 w4a16", MOE_FORMAT_MXFP4_W4A16, 0 },
+    { "int4 w4a16", MOE_FORMAT_INT4_W4A16, 32 },
+};
+static const int32_t token_counts[] = { 1, 8, 32, 128, 512 };
+enum { FORMATS = sizeof formats / sizeof formats[0], COUNTS = sizeof token_counts / sizeof token_counts[0] };
+
+typedef struct ceilings {
+    double stream, peak; // GB/s, GFLOPS; 0: not measured yet
+} ceilings;
+
+// A line for each number of tokens into rows [COUNTS].
+static int bench_format(moe_context *ctx, const measured *f, moe_execute_args *args, float *logits, ceilings *most,
+                        row *rows)
 {
-    row rows[] = { { 1, 0, 0, 0, 0, 0, 0 },
-                   { 8, 0, 0, 0, 0, 0, 0 },
-                   { 32, 0, 0, 0, 0, 0, 0 },
-                   { 128, 0, 0, 0, 0, 0, 0 },
-                   { 512, 0, 0, 0, 0, 0, 0 } };
-    int count = (int)(sizeof rows / sizeof rows[0]);
     moe_error err;
-    moe_context *ctx;
     moe_weights *weights;
     moe_plan *plan;
-    moe_context_desc desc;
-    moe_context_info info;
     moe_layer_desc layer;
     moe_plan_desc plan_desc;
-    moe_plan_info plan_info;
-    moe_execute_args args;
-    double stream, peak;
-    float *logits = (float *)malloc((size_t)MAX_TOKENS * EXPERTS * sizeof logits[0]);
-    uint16_t *x = (uint16_t *)calloc((size_t)MAX_TOKENS * HIDDEN, 2),
-             *out = (uint16_t *)malloc((size_t)MAX_TOKENS * HIDDEN * 2);
-    memset(&desc, 0, sizeof desc);
-    memset(&info, 0, sizeof info);
+    moe_plan_info info;
+    double expert_bytes;
     memset(&layer, 0, sizeof layer);
     memset(&plan_desc, 0, sizeof plan_desc);
-    memset(&plan_info, 0, sizeof plan_info);
-    memset(&args, 0, sizeof args);
-    desc.isa = getenv("MOE_BENCH_ISA");
-    if (getenv("MOE_BENCH_THREADS") != NULL) desc.threads = atoi(getenv("MOE_BENCH_THREADS"));
+    memset(&info, 0, sizeof info);
     layer.hidden_size = HIDDEN;
     layer.intermediate_size = INNER;
     layer.num_experts = EXPERTS;
-    layer.format = MOE_FORMAT_BF16;
+    layer.format = f->format;
+    layer.format_block = f->block;
     layer.activation.kind = MOE_ACTIVATION_SWIGLU;
     plan_desc.max_tokens = MAX_TOKENS;
     if (moe_routing_preset(MOE_ROUTING_RENORMALIZE_NAIVE, &layer.routing, &err)) return fail("routing", &err);
     layer.routing.top_k = TOP_K;
-    if (moe_context_create(&desc, &ctx, &err) || moe_context_get_info(ctx, &info, &err)) return fail("context", &err);
     if (make_weights(ctx, &layer, &weights, &err)) return fail("weights", &err);
-    if (moe_plan_create(ctx, &layer, &plan_desc, &plan, &err) || moe_plan_get_info(plan, &plan_info, &err))
+    if (moe_plan_create(ctx, &layer, &plan_desc, &plan, &err) || moe_plan_get_info(plan, &info, &err))
         return fail("plan", &err);
-    for (int i = 0; i < MAX_TOKENS * HIDDEN; i++) x[i] = moe__f32_to_bf16((float)(i % 201 - 100) * 0.01f);
-    args.input_mode = MOE_INPUT_LOGITS;
-    args.x = x;
-    args.logits = logits;
-    args.out = out;
-    args.workspace = moe__alloc(&ctx->desc.allocator, plan_info.workspace_bytes);
-    args.workspace_bytes = plan_info.workspace_bytes;
-    stream = measure_stream(ctx, weights->memory, (size_t)weights->layout.bytes);
-    peak = measure_peak(ctx);
-    printf("%s, %d threads, %s\n", info.name, info.threads, info.isa);
-    printf("ceilings: read stream %.1f GB/s, fp32 multiply-add %.1f GFLOPS\n\n", stream, peak);
-    printf("E128 k8 H2048 I768 bf16\n");
+    args->workspace = moe__alloc(&ctx->desc.allocator, info.workspace_bytes);
+    args->workspace_bytes = info.workspace_bytes;
+    if (most->stream == 0) { // of the first format, the largest
+        most->stream = measure_stream(ctx, weights->memory, (size_t)weights->layout.bytes);
+        most->peak = measure_peak(ctx);
+        printf("ceilings: read stream %.1f GB/s, fp32 multiply-add %.1f GFLOPS\n", most->stream, most->peak);
+    }
+    expert_bytes = (double)weights->layout.expert.bytes;
+    printf("\nE128 k8 H2048 I768 %s\n", f->name);
     printf("%7s %12s %10s %10s %9s %9s %12s %12s\n", "tokens", "us (median)", "us min", "floor us", "GB/s", "GFLOPS",
            "us / stream", "of FMA peak");
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < COUNTS; i++) {
         double by_stream, by_peak;
-        if (measure_layer(plan, weights, &args, logits, &rows[i]) != MOE_OK) {
-            moe_execute_check(plan, weights, &args, &err);
+        rows[i].format = f->name;
+        rows[i].tokens = token_counts[i];
+        if (measure_layer(plan, weights, args, logits, expert_bytes, &rows[i]) != MOE_OK) {
+            moe_execute_check(plan, weights, args, &err);
             return fail("execute", &err);
         }
-        by_stream = rows[i].bytes / stream * 1e-3;
-        by_peak = rows[i].flops / peak * 1e-3;
+        by_stream = rows[i].bytes / most->stream * 1e-3;
+        by_peak = rows[i].flops / most->peak * 1e-3;
         rows[i].floor_us = by_stream > by_peak ? by_stream : by_peak;
         printf("%7d %12.0f %10.0f %10.0f %9.1f %9.1f %12.2f %11.0f%%\n", rows[i].tokens, rows[i].us, rows[i].us_min,
                rows[i].floor_us, rows[i].bytes / rows[i].us * 1e-3, rows[i].flops / rows[i].us * 1e-3,
                rows[i].us / by_stream, 100 * by_peak / rows[i].us);
     }
-    printf("\nasked for: 1 token at most 3.00 times the stream (%.2f), 512 tokens at least 25%% of the peak (%.0f%%)\n",
-           rows[0].us / (rows[0].bytes / stream * 1e-3),
-           100 * rows[count - 1].flops / peak * 1e-3 / rows[count - 1].us);
-    if (argc > 1) write_json(argv[1], &info, stream, peak, rows, count);
-    moe__free(&ctx->desc.allocator, args.workspace, plan_info.workspace_bytes);
+    printf("asked for: 1 token at most 3.00 times the stream (%.2f), 512 tokens at least 25%% of the peak (%.0f%%)\n",
+           rows[0].us / (rows[0].bytes / most->stream * 1e-3),
+           100 * rows[COUNTS - 1].flops / most->peak * 1e-3 / rows[COUNTS - 1].us);
+    moe__free(&ctx->desc.allocator, args->workspace, info.workspace_bytes);
     moe_plan_destroy(plan);
     moe_weights_destroy(weights);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    static row rows[FORMATS * COUNTS];
+    ceilings most = { 0, 0 };
+    moe_error err;
+    moe_context *ctx;
+    moe_context_desc desc;
+    moe_context_info info;
+    moe_execute_args args;
+    float *logits = (float *)malloc((size_t)MAX_TOKENS * EXPERTS * sizeof logits[0]);
+    uint16_t *x = (uint16_t *)calloc((size_t)MAX_TOKENS * HIDDEN, 2),
+             *out = (uint16_t *)malloc((size_t)MAX_TOKENS * HIDDEN * 2);
+    memset(&desc, 0, sizeof desc);
+    memset(&info, 0, sizeof info);
+    memset(&args, 0, sizeof args);
+    desc.isa = getenv("MOE_BENCH_ISA");
+    if (getenv("MOE_BENCH_THREADS") != NULL) desc.threads = atoi(getenv("MOE_BENCH_THREADS"));
+    if (moe_context_create(&desc, &ctx, &err) || moe_context_get_info(ctx, &info, &err)) return fail("context", &err);
+    for (int i = 0; i < MAX_TOKENS * HIDDEN; i++) x[i] = moe__f32_to_bf16((float)(i % 201 - 100) * 0.01f);
+    args.input_mode = MOE_INPUT_LOGITS;
+    args.x = x;
+    args.logits = logits;
+    args.out = out;
+    printf("%s, %d threads, %s\n", info.name, info.threads, info.isa);
+    for (int i = 0; i < FORMATS; i++)
+        if (bench_format(ctx, &formats[i], &args, logits, &most, rows + i * COUNTS) != 0) return 1;
+    if (argc > 1) write_json(argv[1], &info, most.stream, most.peak, rows, FORMATS * COUNTS);
     moe_context_destroy(ctx);
     free(logits);
     free(x);

@@ -197,7 +197,8 @@ TEST(codes_widen_on_every_instruction_set)
 {
     static const float sizes[] = { 1, 0.3f, 1e-42f, 7e-39f, 1e29f, -3.14159f, 0, 1e-20f };
     unsigned char codes[256];
-    float values[256], scales[16], out[256];
+    float values[256], scales[32], out[256];
+    moe__scale_run run = { scales, 0, 0 };
     for (int i = 0; i < 256; i++) codes[i] = (unsigned char)(i % 128 == 127 ? 3 : i);
     for (int isa = MOE__ISA_SCALAR; isa <= MOE__ISA_NEON; isa++) {
         const moe__kernels *kernels;
@@ -206,13 +207,15 @@ TEST(codes_widen_on_every_instruction_set)
             for (int dtype = MOE_DTYPE_E4M3; dtype <= MOE_DTYPE_INT4; dtype++) {
                 int wrong = 0;
                 if (dtype != MOE_DTYPE_E4M3 && dtype != MOE_DTYPE_E2M1 && dtype != MOE_DTYPE_INT4) continue;
-                for (int i = 0; i < 16; i++) scales[i] = sizes[(i + turn) % 8];
-                if (dtype == MOE_DTYPE_E4M3) kernels->codes_8(codes, scales, 256, 64, out);
-                else kernels->codes_4(codes + 64, moe__nibbles_of(dtype), scales, 256, 64, out);
+                for (int i = 0; i < 32; i++) scales[i] = sizes[(i + turn) % 8];
+                run.first = turn;
+                run.shift = turn % 5;
+                kernels->widen[moe__is_4_bits(dtype)](dtype == MOE_DTYPE_E4M3 ? codes : codes + 64,
+                                                      moe__nibbles_of(dtype), &run, 256, 64, out);
                 CHECK_OK(moe_convert(dtype == MOE_DTYPE_E4M3 ? codes : codes + 64, dtype, values, MOE_DTYPE_F32, 256,
                                      &err));
                 for (int i = 0; i < 256; i++) {
-                    float expected = values[i] * scales[i / 16];
+                    float expected = values[i] * scales[(turn + i / 16) >> (turn % 5)];
                     wrong += memcmp(&expected, &out[i], 4) != 0;
                 }
                 if (wrong != 0) test_fail_numbers(__FILE__, __LINE__, moe__isa_names[isa], dtype, wrong);
@@ -331,7 +334,7 @@ TEST(the_kernels_text_holds_for_16_lanes)
     static const moe__kernels kernels = { { wide_tile_f32, wide_tile_bf16, wide_tile_f16 },
                                           { wide_strip_f32, wide_strip_bf16, wide_strip_f16 },
                                           moe__scalar_reduce, wide_add_scaled, wide_sigmoid, { NULL, NULL, NULL },
-                                          moe__scalar_codes_8, moe__scalar_codes_4 };
+                                          { moe__scalar_widen_8, moe__scalar_widen_4 }, { NULL, NULL } };
     uint64_t state = 31;
     float x[64], y[64];
     for (int dtype = MOE_DTYPE_F32; dtype <= MOE_DTYPE_F16; dtype++) {
