@@ -65,6 +65,7 @@ lib: $(B)/libmoe.so
 
 golden:
 	$(PYTHON) tests/golden/make_golden.py
+	$(PYTHON) tests/quantized/make_quantized.py
 	$(PYTHON) tests/data/make_data.py
 
 bench: $(BENCHES:%=$(B)/%)

@@ -94,7 +94,12 @@
 //     intermediate's type (that of the format; MOE_DTYPE_F32 in moe_plan_desc leaves it unrounded). GEMM 2: dot, +
 //     bias, row norm. Output: fp32 sum over slots in slot order by fused multiply-add, routed scale if it is on the
 //     output, + shared experts, output scale, + previous content with ACCUMULATE, one rounding. Weights are f32
-//     throughout. The result for a token does not depend on other tokens, on the number of threads, or on how work is
+//     throughout. Codes are code * (scale * global scale) in fp32, each product rounded. Formats with quantised
+//     activations round x (times weight, with the weight on the input) and the intermediate to codes and back, by rows:
+//     fp8 per tensor by the input's static scale, of each expert its own, or by the row's maximum where there is none;
+//     nvfp4 by the static scale and one of e4m3 for 16; fp8 block for 128 from the slice's first feature on; mx for 32
+//     (moe_quantize, activations 1). intermediate_dtype of a plan leaves the intermediate in a float type instead. The
+//     result for a token does not depend on other tokens, on the number of threads, or on how work is
 //     split.
 //
 // WEIGHTS
@@ -103,6 +108,10 @@
 //     fp32 rows. The caller says which: nothing is guessed. Float types that differ from the format's are rounded to
 //     it, to nearest even. Packed once, on arrival; the source may be freed at once; at most one expert of extra memory
 //     at a time.
+//     Quantised matrices come in parts, which moe_tensor_part lists with the spellings of ModelOpt, compressed-tensors,
+//     transformers and gpt-oss: codes, scales of rows, blocks or groups, global scales, static scales of the inputs.
+//     Codes and scales are kept as they are, and must be finite. moe_quantize() makes them; a callback of fp32 rows or
+//     a float tensor does not go with a quantised format. Shared experts may stay in a float type (shared.format).
 //
 // PARALLELISM
 //     moe_parallel_desc: a contiguous range or a map of local experts, and a slice of I. Routing runs over all experts
@@ -194,8 +203,8 @@
 // LIMITS
 //     E and router width up to 2,048; k up to 32, 8 always-on slots; H and I up to 1,048,576; files as large as memory
 //     can address. A checkpoint that is mapped must not shrink while it is open (MOE_CHECKPOINT_READ copies it
-//     instead). Quantised formats are described, inferred from checkpoints and refused by moe_weights_create() and
-//     moe_plan_create().
+//     instead). CUDA does not run quantised formats in this version: their weights stay in host memory there, and
+//     moe_execute() refuses them.
 // ---------------------------------------------------------------------------------------------------------------------
 // >>api  types and functions
 #ifndef MOE_H
@@ -653,7 +662,8 @@ typedef enum moe_tensor_part {
                                // the first in the low half; E2M1 also U8 [out, in / 32, 16] (gpt-oss); INT4 also I32
                                // [out, in / 8] of codes + 8 (compressed-tensors)
     MOE_PART_SCALE = 1,        // multiplies: [ceil(out / r), ceil(in / c)], one value per tensor, [out], [out, 1] or
-                               // [1, out] per channel. A type that holds it exactly; U8 is UE8M0 or E4M3, as the format has it
+                               // [1, out] per channel. A type that holds it exactly; U8 is UE8M0 or E4M3, as the
+                               // format has it
     MOE_PART_GLOBAL_SCALE = 2, // NVFP4: one value, multiplies (ModelOpt weight_scale_2)
     MOE_PART_GLOBAL_SCALE_RECIPROCAL = 3, // divides (compressed-tensors weight_global_scale)
     MOE_PART_INPUT_SCALE = 4,  // NVFP4, FP8_PER_TENSOR: one value; of gate's and up's the larger counts
@@ -13276,12 +13286,12 @@ typedef struct moe__kernels {
     void (*sigmoid)(float *x, int32_t n);                                   // n is a multiple of 16
     // As tile, for 8 x rows; NULL where registers are too few.
     void (*wide[3])(const float *const *x, const void *const *w, int32_t n, int32_t first, size_t ahead, float *sums);
-    // out [n] = codes times their scales: e4m3, or of 4 bits with these values. n is a multiple of 16; the bytes `ahead`
-    // are asked for meanwhile.
+    // out [n] = codes times their scales: e4m3, or of 4 bits with these values. n is a multiple of 16; the bytes
+    // `ahead` are asked for meanwhile.
     void (*widen[2])(const unsigned char *in, const moe__nibbles *values, const moe__scale_run *run, int32_t n,
                      size_t ahead, float *out);
-    // As strip, of codes: run->scales are those of the first weight row, those of the next ones `apart` floats on. NULL:
-    // widen and strip do it.
+    // As strip, of codes: run->scales are those of the first weight row, those of the next ones `apart` floats on.
+    // NULL: widen and strip do it.
     void (*strip_codes[2])(const float *x, const unsigned char *const *w, const moe__nibbles *values,
                            const moe__scale_run *run, int32_t apart, int32_t n, int32_t first, size_t ahead,
                            float *sums);
@@ -13581,9 +13591,9 @@ MOE__AVX2 static inline __m256 moe__avx2_upper(__m128i halves)
             for (int32_t i = 0; i < 16 / lanes; i++) store(out + k + lanes * i, a[i]); \
         } \
     } \
-    target static void prefix##_strip_##bits(const float *x, const unsigned char *const *w, const moe__nibbles *values, \
-                                             const moe__scale_run *run, int32_t apart, int32_t n, int32_t first, \
-                                             size_t ahead, float *sums) \
+    target static void prefix##_strip_##bits(const float *x, const unsigned char *const *w, \
+                                             const moe__nibbles *values, const moe__scale_run *run, int32_t apart, \
+                                             int32_t n, int32_t first, size_t ahead, float *sums) \
     { \
         const unsigned char *p0 = w[0], *p1 = w[1], *p2 = w[2], *p3 = w[3]; \
         const float *s0 = run->scales, *s1 = s0 + apart, *s2 = s1 + apart, *s3 = s2 + apart; \
@@ -13926,8 +13936,8 @@ static void moe__cpu_widen(const moe__kernels *kernels, const moe__cpu_matrix *m
         const unsigned char *codes = m->w + (size_t)row * m->row_bytes;
         float room[MOE__K_BLOCK / MOE__SCALED + 16];
         moe__scale_run run = moe__cpu_scales(kernels, m, m->first + row, k, n, room);
-        kernels->widen[moe__is_4_bits(m->dtype)](codes + moe__row_bytes(m->dtype, k), moe__nibbles_of(m->dtype), &run, n,
-                                                 ahead, out);
+        kernels->widen[moe__is_4_bits(m->dtype)](codes + moe__row_bytes(m->dtype, k), moe__nibbles_of(m->dtype), &run,
+                                                 n, ahead, out);
     }
 }
 
@@ -34261,8 +34271,8 @@ static const moe__ptx *moe__kernel_ptx(int32_t *count)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // >>history
-//     0.1.0   routing, configuration, checkpoints, weights, CPU back end, reference; CUDA: stages, layers in 16 bits,
-//             tiles chosen and measured, embedded PTX
+//     0.1.0   routing, configuration, checkpoints, weights, quantised formats, CPU back end, reference; CUDA: stages,
+//             layers in 16 bits, tiles chosen and measured, embedded PTX
 //
 // MIT License
 //

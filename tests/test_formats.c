@@ -814,6 +814,108 @@ TEST(dead_experts_give_finite_output)
         }
 }
 
+// ---- checkpoints of others ------------------------------------------------------------------------------------------
+
+#ifndef MOE_NO_CHECKPOINT
+static const char *const golden_folders[] = { "fp8_block",    "fp8_block_ue8m0", "fp8_tensor",  "fp8_channel", "mxfp8",
+                                              "nvfp4_packed", "nvfp4_modelopt",  "int4_packed", "gpt_oss" };
+
+static void *golden_copy(const moe_checkpoint *data, const char *name, moe_checkpoint_tensor *t)
+{
+    void *copy;
+    if (moe_checkpoint_find(data, name, t, &err) != MOE_OK) return NULL;
+    copy = malloc((size_t)t->data_bytes);
+    memcpy(copy, t->data, (size_t)t->data_bytes);
+    return copy;
+}
+
+// Rows 8 to 39 of expert 1's matrices: to the bit, but where a package keeps a factor's reciprocal.
+static void check_rows(const moe_weights *w, const moe_checkpoint *data, const char *folder)
+{
+    static const char *const names[3] = { "layers.0.gate", "layers.0.up", "layers.0.down" };
+    static const int roles[3] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN };
+    double tolerance = strcmp(folder, "nvfp4_packed") == 0 ? 3e-7 : 0;
+    for (int m = 0; m < 3; m++) {
+        moe_checkpoint_tensor t;
+        float *want = (float *)golden_copy(data, names[m], &t), row[256];
+        REQUIRE(want != NULL);
+        for (int r = 0; r < 32; r++) {
+            int wrong = 0;
+            CHECK_OK(moe_weights_read_row(w, roles[m], 1, 8 + r, row, &err));
+            for (int i = 0; i < t.dims[1]; i++)
+                wrong += !(fabs(row[i] - want[r * t.dims[1] + i]) <= tolerance * fabs(row[i]));
+            if (wrong != 0) test_fail_numbers(__FILE__, __LINE__, folder, r, wrong);
+        }
+        free(want);
+    }
+}
+
+TEST(checkpoints_that_others_quantised)
+{
+    for (int n = 0; n < (int)(sizeof golden_folders / sizeof golden_folders[0]); n++) {
+        char path[160];
+        moe_checkpoint *ckpt = NULL, *data = NULL;
+        moe_checkpoint_tensor t;
+        moe_layer_desc layer;
+        moe_plan_desc desc;
+        moe_plan_info info;
+        moe_execute_args args;
+        moe_context *ctx;
+        moe_weights *w = NULL;
+        moe_plan *plan;
+        float *x, *out, *want;
+        double worst = 0, most = 0;
+        snprintf(path, sizeof path, "quantized/%s", golden_folders[n]);
+        REQUIRE_OK(moe_checkpoint_open(test_data(path), NULL, &ckpt, &err));
+        snprintf(path, sizeof path, "quantized/%s/golden.safetensors", golden_folders[n]);
+        REQUIRE_OK(moe_checkpoint_open(test_data(path), NULL, &data, &err));
+        REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+        REQUIRE_OK(moe_checkpoint_layer(ckpt, 0, &layer, &err));
+        REQUIRE_OK(moe_weights_from_checkpoint(ctx, ckpt, &layer, &w, &err));
+        check_rows(w, data, golden_folders[n]);
+        memset(&desc, 0, sizeof desc);
+        memset(&info, 0, sizeof info);
+        memset(&args, 0, sizeof args);
+        x = (float *)golden_copy(data, "layers.0.x", &t);
+        desc.max_tokens = (int32_t)t.dims[0];
+        desc.x_dtype = desc.out_dtype = desc.intermediate_dtype = MOE_DTYPE_F32;
+        REQUIRE_OK(moe_plan_create(ctx, &layer, &desc, &plan, &err));
+        REQUIRE_OK(moe_plan_get_info(plan, &info, &err));
+        out = (float *)malloc((size_t)t.data_bytes);
+        args.input_mode = MOE_INPUT_IDS;
+        args.num_tokens = (int32_t)t.dims[0];
+        args.x = x;
+        args.ids = golden_copy(data, "layers.0.ids", &t);
+        args.weights = golden_copy(data, "layers.0.weights", &t);
+        args.out = out;
+        args.workspace = moe__default_alloc(NULL, (size_t)info.workspace_bytes, 256);
+        args.workspace_bytes = info.workspace_bytes;
+        CHECK_EQ(moe_execute(plan, w, &args, NULL), MOE_OK);
+        want = (float *)golden_copy(data, "layers.0.out", &t);
+        for (int i = 0; i < t.dims[0] * t.dims[1]; i++) {
+            double off = fabs(out[i] - want[i]);
+            worst = off > worst ? off : worst;
+            most = fabs(want[i]) > most ? fabs(want[i]) : most;
+        }
+        printf("%s: %s, off by %.1e of %.2f\n", golden_folders[n], moe_format_string(layer.format), worst, most);
+        CHECK(worst <= 2e-6 * most);
+        moe__default_free(NULL, args.workspace, (size_t)info.workspace_bytes);
+        free(x);
+        free(out);
+        free(want);
+        free((void *)(uintptr_t)args.ids);
+        free((void *)(uintptr_t)args.weights);
+        moe_plan_destroy(plan);
+        moe_weights_destroy(w);
+        moe_context_destroy(ctx);
+        moe_checkpoint_close(ckpt);
+        moe_checkpoint_close(data);
+    }
+}
+#else
+TEST(checkpoints_that_others_quantised) { test_skip("no checkpoints in this build"); }
+#endif
+
 TEST_MAIN(
     T(codes_are_the_nearest_and_scales_their_formulas)
     T(rows_of_activations_are_rounded_as_moe_quantize_does)
@@ -828,4 +930,5 @@ TEST_MAIN(
     T(codes_of_compressed_tensors)
     T(single_values_stacked_and_fused)
     T(wrong_values_and_missing_ones_are_named)
-    T(dead_experts_give_finite_output))
+    T(dead_experts_give_finite_output)
+    T(checkpoints_that_others_quantised))
