@@ -40,13 +40,13 @@
 //     >>config   compiler and machine          >>base     memory, text      >>error      messages
 //     >>numeric  small types                   >>sys      files             >>math       exp, log1p, tanh, erf, sqrt
 //     >>json     reader                        >>routing  top-k, presets    >>layer      validation
-//     >>quant    codes and scales              >>infer    config.json       >>checkpoint safetensors
-//     >>context  threads, instruction sets     >>cuda     driver, NVRTC     >>jit        compile, cache
-//     >>layout   packed weights                >>weights  set, seal, save   >>cpu        kernels
-//     >>tiles    which there are, choice       >>instances  of a plan       >>tuned      measured tiles
-//     >>plan     execute                       >>stages   on CUDA           >>autotune   measure
-//     >>ahead    compile without a GPU         >>reference  the oracle      >>kernels    their text
-//     >>history  changes, licence
+//     >>quant    codes and scales              >>prepare  for TRTLLM-Gen    >>infer      config.json
+//     >>checkpoint  safetensors                >>context  threads, isa      >>cuda       driver, NVRTC
+//     >>jit      compile, cache                >>layout   packed weights    >>weights    set, seal, save
+//     >>cpu      kernels                       >>tiles    which there are   >>instances  of a plan
+//     >>tuned    measured tiles                >>plan     execute           >>stages     on CUDA
+//     >>autotune measure                       >>ahead    without a GPU     >>reference  the oracle
+//     >>kernels  their text                    >>history  changes, licence
 //
 // ---------------------------------------------------------------------------------------------------------------------
 // >>manual
@@ -1309,6 +1309,65 @@ typedef struct moe_quantize_desc {
 MOE_API int32_t moe_quantize(moe_quantize_desc *desc, moe_error *err);
 // codes and scales -> values: code * (scale * global_scale), each product rounded to fp32, then to desc.dtype. Pure.
 MOE_API int32_t moe_dequantize(const moe_quantize_desc *desc, moe_error *err);
+
+// ---- weights as TRTLLM-Gen takes them -------------------------------------------------------------------------------
+// Formulas of FlashInfer 0.7 and TensorRT-LLM, each with its inverse, for engines that hand weights to those kernels or
+// have them prepared already. Element sizes are bytes: 1, 2 or 4. src and dst do not overlap. Pure.
+
+typedef enum moe_scale_layout {
+    MOE_SCALES_UNSET = 0,
+    MOE_SCALES_LINEAR = 1, // [rows, columns]
+    MOE_SCALES_128X4 = 2,  // tiles of 128 rows x 4 columns, padded with zeros: ((row / 128) * ceil(columns / 4) +
+                           // column / 4) * 512 + (row % 32) * 16 + (row % 128 / 32) * 4 + column % 4
+    MOE_SCALES_8X4 = 3,    // of 8 x 4: ((row / 8) * ceil(columns / 4) + column / 4) * 32 + (row % 8) * 4 + column % 4
+    MOE_SCALE_LAYOUT__FORCE32 = 0x7fffffff
+} moe_scale_layout;
+
+// Elements of scales in a layout; -1: an argument is illegal.
+MOE_API int64_t moe_scales_count(int32_t layout, int64_t rows, int64_t columns);
+// block_scale_interleave, and back: one of the two layouts is LINEAR.
+MOE_API int32_t moe_scales_convert(const void *src, int32_t src_layout, void *dst, int32_t dst_layout, int64_t rows,
+                                   int64_t columns, int32_t element_bytes, moe_error *err);
+
+// Rows of a matrix, of its scales or a bias from one order into another: halves (moe_half_order; 0 or SEPARATE: not
+// fused, on both sides) and moe_row_order. From GATE_UP and NATURAL to INTERLEAVED_UP_GATE and SHUFFLED_128 is
+// reorder_rows_for_gated_act_gemm and shuffle_matrix_a of a GEMM 1 in one. rows: of all halves.
+MOE_API int32_t moe_rows_convert(const void *src, int32_t src_halves, int32_t src_order, void *dst, int32_t dst_halves,
+                                 int32_t dst_order, int64_t rows, int64_t row_bytes, moe_error *err);
+
+// A matrix [rows, columns] from one moe_weight_layout into another; 4-bit codes are elements of a byte, two in one, and
+// not MAJOR_MN. BLOCK_MAJOR_K is [columns / b, rows, b] with b = 128 bytes of elements.
+MOE_API int32_t moe_layout_convert(const void *src, int32_t src_layout, void *dst, int32_t dst_layout, int64_t rows,
+                                   int64_t columns, int32_t element_bytes, moe_error *err);
+
+// Sizes that those kernels need for a layer, and the valid ones inside (valid_hidden_size, valid_intermediate_size).
+typedef struct moe_alignment {
+    uint32_t struct_size;
+    int32_t format;                // moe_format, but F32; required
+    int32_t format_block;          // as in moe_layer_desc
+    int32_t gated;
+    int32_t hidden_size;           // valid; required, as is the next
+    int32_t intermediate_size;     // valid, of one half, of this rank's slice
+    // Filled in by moe_align():
+    int32_t hidden_unit;           // the next size is a multiple of it
+    int32_t padded_hidden;         // columns of GEMM 1, of x too
+    int32_t intermediate_unit;
+    int32_t padded_intermediate;   // of one half; columns of GEMM 2
+    int32_t gemm1_rows;            // halves * padded_intermediate
+    int32_t gemm2_rows;            // valid hidden_size up to 128: at most padded_hidden
+    int32_t scale_rows1;           // scales of GEMM 1, linear; 0: none; 1 x 1: a value
+    int32_t scale_columns1;
+    int32_t scale_rows2;
+    int32_t scale_columns2;
+    uint32_t reserved[8];
+} moe_alignment;
+MOE_API int32_t moe_align(moe_alignment *alignment, moe_error *err);
+
+// A matrix [rows, row_bytes], its scales or a bias, padded: each half on its own, so that a kernel that splits the
+// padded rows in the middle finds them. halves as in moe_rows_convert(); rows count all halves. Added rows and columns
+// are 0; of scales (part MOE_PART_SCALE) they are 1, or 0 for E4M3: finite in any case.
+MOE_API int32_t moe_align_pad(const void *src, int64_t rows, int64_t row_bytes, void *dst, int64_t dst_rows,
+                              int64_t dst_row_bytes, int32_t halves, int32_t part, int32_t dtype, moe_error *err);
 
 #ifdef __cplusplus
 }
@@ -4876,6 +4935,309 @@ MOE_API int32_t moe_dequantize(const moe_quantize_desc *desc, moe_error *err)
             if (moe__scheme_has_global(&q.scheme)) scale = scale * (d->global_scale == 0 ? 1 : d->global_scale);
             moe__store(d->values, d->dtype, at, moe__widen(d->codes, q.scheme.dtype, at) * scale);
         }
+    return moe__ok(err);
+}
+
+// >>prepare  weights as TRTLLM-Gen takes them  Index formulas of FlashInfer and TensorRT-LLM and what their kernels ask
+// of sizes. Public for engines that use those kernels; >>weights reads prepared weights by the same row formulas.
+
+// Where natural row `row` lies in a matrix of that order. The shuffle of a block of 8 s rows takes row j to
+// (j mod s) * 8 + j / s, so that an accumulator's registers hold neighbours.
+static int64_t moe__row_stored(int32_t order, int64_t row)
+{
+    int64_t s = order == MOE_ROWS_SHUFFLED_128 ? 4 : 2, in_block = row % (8 * s);
+    if (order == MOE_ROWS_NATURAL) return row;
+    return row - in_block + in_block % s * 8 + in_block / s;
+}
+
+static int32_t moe__halves_alternate(int32_t halves)
+{
+    return halves == MOE_HALVES_INTERLEAVED || halves == MOE_HALVES_INTERLEAVED_UP_GATE;
+}
+
+static int32_t moe__halves_swapped(int32_t halves)
+{
+    return halves == MOE_HALVES_UP_GATE || halves == MOE_HALVES_INTERLEAVED_UP_GATE;
+}
+
+// The half (0 gate, 1 up) of natural row `row` of a fused matrix, and its feature.
+static int32_t moe__halves_split(int32_t halves, int64_t rows, int64_t row, int64_t *feature)
+{
+    int32_t half = (int32_t)(moe__halves_alternate(halves) ? row % 2 : row / (rows / 2));
+    *feature = moe__halves_alternate(halves) ? row / 2 : row % (rows / 2);
+    return moe__halves_swapped(halves) ? 1 - half : half;
+}
+
+// The other way round.
+static int64_t moe__halves_row(int32_t halves, int64_t rows, int32_t half, int64_t feature)
+{
+    if (moe__halves_swapped(halves)) half = 1 - half;
+    return moe__halves_alternate(halves) ? 2 * feature + half : half * (rows / 2) + feature;
+}
+
+// ---- scales ----
+
+static int64_t moe__scale_tile_rows(int32_t layout)
+{
+    return layout == MOE_SCALES_128X4 ? 128 : layout == MOE_SCALES_8X4 ? 8 : 1;
+}
+
+MOE_API int64_t moe_scales_count(int32_t layout, int64_t rows, int64_t columns)
+{
+    int64_t tile = moe__scale_tile_rows(layout);
+    uint64_t high, wide, count;
+    if (layout < MOE_SCALES_LINEAR || layout > MOE_SCALES_8X4 || rows < 0 || columns < 0 || rows > INT64_MAX - 128 ||
+        columns > INT64_MAX - 4)
+        return -1;
+    high = (uint64_t)((rows + tile - 1) / tile * tile);
+    wide = (uint64_t)(layout == MOE_SCALES_LINEAR ? columns : (columns + 3) / 4 * 4);
+    if (!moe__mul(high, wide, &count) || count > INT64_MAX / 4) return -1;
+    return (int64_t)count;
+}
+
+static int64_t moe__scale_at(int32_t layout, int64_t columns, int64_t row, int64_t column)
+{
+    int64_t tiles = (columns + 3) / 4;
+    if (layout == MOE_SCALES_LINEAR) return row * columns + column;
+    if (layout == MOE_SCALES_8X4) return (row / 8 * tiles + column / 4) * 32 + row % 8 * 4 + column % 4;
+    return (row / 128 * tiles + column / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + column % 4;
+}
+
+static int32_t moe__check_buffers(const void *src, const void *dst, int64_t count, moe_error *err)
+{
+    if (src == NULL && count > 0) return moe__fail_null(err, "src");
+    return dst == NULL && count > 0 ? moe__fail_null(err, "dst") : (int32_t)MOE_OK;
+}
+
+static int32_t moe__check_element(int32_t element_bytes, moe_error *err)
+{
+    if (element_bytes == 1 || element_bytes == 2 || element_bytes == 4) return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, "element_bytes", "is %d: it must be 1, 2 or 4", element_bytes);
+}
+
+MOE_API int32_t moe_scales_convert(const void *src, int32_t src_layout, void *dst, int32_t dst_layout, int64_t rows,
+                                   int64_t columns, int32_t element_bytes, moe_error *err)
+{
+    const size_t size = (size_t)element_bytes;
+    int64_t count = moe_scales_count(dst_layout, rows, columns);
+    int32_t result = moe__check_element(element_bytes, err);
+    if (result != MOE_OK) return result;
+    if (src_layout < MOE_SCALES_LINEAR || src_layout > MOE_SCALES_8X4)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "src_layout", "is %d: it must be a moe_scale_layout", src_layout);
+    if (dst_layout < MOE_SCALES_LINEAR || dst_layout > MOE_SCALES_8X4)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_layout", "is %d: it must be a moe_scale_layout", dst_layout);
+    if (src_layout != MOE_SCALES_LINEAR && dst_layout != MOE_SCALES_LINEAR)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_layout", "is %d: one of both must be MOE_SCALES_LINEAR",
+                         dst_layout);
+    if (count < 0 || moe_scales_count(src_layout, rows, columns) < 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "rows", "is %D, with %D columns: they must not be negative, and "
+                         "addressable", rows, columns);
+    if ((result = moe__check_buffers(src, dst, count, err)) != MOE_OK) return result;
+    if (dst_layout != MOE_SCALES_LINEAR && count > 0) memset(dst, 0, (size_t)count * size);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < columns; column++)
+            memcpy((char *)dst + (size_t)moe__scale_at(dst_layout, columns, row, column) * size,
+                   (const char *)src + (size_t)moe__scale_at(src_layout, columns, row, column) * size, size);
+    return moe__ok(err);
+}
+
+// ---- rows ----
+
+// Halves and order of one side.
+static int32_t moe__check_rows(int32_t halves, int32_t order, int64_t rows, const char *halves_member,
+                               const char *order_member, moe_error *err)
+{
+    int64_t block = order == MOE_ROWS_SHUFFLED_128 ? 32 : order == MOE_ROWS_SHUFFLED_64 ? 16 : 1;
+    if (halves < MOE_HALVES_UNSET || halves > MOE_HALVES_INTERLEAVED_UP_GATE)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, halves_member, "is %d: it must be a moe_half_order, or 0", halves);
+    if (order < MOE_ROWS_NATURAL || order > MOE_ROWS_SHUFFLED_64)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, order_member, "is %d: it must be a moe_row_order", order);
+    if (rows % block != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, order_member, "shuffles blocks of %D rows, but there are %D rows",
+                         block, rows);
+    if (halves >= MOE_HALVES_GATE_UP && rows % 2 != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "rows", "is %D: two halves have an even number of rows", rows);
+    return MOE_OK;
+}
+
+MOE_API int32_t moe_rows_convert(const void *src, int32_t src_halves, int32_t src_order, void *dst, int32_t dst_halves,
+                                 int32_t dst_order, int64_t rows, int64_t row_bytes, moe_error *err)
+{
+    int32_t fused = src_halves >= MOE_HALVES_GATE_UP, result;
+    uint64_t bytes;
+    if (rows < 0 || row_bytes < 0 || !moe__mul((uint64_t)rows, (uint64_t)row_bytes, &bytes) || bytes > SIZE_MAX / 2)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, rows < 0 ? "rows" : "row_bytes",
+                         "is %D: sizes must not be negative, and addressable", rows < 0 ? rows : row_bytes);
+    if ((result = moe__check_rows(src_halves, src_order, rows, "src_halves", "src_order", err)) != MOE_OK ||
+        (result = moe__check_rows(dst_halves, dst_order, rows, "dst_halves", "dst_order", err)) != MOE_OK)
+        return result;
+    if (fused != (dst_halves >= MOE_HALVES_GATE_UP))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_halves", "is %d, src_halves %d: both must be fused, or neither",
+                         dst_halves, src_halves);
+    if ((result = moe__check_buffers(src, dst, (int64_t)bytes, err)) != MOE_OK) return result;
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t feature = row, from = row;
+        if (fused) {
+            int32_t half = moe__halves_split(dst_halves, rows, row, &feature);
+            from = moe__halves_row(src_halves, rows, half, feature);
+        }
+        if (row_bytes > 0)
+            memcpy((char *)dst + moe__row_stored(dst_order, row) * row_bytes,
+                   (const char *)src + moe__row_stored(src_order, from) * row_bytes, (size_t)row_bytes);
+    }
+    return moe__ok(err);
+}
+
+// ---- layouts ----
+
+static int64_t moe__element_at(int32_t layout, int64_t rows, int64_t columns, int64_t block, int64_t row,
+                               int64_t column)
+{
+    if (layout == MOE_LAYOUT_MAJOR_MN) return column * rows + row;
+    if (layout == MOE_LAYOUT_BLOCK_MAJOR_K) return (column / block * rows + row) * block + column % block;
+    return row * columns + column;
+}
+
+static int32_t moe__check_layout(int32_t layout, int64_t columns, int64_t block, const char *member, moe_error *err)
+{
+    if (layout < MOE_LAYOUT_MAJOR_K || layout > MOE_LAYOUT_BLOCK_MAJOR_K)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member, "is %d: it must be a moe_weight_layout", layout);
+    if (layout == MOE_LAYOUT_BLOCK_MAJOR_K && columns % block != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, member,
+                         "is MOE_LAYOUT_BLOCK_MAJOR_K, whose blocks of %D elements do not divide %D columns", block,
+                         columns);
+    return MOE_OK;
+}
+
+MOE_API int32_t moe_layout_convert(const void *src, int32_t src_layout, void *dst, int32_t dst_layout, int64_t rows,
+                                   int64_t columns, int32_t element_bytes, moe_error *err)
+{
+    const size_t size = (size_t)element_bytes;
+    uint64_t bytes;
+    int64_t block;
+    int32_t result = moe__check_element(element_bytes, err);
+    if (result != MOE_OK) return result;
+    block = 128 / element_bytes;
+    if (rows < 0 || columns < 0 || !moe__mul((uint64_t)rows, (uint64_t)columns, &bytes) || bytes > SIZE_MAX / 8)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, rows < 0 ? "rows" : "columns",
+                         "is %D: sizes must not be negative, and addressable", rows < 0 ? rows : columns);
+    if ((result = moe__check_layout(src_layout, columns, block, "src_layout", err)) != MOE_OK ||
+        (result = moe__check_layout(dst_layout, columns, block, "dst_layout", err)) != MOE_OK ||
+        (result = moe__check_buffers(src, dst, (int64_t)bytes, err)) != MOE_OK)
+        return result;
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < columns; column++)
+            memcpy((char *)dst + (size_t)moe__element_at(dst_layout, rows, columns, block, row, column) * size,
+                   (const char *)src + (size_t)moe__element_at(src_layout, rows, columns, block, row, column) * size,
+                   size);
+    return moe__ok(err);
+}
+
+// ---- alignment ----
+
+// What the kernels ask: rows of both products in whole tiles of 128; K in whole atoms of 4 scales; K blocks of 128
+// bytes of bf16 and int4; inputs of fp4 in 256 columns, since some others gave wrong results unseen (FlashInfer issue
+// 3168).
+MOE_API int32_t moe_align(moe_alignment *alignment, moe_error *err)
+{
+    moe_alignment a;
+    moe_layer_desc layer;
+    moe__scheme s;
+    int32_t result, fp4, halves;
+    if (alignment == NULL) return moe__fail_null(err, "alignment");
+    if ((result = moe__copy_desc(&a, sizeof a, alignment, "alignment", err)) != MOE_OK) return result;
+    memset(&layer, 0, sizeof layer);
+    layer.format = a.format;
+    layer.format_block = a.format_block;
+    if ((result = moe__format_legal(&layer, "alignment", err)) != MOE_OK ||
+        (result = moe__check_flag(a.gated, "alignment.gated", err)) != MOE_OK)
+        return result;
+    if (a.format == MOE_FORMAT_F32)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "alignment.format", "is f32, for which there are no such kernels");
+    if (a.hidden_size < 1 || a.hidden_size > MOE__SIZE_MAX)
+        return moe__fail_range(err, "alignment.hidden_size", a.hidden_size, 1, MOE__SIZE_MAX);
+    if (a.intermediate_size < 1 || a.intermediate_size > MOE__SIZE_MAX)
+        return moe__fail_range(err, "alignment.intermediate_size", a.intermediate_size, 1, MOE__SIZE_MAX);
+    s = moe__weight_scheme(a.format, layer.format_block, 0);
+    fp4 = s.dtype == MOE_DTYPE_E2M1;
+    halves = a.gated ? 2 : 1;
+    a.format_block = layer.format_block;
+    a.intermediate_unit = a.format == MOE_FORMAT_INT4_W4A16 ? 256 : 128;
+    if (a.gated && (a.format == MOE_FORMAT_FP8_PER_TENSOR || a.format == MOE_FORMAT_FP8_PER_CHANNEL ||
+                    moe__scheme_has_global(&s)))
+        a.intermediate_unit = 64;
+    a.hidden_unit = fp4 || a.format == MOE_FORMAT_INT4_W4A16 ? 256 : 128;
+    a.padded_hidden = (int32_t)moe__align_up((uint64_t)a.hidden_size, (uint64_t)a.hidden_unit);
+    a.padded_intermediate = (int32_t)moe__align_up((uint64_t)a.intermediate_size, (uint64_t)a.intermediate_unit);
+    a.gemm1_rows = halves * a.padded_intermediate;
+    a.gemm2_rows = (int32_t)moe__align_up((uint64_t)a.hidden_size, 128);
+    a.scale_rows1 = a.scale_columns1 = a.scale_rows2 = a.scale_columns2 = 0;
+    if (!moe__scheme_is_float(&s)) {
+        a.scale_rows1 = s.rows == 0 ? 1 : (a.gemm1_rows + s.rows - 1) / s.rows;
+        a.scale_columns1 = s.columns == 0 ? 1 : (a.padded_hidden + s.columns - 1) / s.columns;
+        a.scale_rows2 = s.rows == 0 ? 1 : (a.gemm2_rows + s.rows - 1) / s.rows;
+        a.scale_columns2 = s.columns == 0 ? 1 : (a.padded_intermediate + s.columns - 1) / s.columns;
+    }
+    memset(a.reserved, 0, sizeof a.reserved);
+    a.struct_size = sizeof a;
+    *alignment = a;
+    return moe__ok(err);
+}
+
+// Bytes of an added element.
+static void moe__pad_element(int32_t part, int32_t dtype, unsigned char *out)
+{
+    static const uint32_t one[8] = { 0, 0x3f800000u, 0x3f80u, 0x3c00u, 0, 0x3cu, 0, 0x7fu };
+    uint32_t bits = part == MOE_PART_SCALE ? one[dtype] : 0;
+    out[0] = (unsigned char)bits;
+    out[1] = (unsigned char)(bits >> 8);
+    out[2] = (unsigned char)(bits >> 16);
+    out[3] = (unsigned char)(bits >> 24);
+}
+
+MOE_API int32_t moe_align_pad(const void *src, int64_t rows, int64_t row_bytes, void *dst, int64_t dst_rows,
+                              int64_t dst_row_bytes, int32_t halves, int32_t part, int32_t dtype, moe_error *err)
+{
+    int32_t fused = halves >= MOE_HALVES_GATE_UP, element = moe_dtype_bits(dtype) / 8, result;
+    unsigned char fill[4], *out = (unsigned char *)dst;
+    uint64_t bytes;
+    if (part != MOE_PART_DATA && part != MOE_PART_SCALE)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "part", "is %d: it must be MOE_PART_DATA or MOE_PART_SCALE", part);
+    if (dtype < MOE_DTYPE_F32 || dtype > MOE_DTYPE_INT4 || (part == MOE_PART_SCALE && dtype > MOE_DTYPE_UE8M0) ||
+        (part == MOE_PART_SCALE && dtype == MOE_DTYPE_E2M1))
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dtype", "is %d: it must be a float type or codes of one%s", dtype,
+                         part == MOE_PART_SCALE ? ", of 8 bits at least" : "");
+    if (element == 0) element = 1; // two codes of 4 bits
+    if (rows < 0 || row_bytes < 0 || row_bytes % element != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, rows < 0 ? "rows" : "row_bytes",
+                         "is %D: it must not be negative, and whole elements", rows < 0 ? rows : row_bytes);
+    if (dst_rows < rows)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_rows", "is %D: it must be at least rows, %D", dst_rows, rows);
+    if (dst_row_bytes < row_bytes || dst_row_bytes % element != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_row_bytes",
+                         "is %D: it must be at least row_bytes, %D, and whole elements", dst_row_bytes, row_bytes);
+    if ((result = moe__check_rows(halves, MOE_ROWS_NATURAL, rows, "halves", "", err)) != MOE_OK) return result;
+    if (fused && dst_rows % 2 != 0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_rows", "is %D: two halves have an even number of rows",
+                         dst_rows);
+    if (!moe__mul((uint64_t)dst_rows, (uint64_t)dst_row_bytes, &bytes) || bytes > SIZE_MAX / 2)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_rows", "is %D, of %D bytes: too many to address", dst_rows,
+                         dst_row_bytes);
+    if (src == NULL && rows > 0 && row_bytes > 0) return moe__fail_null(err, "src");
+    if ((result = moe__check_buffers("", dst, (int64_t)bytes, err)) != MOE_OK) return result;
+    moe__pad_element(part, dtype, fill);
+    for (int64_t row = 0; row < dst_rows; row++) {
+        int64_t feature = row, from = row, at = 0;
+        if (fused) {
+            int32_t half = moe__halves_split(halves, dst_rows, row, &feature);
+            from = feature < rows / 2 ? moe__halves_row(halves, rows, half, feature) : rows;
+        }
+        if (from < rows && row_bytes > 0) {
+            memcpy(out + row * dst_row_bytes, (const char *)src + from * row_bytes, (size_t)row_bytes);
+            at = row_bytes;
+        }
+        for (; at < dst_row_bytes; at++) out[row * dst_row_bytes + at] = fill[at % element];
+    }
     return moe__ok(err);
 }
 
@@ -10834,25 +11196,10 @@ typedef struct moe__pack {
 static int64_t moe__pack_target(const moe__pack *p, int64_t row)
 {
     int64_t half = p->half, feature = row;
-    if (p->fused) {
-        int32_t halves = p->tensor->halves;
-        int32_t alternate = halves == MOE_HALVES_INTERLEAVED || halves == MOE_HALVES_INTERLEAVED_UP_GATE;
-        half = alternate ? row % 2 : row / (p->rows / 2);
-        feature = alternate ? row / 2 : row % (p->rows / 2);
-        if (halves == MOE_HALVES_UP_GATE || halves == MOE_HALVES_INTERLEAVED_UP_GATE) half = 1 - half;
-    }
+    if (p->fused) half = moe__halves_split(p->tensor->halves, p->rows, row, &feature);
     feature -= p->first_row;
     if (feature < 0 || feature >= p->count_rows) return -1;
     return p->out_row + feature * p->out_step + half * p->out_half;
-}
-
-// Where natural row `row` lies in the source. TRTLLM-Gen's shuffle of a block of 8 s rows takes row j to
-// (j mod s) * 8 + j / s, so that an accumulator's registers hold neighbours.
-static int64_t moe__pack_stored_row(const moe__pack *p, int64_t row)
-{
-    int64_t s = p->row_order == MOE_ROWS_SHUFFLED_128 ? 4 : 2, in_block = row % (8 * s);
-    if (p->row_order == MOE_ROWS_NATURAL) return row;
-    return row - in_block + in_block % s * 8 + in_block / s;
 }
 
 // n elements `stride` apart to fp32.
@@ -10970,7 +11317,7 @@ static void moe__pack_pad(const moe__pack *p, int64_t target)
 // Natural row `row` of an output-major source: in one piece, or in blocks of 128 bytes.
 static void moe__pack_row(const moe__pack *p, int64_t row, int64_t target)
 {
-    int64_t element = moe_dtype_bits(p->dtype) / 8, stored = moe__pack_stored_row(p, row);
+    int64_t element = moe_dtype_bits(p->dtype) / 8, stored = moe__row_stored(p->row_order, row);
     int64_t block = p->layout == MOE_LAYOUT_BLOCK_MAJOR_K ? 128 / element : p->columns;
     int64_t column = p->first_column, end = column + p->count_columns;
     while (column < end) {
@@ -10990,7 +11337,7 @@ static void moe__pack_across(const moe__pack *p, int64_t first, int64_t count)
     for (int64_t done = 0, n = MOE__TILE_COLUMNS; done < p->count_columns; done += n) {
         if (p->count_columns - done < n) n = p->count_columns - done;
         for (int64_t row = first; row < first + count; row++) {
-            int64_t target = moe__pack_target(p, row), stored = moe__pack_stored_row(p, row);
+            int64_t target = moe__pack_target(p, row), stored = moe__row_stored(p->row_order, row);
             if (target < 0) continue;
             moe__pack_store(p, target, done, p->data + ((p->first_column + done) * p->rows + stored) * element,
                             p->dtype, p->rows, n);
