@@ -573,6 +573,12 @@ typedef enum moe_weight_layout {
     MOE_LAYOUT_MAJOR_K = 1,       // [out, in]: output-major, as nn.Linear stores it
     MOE_LAYOUT_MAJOR_MN = 2,      // [in, out]: input-major (Llama 4, gpt-oss bf16, DBRX w2)
     MOE_LAYOUT_BLOCK_MAJOR_K = 3, // [in / b, out, b], b = 128 bytes of elements (TRTLLM-Gen)
+    // ggml's blocks of 32 elements of a row, the scale before the codes, dims [out, in], dtype U8. A tensor sets codes
+    // and scales at once.
+    MOE_LAYOUT_GGML_Q4_0 = 4,     // f16 and 16 bytes: element i in a low half, 16 + i in a high one, codes + 8. Format
+                                  // INT4_W4A16 of 32 with scale_dtype F16 (or F32), or a float format
+    MOE_LAYOUT_GGML_MXFP4 = 5,    // ue8m0 and 16 bytes, halves likewise. MXFP4 formats, or a float one
+    MOE_LAYOUT_GGML_Q8_0 = 6,     // f16 and 32 bytes of int8. Float formats: rounded to their type
     MOE_LAYOUT__FORCE32 = 0x7fffffff
 } moe_weight_layout;
 
@@ -582,6 +588,15 @@ typedef enum moe_row_order {
     MOE_ROWS_SHUFFLED_64 = 2,  // epilogue tile 64 (blocks of 16 rows)
     MOE_ROWS__FORCE32 = 0x7fffffff
 } moe_row_order;
+
+typedef enum moe_scale_layout {
+    MOE_SCALES_UNSET = 0,
+    MOE_SCALES_LINEAR = 1, // [rows, columns]
+    MOE_SCALES_128X4 = 2,  // tiles of 128 rows x 4 columns, padded with zeros: ((row / 128) * ceil(columns / 4) +
+                           // column / 4) * 512 + (row % 32) * 16 + (row % 128 / 32) * 4 + column % 4
+    MOE_SCALES_8X4 = 3,    // of 8 x 4: ((row / 8) * ceil(columns / 4) + column / 4) * 32 + (row % 8) * 4 + column % 4
+    MOE_SCALE_LAYOUT__FORCE32 = 0x7fffffff
+} moe_scale_layout;
 
 // How a checkpoint stores the layer, as far as names and config tell. Filled by moe_layer_from_config(); engines with
 // a loader of their own copy it into moe_tensor. 0 where the files decide (shapes).
@@ -698,7 +713,9 @@ typedef struct moe_tensor {
     moe_row_fn rows;   // instead of data: called for rows 0, 1, ... of each matrix; shape is MAJOR_K, natural order
     void *rows_user;
     const char *name;  // nullable: used in messages
-    uint32_t reserved[4];
+    int32_t scale_layout; // moe_scale_layout of MOE_PART_SCALE, 0 for LINEAR; else dims are the linear ones, and
+                          // data_bytes those of moe_scales_count(), in a stack for each expert
+    uint32_t reserved[3];
 } moe_tensor;
 
 // ---- hooks and context ----------------------------------------------------------------------------------------------
@@ -1313,15 +1330,6 @@ MOE_API int32_t moe_dequantize(const moe_quantize_desc *desc, moe_error *err);
 // ---- weights as TRTLLM-Gen takes them -------------------------------------------------------------------------------
 // Formulas of FlashInfer 0.7 and TensorRT-LLM, each with its inverse, for engines that hand weights to those kernels or
 // have them prepared already. Element sizes are bytes: 1, 2 or 4. src and dst do not overlap. Pure.
-
-typedef enum moe_scale_layout {
-    MOE_SCALES_UNSET = 0,
-    MOE_SCALES_LINEAR = 1, // [rows, columns]
-    MOE_SCALES_128X4 = 2,  // tiles of 128 rows x 4 columns, padded with zeros: ((row / 128) * ceil(columns / 4) +
-                           // column / 4) * 512 + (row % 32) * 16 + (row % 128 / 32) * 4 + column % 4
-    MOE_SCALES_8X4 = 3,    // of 8 x 4: ((row / 8) * ceil(columns / 4) + column / 4) * 32 + (row % 8) * 4 + column % 4
-    MOE_SCALE_LAYOUT__FORCE32 = 0x7fffffff
-} moe_scale_layout;
 
 // Elements of scales in a layout; -1: an argument is illegal.
 MOE_API int64_t moe_scales_count(int32_t layout, int64_t rows, int64_t columns);
@@ -10849,6 +10857,13 @@ static int32_t moe__check_storage(const moe_context *ctx, moe__checked *c, moe_e
 {
     const moe_tensor *t = &c->tensor;
     int32_t kind = c->shape.kind;
+    if (t->scale_layout < MOE_SCALES_UNSET || t->scale_layout > MOE_SCALES_8X4)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.scale_layout", t,
+                                "is %d: it must be a moe_scale_layout", t->scale_layout);
+    if (t->scale_layout > MOE_SCALES_LINEAR &&
+        (t->part != MOE_PART_SCALE || c->scheme.rows != 1 || c->scheme.columns == 0 || t->layout > MOE_LAYOUT_MAJOR_K))
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.scale_layout", t,
+                                "is %d: only scales of groups along the input are swizzled", t->scale_layout);
     if (t->layout < MOE_LAYOUT_UNSET || t->layout > MOE_LAYOUT_BLOCK_MAJOR_K)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t, "is %d: it must be a moe_weight_layout",
                                 t->layout);
@@ -11061,6 +11076,13 @@ static int32_t moe__check_index(moe__checked *c, const moe_layer_desc *layer, mo
     return MOE_OK;
 }
 
+// Of one matrix or vector, as it is stored.
+static int64_t moe__tensor_elements(const moe__checked *c)
+{
+    if (c->tensor.scale_layout <= MOE_SCALES_LINEAR) return c->shape.rows * c->shape.columns;
+    return moe_scales_count(c->tensor.scale_layout, c->shape.rows, c->shape.columns);
+}
+
 static int32_t moe__check_dims(moe__checked *c, const moe_layer_desc *layer, moe_error *err)
 {
     moe_tensor *t = &c->tensor;
@@ -11082,7 +11104,7 @@ static int32_t moe__check_dims(moe__checked *c, const moe_layer_desc *layer, moe
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.row_order", t,
                                 "shuffles blocks of %D rows, but there are %D rows", block, c->shape.rows);
     if (t->rows != NULL) return MOE_OK;
-    bytes = (uint64_t)(c->shape.rows * c->shape.columns) * (uint64_t)moe_dtype_bits(t->dtype) / 8;
+    bytes = (uint64_t)moe__tensor_elements(c) * (uint64_t)moe_dtype_bits(t->dtype) / 8;
     if (!moe__mul(bytes, stack > 0 ? (uint64_t)stack : 1, &bytes) || t->data_bytes != bytes)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data_bytes", t, "is %U: dims and dtype make %U",
                                 t->data_bytes, bytes);
@@ -11185,7 +11207,8 @@ typedef struct moe__pack {
     int64_t first_row, count_rows, first_column, count_columns;
     unsigned char *out;
     int32_t out_dtype;
-    int32_t flip;                         // xored into bytes
+    int32_t flip;                         // codes are INT4 + 8
+    int32_t scale_layout;                 // of scales
     int64_t *refused;                     // where not NULL: gets a stored row and column, and what is wrong there
     int32_t tiled;                        // where those rows lie: 0 one after the other, 1 in tiles, 2 in gated ones
     int32_t by_kernel;                    // data and out are addresses of the device
@@ -11320,6 +11343,13 @@ static void moe__pack_row(const moe__pack *p, int64_t row, int64_t target)
     int64_t element = moe_dtype_bits(p->dtype) / 8, stored = moe__row_stored(p->row_order, row);
     int64_t block = p->layout == MOE_LAYOUT_BLOCK_MAJOR_K ? 128 / element : p->columns;
     int64_t column = p->first_column, end = column + p->count_columns;
+    if (p->scale_layout > MOE_SCALES_LINEAR) {
+        for (; column < end; column++)
+            moe__pack_store(p, target, column - p->first_column,
+                            p->data + moe__scale_at(p->scale_layout, p->columns, stored, column) * element, p->dtype, 1,
+                            1);
+        return;
+    }
     while (column < end) {
         int64_t run = block - column % block < end - column ? block - column % block : end - column;
         moe__pack_store(p, target, column - p->first_column,
@@ -11524,7 +11554,9 @@ static int32_t moe__fail_refused(const moe__pack *p, moe_error *err)
 
 static int32_t moe__pack_run(moe_context *ctx, moe__pack *p, int32_t matrix, moe_error *err)
 {
-    uint64_t bytes = (uint64_t)(p->rows * p->columns) * (uint64_t)(moe_dtype_bits(p->dtype) / 8);
+    uint64_t bytes = (uint64_t)(p->scale_layout > MOE_SCALES_LINEAR
+                                    ? moe_scales_count(p->scale_layout, p->rows, p->columns)
+                                    : p->rows * p->columns) * (uint64_t)(moe_dtype_bits(p->dtype) / 8);
     int32_t result;
 #if !defined(MOE_NO_CUDA)
     if (p->by_kernel) return moe__pack_launch(ctx, p, err);
@@ -11556,7 +11588,8 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     p.columns = c->shape.columns;
     if (t->rows == NULL)
         p.data = (const unsigned char *)t->data +
-                 (uint64_t)position * (uint64_t)(p.rows * p.columns) * (uint64_t)(moe_dtype_bits(p.dtype) / 8);
+                 (uint64_t)position * (uint64_t)moe__tensor_elements(c) * (uint64_t)(moe_dtype_bits(p.dtype) / 8);
+    p.scale_layout = t->scale_layout;
     p.count_rows = p.rows;
     p.count_columns = p.columns;
     p.out = out;
@@ -11979,12 +12012,10 @@ static int32_t moe__check_weight_shape(const moe_weights *weights, const moe__ch
     return moe__ok(err);
 }
 
-MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
+static int32_t moe__set_tensor(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
 {
     moe__checked c;
     int32_t result;
-    if (weights == NULL) return moe__fail_null(err, "weights");
-    if (tensor == NULL) return moe__fail_null(err, "tensor");
     if ((result = moe__tensor_check(&c, weights, tensor, err)) != MOE_OK) return result;
     if (weights->sealed)
         return moe__fail_tensor(err, MOE_ERROR_STATE, "weights", &c.tensor, "are sealed: set every tensor before "
@@ -11999,6 +12030,152 @@ MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *t
     default: result = moe__set_table(weights, &c, err); break;
     }
     return result == MOE_OK ? moe__ok(err) : result;
+}
+
+// ---- ggml ----
+
+enum { MOE__GGML = 32 }; // elements of a block
+
+static int32_t moe__ggml_bytes(int32_t layout)
+{
+    return layout == MOE_LAYOUT_GGML_Q4_0 ? 18 : layout == MOE_LAYOUT_GGML_MXFP4 ? 17 : 34;
+}
+
+// A block's scale, and its codes as INT4 or E2M1 in the usual order, or as values of int8.
+static float moe__ggml_block(int32_t layout, const unsigned char *block, unsigned char *codes, float *values)
+{
+    const unsigned char *in = block + (layout == MOE_LAYOUT_GGML_MXFP4 ? 1 : 2);
+    uint16_t half;
+    for (int32_t i = 0; i < MOE__GGML; i++) {
+        uint32_t code = layout == MOE_LAYOUT_GGML_Q8_0 ? in[i] : (uint32_t)in[i % 16] >> (i / 16 * 4) & 15u;
+        if (layout == MOE_LAYOUT_GGML_Q4_0) code ^= 8u;
+        if (codes != NULL) codes[i / 2] = (unsigned char)(i % 2 == 0 ? code : codes[i / 2] | code << 4);
+        if (values == NULL) continue;
+        values[i] = layout == MOE_LAYOUT_GGML_Q8_0   ? (float)((int32_t)(code ^ 128u) - 128)
+                    : layout == MOE_LAYOUT_GGML_Q4_0 ? (float)((int32_t)(code ^ 8u) - 8)
+                                                     : moe__small_to_f32(code, MOE_DTYPE_E2M1);
+    }
+    if (layout == MOE_LAYOUT_GGML_MXFP4) return moe__ue8m0_to_f32(block[0]);
+    memcpy(&half, block, 2);
+    return moe__f16_to_f32(half);
+}
+
+// One matrix: codes and scales, or fp32, in `buffer`, from where they are set as usual.
+static int32_t moe__set_ggml_matrix(moe_weights *weights, const moe_tensor *t, const unsigned char *data, int32_t coded,
+                                    unsigned char *buffer, moe_error *err)
+{
+    const int64_t rows = t->dims[t->rank - 2], columns = t->dims[t->rank - 1], blocks = rows * columns / MOE__GGML;
+    unsigned char *scales = buffer + blocks * 16;
+    moe_tensor part = *t;
+    int32_t result;
+    for (int64_t b = 0; b < blocks; b++) {
+        const unsigned char *block = data + b * moe__ggml_bytes(t->layout);
+        float values[MOE__GGML], scale;
+        scale = moe__ggml_block(t->layout, block, coded ? buffer + b * 16 : NULL, coded ? NULL : values);
+        for (int32_t i = 0; i < MOE__GGML && !coded; i++) {
+            values[i] = values[i] * scale;
+            memcpy(buffer + (b * MOE__GGML + i) * 4, &values[i], 4);
+        }
+        if (coded && t->layout == MOE_LAYOUT_GGML_MXFP4) scales[b] = block[0];
+        else if (coded) memcpy(scales + b * 2, block, 2);
+    }
+    part.layout = MOE_LAYOUT_MAJOR_K;
+    part.memory = MOE_MEMORY_HOST;
+    part.rank = 2;
+    part.dims[0] = rows;
+    part.dims[1] = columns;
+    part.data = buffer;
+    part.dtype = !coded ? MOE_DTYPE_F32 : t->layout == MOE_LAYOUT_GGML_MXFP4 ? MOE_DTYPE_E2M1 : MOE_DTYPE_INT4;
+    part.data_bytes = coded ? (uint64_t)blocks * 16 : (uint64_t)blocks * MOE__GGML * 4;
+    if (!coded) return moe__set_tensor(weights, &part, err);
+    part.part = MOE_PART_SCALE;
+    part.dims[1] = columns / MOE__GGML;
+    part.data = scales;
+    part.dtype = t->layout == MOE_LAYOUT_GGML_MXFP4 ? MOE_DTYPE_UE8M0 : MOE_DTYPE_F16;
+    part.data_bytes = (uint64_t)blocks * (t->layout == MOE_LAYOUT_GGML_MXFP4 ? 1u : 2u);
+    if ((result = moe__set_tensor(weights, &part, err)) != MOE_OK) return result; // first, since it may be refused
+    part.part = MOE_PART_DATA;
+    part.dims[1] = columns;
+    part.data = buffer;
+    part.dtype = t->layout == MOE_LAYOUT_GGML_MXFP4 ? MOE_DTYPE_E2M1 : MOE_DTYPE_INT4;
+    part.data_bytes = (uint64_t)blocks * 16;
+    return moe__set_tensor(weights, &part, err);
+}
+
+// Shape, and whether the layer's format takes the blocks' own codes: then *coded is 1.
+static int32_t moe__check_ggml(const moe_weights *weights, const moe_tensor *t, int32_t *coded, moe_error *err)
+{
+    int32_t shared = moe__role_is_shared(t->role);
+    const moe_layer_desc *layer = &weights->layer;
+    moe__scheme s = moe__weight_scheme(shared ? layer->shared.format : layer->format, layer->format_block,
+                                       layer->scale_dtype);
+    uint64_t bytes = (uint64_t)moe__ggml_bytes(t->layout);
+    if (moe__role_matrix(t->role) < 0 || t->part != MOE_PART_DATA || t->rows != NULL)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t,
+                                "is %d: only data of experts' matrices comes in ggml's blocks", t->layout);
+    *coded = s.columns == MOE__GGML && (t->layout == MOE_LAYOUT_GGML_Q4_0    ? s.dtype == MOE_DTYPE_INT4
+                                        : t->layout == MOE_LAYOUT_GGML_MXFP4 ? s.dtype == MOE_DTYPE_E2M1
+                                                                             : 0);
+    if (!*coded && !moe__scheme_is_float(&s))
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t, "is %d: %s does not have such codes",
+                                t->layout, moe_format_string(shared ? layer->shared.format : layer->format));
+    if (t->dtype != MOE_DTYPE_U8)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dtype", t, "is %s: ggml's blocks are u8",
+                                moe_dtype_string(t->dtype));
+    if (t->data == NULL) return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data", t, "is NULL");
+    if (t->rank < 2 || t->rank > 3 || t->dims[t->rank - 1] % MOE__GGML != 0)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dims", t,
+                                "must be [out, in] or [E, out, in], in whole blocks of %d", (int32_t)MOE__GGML);
+    for (int32_t i = 0; i < t->rank; i++)
+        if (t->dims[i] < 1 || t->dims[i] > MOE__SIZE_MAX * (int64_t)64 ||
+            !moe__mul(bytes, (uint64_t)t->dims[i] / (i == t->rank - 1 ? MOE__GGML : 1), &bytes))
+            return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dims", t, "are out of range: %D", t->dims[i]);
+    if (bytes != t->data_bytes || bytes > UINT64_MAX / 16)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data_bytes", t, "is %U: dims and layout make %U",
+                                t->data_bytes, bytes);
+    return MOE_OK;
+}
+
+// A tensor of blocks, with memory for one expert's matrix.
+static int32_t moe__set_ggml(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
+{
+    const moe_allocator *allocator = &weights->ctx->desc.allocator;
+    int32_t coded = 0, stack = 1, result;
+    const unsigned char *data;
+    unsigned char *buffer;
+    uint64_t each, bytes;
+    moe_tensor t;
+    if ((result = moe__copy_desc(&t, sizeof t, tensor, "tensor", err)) != MOE_OK ||
+        (result = moe__check_role(&t, &weights->layer, err)) != MOE_OK ||
+        (result = moe__check_ggml(weights, &t, &coded, err)) != MOE_OK)
+        return result;
+    if (t.rank == 3 && (t.dims[0] != weights->layer.num_experts || t.expert != -1))
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.dims", &t, "begin with %D, expert is %d: a stack has "
+                                "layer.num_experts, %d, and expert -1", t.dims[0], t.expert,
+                                weights->layer.num_experts);
+    if (t.rank == 3) stack = weights->layer.num_experts;
+    each = t.data_bytes / (uint64_t)stack;
+    bytes = each / (uint64_t)moe__ggml_bytes(t.layout) * MOE__GGML * 4; // fp32 is the larger
+    data = (const unsigned char *)t.data;
+    if ((buffer = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
+    result = moe__source_begin(weights->ctx, &t, t.data_bytes, &data, err);
+    for (int32_t e = 0; e < stack && result == MOE_OK; e++) {
+        moe_tensor one = t;
+        if (t.rank == 3) one.expert = e;
+        result = moe__set_ggml_matrix(weights, &one, data + (uint64_t)e * each, coded, buffer, err);
+    }
+    moe__source_end(weights->ctx, &t, t.data_bytes, data);
+    moe__free(allocator, buffer, bytes);
+    return result;
+}
+
+MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
+{
+    if (weights == NULL) return moe__fail_null(err, "weights");
+    if (tensor == NULL) return moe__fail_null(err, "tensor");
+    if (tensor->layout >= MOE_LAYOUT_GGML_Q4_0 && tensor->layout <= MOE_LAYOUT_GGML_Q8_0)
+        return moe__set_ggml(weights, tensor, err);
+    return moe__set_tensor(weights, tensor, err);
 }
 
 // ---- what is needed ----

@@ -134,6 +134,7 @@ int main(void)
     MEMBER(moe_tensor, rows)
     MEMBER(moe_tensor, rows_user)
     MEMBER(moe_tensor, name)
+    MEMBER(moe_tensor, scale_layout)
     MEMBER(moe_tensor, reserved)
 
     STRUCT(moe_allocator)

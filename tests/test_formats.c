@@ -673,6 +673,137 @@ TEST(codes_of_compressed_tensors)
     }
 }
 
+// Scales of TRTLLM-Gen: swizzled, those of every expert on their own.
+TEST(swizzled_scales)
+{
+    for (int v = 0; v < VARIANTS; v++)
+        for (int layout = MOE_SCALES_128X4; layout <= MOE_SCALES_8X4; layout++) {
+            moe__scheme s = moe__weight_scheme(variants[v].format, variants[v].block, variants[v].scale_dtype);
+            int rows = variants[v].inner, columns = s.columns > 0 ? variants[v].hidden / s.columns : 1;
+            int size = moe_dtype_bits(s.scale_dtype) / 8;
+            size_t bytes = (size_t)(moe_scales_count(layout, rows, columns) * size);
+            unsigned char *all = (unsigned char *)malloc(2 * bytes);
+            moe_layer_desc l = dialect_layer(&variants[v]);
+            moe_context *ctx;
+            moe_weights *w;
+            moe_tensor t;
+            coded m[2];
+            REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+            REQUIRE_OK(moe_weights_create(ctx, &l, NULL, &w, &err));
+            for (int e = 0; e < 2; e++) m[e] = coded_make(&variants[v], rows, variants[v].hidden, e);
+            t = tensor_of(MOE_TENSOR_UP, MOE_PART_SCALE, -1, s.scale_dtype, all, 2 * bytes);
+            t.scale_layout = layout;
+            t.rank = 3;
+            t.dims[0] = 2;
+            t.dims[1] = rows;
+            t.dims[2] = columns;
+            if (s.rows != 1 || s.columns == 0) {
+                CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.scale_layout");
+            } else {
+                for (int e = 0; e < 2; e++)
+                    CHECK_OK(moe_scales_convert(m[e].q.scales, MOE_SCALES_LINEAR, all + (size_t)e * bytes, layout, rows,
+                                                columns, size, &err));
+                t.data_bytes--;
+                CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.data_bytes");
+                t.data_bytes++;
+                CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+                for (int e = 0; e < 2; e++) {
+                    CHECK_OK(set_part(w, MOE_TENSOR_UP, e, 0, s.dtype, rows, variants[v].hidden, m[e].q.codes,
+                                      m[e].q.codes_bytes, &err));
+                    set_rest(w, MOE_TENSOR_UP, e, &m[e]);
+                    CHECK(reads_as_coded(w, MOE_TENSOR_UP, e, &m[e]));
+                }
+            }
+            for (int e = 0; e < 2; e++) coded_free(&m[e]);
+            free(all);
+            moe_weights_destroy(w);
+            moe_context_destroy(ctx);
+        }
+}
+
+// ggml's blocks, written here by its formulas: into formats with such codes, and rounded into float ones.
+TEST(blocks_of_ggml)
+{
+    static const struct { int layout, bytes, format, scale_dtype; } cases[] = {
+        { MOE_LAYOUT_GGML_Q4_0, 18, MOE_FORMAT_INT4_W4A16, MOE_DTYPE_F16 },
+        { MOE_LAYOUT_GGML_Q4_0, 18, MOE_FORMAT_INT4_W4A16, MOE_DTYPE_F32 },
+        { MOE_LAYOUT_GGML_Q4_0, 18, MOE_FORMAT_F32, 0 },
+        { MOE_LAYOUT_GGML_MXFP4, 17, MOE_FORMAT_MXFP4_W4A16, 0 },
+        { MOE_LAYOUT_GGML_MXFP4, 17, MOE_FORMAT_MXFP4_W4A8, 0 },
+        { MOE_LAYOUT_GGML_MXFP4, 17, MOE_FORMAT_BF16, 0 },
+        { MOE_LAYOUT_GGML_Q8_0, 34, MOE_FORMAT_F32, 0 },
+        { MOE_LAYOUT_GGML_Q8_0, 34, MOE_FORMAT_BF16, 0 },
+    };
+    static const float fp4[16] = { 0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6 };
+    enum { ROWS = 64, COLUMNS = 96, BLOCKS = ROWS * COLUMNS / 32 };
+    for (size_t n = 0; n < sizeof cases / sizeof cases[0]; n++) {
+        int block_size = cases[n].format == MOE_FORMAT_INT4_W4A16 ? 32 : 0;
+        variant one = { cases[n].format, block_size, cases[n].scale_dtype, COLUMNS, ROWS };
+        static float want[2][ROWS * COLUMNS];
+        unsigned char *data = (unsigned char *)malloc((size_t)(2 * BLOCKS * cases[n].bytes));
+        moe_layer_desc l = dialect_layer(&one);
+        moe_context *ctx;
+        moe_weights *w;
+        moe_tensor t;
+        uint64_t state = 17 + n;
+        int dtype = moe__format_dtype(cases[n].format);
+        for (int b = 0; b < 2 * BLOCKS; b++) {
+            unsigned char *block = data + b * cases[n].bytes;
+            uint16_t half = moe__f32_to_f16(0.01f + 0.001f * (float)(b % 50));
+            float scale = moe__f16_to_f32(half);
+            for (int i = 0; i < cases[n].bytes; i++) block[i] = (unsigned char)(test_random_u32(&state) >> 20);
+            if (cases[n].layout == MOE_LAYOUT_GGML_MXFP4) {
+                block[0] = (unsigned char)(120 + b % 9);
+                scale = moe__bits_f32((uint32_t)block[0] << 23);
+            } else {
+                memcpy(block, &half, 2);
+            }
+            for (int i = 0; i < 32; i++) {
+                unsigned char *codes = block + cases[n].bytes - (cases[n].layout == MOE_LAYOUT_GGML_Q8_0 ? 32 : 16);
+                int code = i < 16 ? codes[i % 16] & 15 : codes[i % 16] >> 4;
+                float value = cases[n].layout == MOE_LAYOUT_GGML_Q8_0   ? (float)(signed char)codes[i] * scale
+                              : cases[n].layout == MOE_LAYOUT_GGML_Q4_0 ? (float)(code - 8) * scale
+                                                                        : fp4[code] * scale;
+                want[b / BLOCKS][b % BLOCKS * 32 + i] = dtype != 0 ? moe__round_to(value, dtype) : value;
+            }
+        }
+        REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+        REQUIRE_OK(moe_weights_create(ctx, &l, NULL, &w, &err));
+        t = tensor_of(MOE_TENSOR_UP, 0, -1, MOE_DTYPE_U8, data, (size_t)(2 * BLOCKS * cases[n].bytes));
+        t.layout = cases[n].layout;
+        t.rank = 3;
+        t.dims[0] = 2;
+        t.dims[1] = ROWS;
+        t.dims[2] = COLUMNS;
+        CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+        for (int e = 0; e < 2; e++)
+            for (int r = 0; r < ROWS; r++) {
+                float row[COLUMNS];
+                CHECK_OK(moe_weights_read_row(w, MOE_TENSOR_UP, e, r, row, &err));
+                CHECK(memcmp(row, want[e] + r * COLUMNS, sizeof row) == 0);
+            }
+        CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_STATE, "tensor.role");
+        t.expert = 0;
+        CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.dims");
+        t.rank = 2;
+        t.dims[0] = ROWS;
+        t.dims[1] = COLUMNS;
+        CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.data_bytes");
+        t.data_bytes /= 2;
+        t.role = MOE_TENSOR_GATE;
+        CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+        t.dtype = MOE_DTYPE_I8;
+        CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.dtype");
+        t.layout = cases[n].layout == MOE_LAYOUT_GGML_Q8_0 ? MOE_LAYOUT_GGML_Q4_0 : MOE_LAYOUT_GGML_Q8_0;
+        if (dtype == 0) CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.layout");
+        t.role = MOE_TENSOR_ROUTER;
+        CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.layout");
+        free(data);
+        moe_weights_destroy(w);
+        moe_context_destroy(ctx);
+    }
+}
+
 // Single values: alone, stacked, and two for a fused tensor, gate first whatever its halves are.
 TEST(single_values_stacked_and_fused)
 {
@@ -928,6 +1059,8 @@ TEST_MAIN(
     T(codes_in_other_layouts)
     T(blocks_of_gpt_oss)
     T(codes_of_compressed_tensors)
+    T(swizzled_scales)
+    T(blocks_of_ggml)
     T(single_values_stacked_and_fused)
     T(wrong_values_and_missing_ones_are_named)
     T(dead_experts_give_finite_output)

@@ -41,7 +41,8 @@ TEST(scales_swizzle_and_come_back)
             for (size_t c = 0; c < sizeof column_counts / sizeof column_counts[0]; c++)
                 for (int size = 1; size <= 4; size *= 2) {
                     int64_t rows = row_counts[r], columns = column_counts[c];
-                    int64_t count = moe_scales_count(layout, rows, columns), tile = layout == MOE_SCALES_128X4 ? 128 : 8;
+                    int64_t count = moe_scales_count(layout, rows, columns);
+                    int64_t tile = layout == MOE_SCALES_128X4 ? 128 : 8;
                     size_t linear = (size_t)(rows * columns * size), swizzled = (size_t)(count * size);
                     unsigned char *src = numbered(linear), *dst = (unsigned char *)malloc(swizzled);
                     unsigned char *want = (unsigned char *)malloc(swizzled), *back = (unsigned char *)malloc(linear);
@@ -86,7 +87,8 @@ TEST(interleave_and_shuffle_in_one)
                               128, 1, &err));
     for (int i = 0; i < 32; i++) CHECK_EQ(one[i], (i / 8 % 2 == 1 ? 64 : 0) + i % 8 * 2 + i / 16);
     CHECK_OK(moe_rows_convert(src, MOE_HALVES_UP_GATE, 0, step, MOE_HALVES_INTERLEAVED_UP_GATE, 0, 128, 1, &err));
-    for (int i = 0; i < 64; i++) CHECK(step[2 * i] == i && step[2 * i + 1] == 64 + i); // out[2i] = in[i], out[2i+1] = in[I+i]
+    // out[2i] = in[i], out[2i + 1] = in[I + i]
+    for (int i = 0; i < 64; i++) CHECK(step[2 * i] == i && step[2 * i + 1] == 64 + i);
     CHECK_OK(moe_rows_convert(step, 0, 0, two, 0, MOE_ROWS_SHUFFLED_128, 128, 1, &err));
     CHECK(memcmp(one, two, 128) == 0);
     CHECK_OK(moe_rows_convert(one, MOE_HALVES_INTERLEAVED_UP_GATE, MOE_ROWS_SHUFFLED_128, back, MOE_HALVES_GATE_UP, 0,
@@ -239,7 +241,8 @@ static void layer_unpadded(const float *w13, const float *w2, const float *x, fl
 
 TEST(zeros_behind_both_halves_at_once_move_their_boundary)
 {
-    static float w13[2 * I * H], w2[H * I], x[TOKENS * H], bad[2 * PADDED * H], good[2 * PADDED * H], w2_padded[H * PADDED];
+    static float w13[2 * I * H], w2[H * I], x[TOKENS * H], bad[2 * PADDED * H], good[2 * PADDED * H];
+    static float w2_padded[H * PADDED];
     float want[TOKENS * H], got[TOKENS * H], off = 0;
     uint64_t state = 3;
     for (int i = 0; i < 2 * I * H; i++) w13[i] = test_random_float(&state);
@@ -274,7 +277,8 @@ TEST(padding_of_scales_is_finite)
             CHECK_OK(moe_align_pad(src, 2, 3 * size, dst, 4, 5 * size, MOE_HALVES_GATE_UP, part, types[i].dtype, &err));
             for (int row = 0; row < 4; row++)
                 for (int c = 0; c < 5; c++) {
-                    uint32_t got = 0, want = row % 2 == 0 && c < 3 ? 0x11111111 : part == 1 ? types[i].scale : types[i].data;
+                    uint32_t got = 0, added = part == 1 ? types[i].scale : types[i].data;
+                    uint32_t want = row % 2 == 0 && c < 3 ? 0x11111111 : added;
                     memcpy(&got, dst + (row * 5 + c) * size, (size_t)size);
                     CHECK_EQ(got, size == 4 ? want : want & ((1u << 8 * size) - 1));
                 }

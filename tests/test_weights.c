@@ -847,7 +847,7 @@ TEST(every_member_of_a_tensor_is_refused_by_name)
         case DTYPE: s.t.dtype = 0; break;
         case DTYPE_INT: s.t.dtype = MOE_DTYPE_I8; break;
         case DTYPE_FP8: s.t.dtype = MOE_DTYPE_E4M3; break;
-        case LAYOUT: s.t.layout = 4; break;
+        case LAYOUT: s.t.layout = 7; break;
         case HALVES: s.t.halves = MOE_HALVES_GATE_UP; break;
         case HALVES_FUSED: s.t.halves = MOE_HALVES_SEPARATE; break;
         case ORDER: s.t.row_order = 3; break;
