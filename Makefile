@@ -116,7 +116,7 @@ $(BENCHES:%=$(B)/%): $(B)/%: bench/%.c bench/bench.h tests/own_text.h moe.h
 	$(CC) -std=c99 -O2 $(WARN) $(EXTRA) -o $@ $< -lpthread -lm
 
 # These do not.
-$(patsubst %,$(B)/tests/test_%$(EXE),cpu layer math weights): OPT = -O1
+$(patsubst %,$(B)/tests/test_%$(EXE),cpu formats layer math weights): OPT = -O1
 
 $(B)/tests/test_%$(EXE): tests/test_%.c $(wildcard tests/*.h) moe.h
 	@mkdir -p $(@D)

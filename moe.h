@@ -11041,12 +11041,27 @@ static int32_t moe__fail_dims(const moe_tensor *t, const moe__tensor_shape *shap
                                                                         : "");
 }
 
+// Single values of a matrix, not its codes or scales of rows.
+static int32_t moe__part_is_value(const moe__checked *c)
+{
+    return c->tensor.part > MOE_PART_SCALE || (c->tensor.part == MOE_PART_SCALE && c->scheme.rows == 0);
+}
+
 // One of several shared experts, or one row of the selection bias: by shape, and then by index.
 static int32_t moe__check_index(moe__checked *c, const moe_layer_desc *layer, moe_error *err)
 {
     const moe_tensor *t = &c->tensor;
     int32_t count = 1;
     moe__tensor_shape one = c->shape;
+    if (c->shape.kind == MOE__KIND_SHARED && moe__part_is_value(c)) {
+        count = layer->shared.count;
+        if (t->index < -1 || t->index >= count || (t->index > 0 && t->part != MOE_PART_SHAPE))
+            return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.index", t,
+                                    "is %d: shared experts are one matrix here, with one such value, it must be -1",
+                                    t->index);
+        c->index = count > 1 && t->part == MOE_PART_SHAPE ? t->index : -1;
+        return MOE_OK;
+    }
     if (c->shape.kind == MOE__KIND_SHARED) {
         count = layer->shared.count;
         if (t->role == MOE_TENSOR_SHARED_DOWN) one.columns /= count;

@@ -45,7 +45,7 @@ wait
 if [ -f tests/test_math.c ]; then collect "every float:" build/full test_math; fi
 
 # Whatever the optimiser may do with fused multiply-adds and this processor's instructions, the results are the same bits.
-only="math numeric routing cpu layer execute weights"
+only="math numeric routing cpu formats layer execute weights"
 variant native build/native TEST_FLAGS="-O3 -march=native -ffp-contract=fast"
 only=
 

@@ -26,7 +26,7 @@ Error = struct("moe_error", "i code, s92 member, s672 text")
 Layer = struct("moe_layer_desc", "I struct_size, i layer_index hidden_size intermediate_size num_experts, s412 _rest")
 Context = struct("moe_context_desc", "I struct_size, i backend device threads, P cuda_context, s200 _rest")
 Tensor = struct("moe_tensor", "I struct_size, i role part expert index dtype rank layout halves row_order memory "
-                "reserved0, q4 dims, P data, Q data_bytes, P rows rows_user name, I4 reserved")
+                "reserved0, q4 dims, P data, Q data_bytes, P rows rows_user name, i scale_layout, I3 reserved")
 PlanDesc = struct("moe_plan_desc", "I struct_size flags, i max_tokens max_rows x_dtype logits_dtype ids_dtype "
                   "weights_dtype out_dtype intermediate_dtype, I8 reserved")
 PlanInfo = struct("moe_plan_info", "I struct_size layout_id, Q weight_bytes workspace_bytes, i slots router_width "
