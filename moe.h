@@ -110,8 +110,9 @@
 //     at a time.
 //     Quantised matrices come in parts, which moe_tensor_part lists with the spellings of ModelOpt, compressed-tensors,
 //     transformers and gpt-oss: codes, scales of rows, blocks or groups, global scales, static scales of the inputs.
-//     Codes and scales are kept as they are, and must be finite. moe_quantize() makes them; a callback of fp32 rows or
-//     a float tensor does not go with a quantised format. Shared experts may stay in a float type (shared.format).
+//     Codes and scales are kept as they are, and must be finite; scales may come swizzled, codes and scales in ggml's
+//     blocks. moe_quantize() makes them; rows of fp32 from a callback go through it, a matrix at a time. Shared experts
+//     may stay in a float type (shared.format).
 //
 // PARALLELISM
 //     moe_parallel_desc: a contiguous range or a map of local experts, and a slice of I. Routing runs over all experts
@@ -710,7 +711,8 @@ typedef struct moe_tensor {
     int64_t dims[4];   // as stored: MAJOR_MN has [in, out]
     const void *data;  // contiguous, any alignment
     uint64_t data_bytes;
-    moe_row_fn rows;   // instead of data: called for rows 0, 1, ... of each matrix; shape is MAJOR_K, natural order
+    moe_row_fn rows;   // instead of data: called for rows 0, 1, ... of each matrix; shape is MAJOR_K, natural order.
+                       // Quantised formats: of all rows, which moe_quantize() then makes codes of
     void *rows_user;
     const char *name;  // nullable: used in messages
     int32_t scale_layout; // moe_scale_layout of MOE_PART_SCALE, 0 for LINEAR; else dims are the linear ones, and
@@ -1329,7 +1331,7 @@ MOE_API int32_t moe_dequantize(const moe_quantize_desc *desc, moe_error *err);
 
 // ---- weights as TRTLLM-Gen takes them -------------------------------------------------------------------------------
 // Formulas of FlashInfer 0.7 and TensorRT-LLM, each with its inverse, for engines that hand weights to those kernels or
-// have them prepared already. Element sizes are bytes: 1, 2 or 4. src and dst do not overlap. Pure.
+// have them prepared already. Element sizes are bytes: 1, 2 or 4. src and dst must not overlap. Pure.
 
 // Elements of scales in a layout; -1: an argument is illegal.
 MOE_API int64_t moe_scales_count(int32_t layout, int64_t rows, int64_t columns);
@@ -5011,10 +5013,16 @@ static int64_t moe__scale_at(int32_t layout, int64_t columns, int64_t row, int64
     return (row / 128 * tiles + column / 4) * 512 + row % 32 * 16 + row % 128 / 32 * 4 + column % 4;
 }
 
-static int32_t moe__check_buffers(const void *src, const void *dst, int64_t count, moe_error *err)
+// Bytes that are read and written; 0 of them: there is nothing to do.
+static int32_t moe__check_buffers(const void *src, uint64_t src_bytes, const void *dst, uint64_t dst_bytes,
+                                  moe_error *err)
 {
-    if (src == NULL && count > 0) return moe__fail_null(err, "src");
-    return dst == NULL && count > 0 ? moe__fail_null(err, "dst") : (int32_t)MOE_OK;
+    uintptr_t from = (uintptr_t)src, to = (uintptr_t)dst;
+    if (src == NULL && src_bytes > 0) return moe__fail_null(err, "src");
+    if (dst == NULL && dst_bytes > 0) return moe__fail_null(err, "dst");
+    if (src_bytes == 0 || dst_bytes == 0 || (from < to ? to - from >= src_bytes : from - to >= dst_bytes))
+        return MOE_OK;
+    return moe__fail(err, MOE_ERROR_ARGUMENT, "dst", "overlaps src");
 }
 
 static int32_t moe__check_element(int32_t element_bytes, moe_error *err)
@@ -5027,7 +5035,7 @@ MOE_API int32_t moe_scales_convert(const void *src, int32_t src_layout, void *ds
                                    int64_t columns, int32_t element_bytes, moe_error *err)
 {
     const size_t size = (size_t)element_bytes;
-    int64_t count = moe_scales_count(dst_layout, rows, columns);
+    int64_t count = moe_scales_count(dst_layout, rows, columns), from;
     int32_t result = moe__check_element(element_bytes, err);
     if (result != MOE_OK) return result;
     if (src_layout < MOE_SCALES_LINEAR || src_layout > MOE_SCALES_8X4)
@@ -5037,10 +5045,13 @@ MOE_API int32_t moe_scales_convert(const void *src, int32_t src_layout, void *ds
     if (src_layout != MOE_SCALES_LINEAR && dst_layout != MOE_SCALES_LINEAR)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_layout", "is %d: one of both must be MOE_SCALES_LINEAR",
                          dst_layout);
-    if (count < 0 || moe_scales_count(src_layout, rows, columns) < 0)
+    from = moe_scales_count(src_layout, rows, columns);
+    if (count < 0 || from < 0 || (uint64_t)count > SIZE_MAX / 8 || (uint64_t)from > SIZE_MAX / 8)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "rows", "is %D, with %D columns: they must not be negative, and "
                          "addressable", rows, columns);
-    if ((result = moe__check_buffers(src, dst, count, err)) != MOE_OK) return result;
+    if ((result = moe__check_buffers(src, (uint64_t)from * size, dst, (uint64_t)count * size, err)) != MOE_OK)
+        return result;
+    if (columns == 0) rows = 0; // however many there are of them
     if (dst_layout != MOE_SCALES_LINEAR && count > 0) memset(dst, 0, (size_t)count * size);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t column = 0; column < columns; column++)
@@ -5082,16 +5093,15 @@ MOE_API int32_t moe_rows_convert(const void *src, int32_t src_halves, int32_t sr
     if (fused != (dst_halves >= MOE_HALVES_GATE_UP))
         return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_halves", "is %d, src_halves %d: both must be fused, or neither",
                          dst_halves, src_halves);
-    if ((result = moe__check_buffers(src, dst, (int64_t)bytes, err)) != MOE_OK) return result;
-    for (int64_t row = 0; row < rows; row++) {
+    if ((result = moe__check_buffers(src, bytes, dst, bytes, err)) != MOE_OK) return result;
+    for (int64_t row = 0; row < rows && row_bytes > 0; row++) {
         int64_t feature = row, from = row;
         if (fused) {
             int32_t half = moe__halves_split(dst_halves, rows, row, &feature);
             from = moe__halves_row(src_halves, rows, half, feature);
         }
-        if (row_bytes > 0)
-            memcpy((char *)dst + moe__row_stored(dst_order, row) * row_bytes,
-                   (const char *)src + moe__row_stored(src_order, from) * row_bytes, (size_t)row_bytes);
+        memcpy((char *)dst + moe__row_stored(dst_order, row) * row_bytes,
+               (const char *)src + moe__row_stored(src_order, from) * row_bytes, (size_t)row_bytes);
     }
     return moe__ok(err);
 }
@@ -5131,9 +5141,9 @@ MOE_API int32_t moe_layout_convert(const void *src, int32_t src_layout, void *ds
                          "is %D: sizes must not be negative, and addressable", rows < 0 ? rows : columns);
     if ((result = moe__check_layout(src_layout, columns, block, "src_layout", err)) != MOE_OK ||
         (result = moe__check_layout(dst_layout, columns, block, "dst_layout", err)) != MOE_OK ||
-        (result = moe__check_buffers(src, dst, (int64_t)bytes, err)) != MOE_OK)
+        (result = moe__check_buffers(src, bytes * size, dst, bytes * size, err)) != MOE_OK)
         return result;
-    for (int64_t row = 0; row < rows; row++)
+    for (int64_t row = 0; row < rows && columns > 0; row++)
         for (int64_t column = 0; column < columns; column++)
             memcpy((char *)dst + (size_t)moe__element_at(dst_layout, rows, columns, block, row, column) * size,
                    (const char *)src + (size_t)moe__element_at(src_layout, rows, columns, block, row, column) * size,
@@ -5211,10 +5221,12 @@ MOE_API int32_t moe_align_pad(const void *src, int64_t rows, int64_t row_bytes, 
     uint64_t bytes;
     if (part != MOE_PART_DATA && part != MOE_PART_SCALE)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "part", "is %d: it must be MOE_PART_DATA or MOE_PART_SCALE", part);
-    if (dtype < MOE_DTYPE_F32 || dtype > MOE_DTYPE_INT4 || (part == MOE_PART_SCALE && dtype > MOE_DTYPE_UE8M0) ||
-        (part == MOE_PART_SCALE && dtype == MOE_DTYPE_E2M1))
-        return moe__fail(err, MOE_ERROR_ARGUMENT, "dtype", "is %d: it must be a float type or codes of one%s", dtype,
-                         part == MOE_PART_SCALE ? ", of 8 bits at least" : "");
+    if (part == MOE_PART_SCALE
+            ? !moe__is_float_dtype(dtype) && dtype != MOE_DTYPE_E4M3 && dtype != MOE_DTYPE_UE8M0
+            : dtype < MOE_DTYPE_F32 || dtype > MOE_DTYPE_INT4 || dtype == MOE_DTYPE_UE8M0)
+        return moe__fail(err, MOE_ERROR_ARGUMENT, "dtype", "is %d: %s", dtype,
+                         part == MOE_PART_SCALE ? "scales are F32, BF16, F16, E4M3 or UE8M0"
+                                                : "data is a float type, E4M3, E5M2, E2M1 or INT4");
     if (element == 0) element = 1; // two codes of 4 bits
     if (rows < 0 || row_bytes < 0 || row_bytes % element != 0)
         return moe__fail(err, MOE_ERROR_ARGUMENT, rows < 0 ? "rows" : "row_bytes",
@@ -5231,10 +5243,10 @@ MOE_API int32_t moe_align_pad(const void *src, int64_t rows, int64_t row_bytes, 
     if (!moe__mul((uint64_t)dst_rows, (uint64_t)dst_row_bytes, &bytes) || bytes > SIZE_MAX / 2)
         return moe__fail(err, MOE_ERROR_ARGUMENT, "dst_rows", "is %D, of %D bytes: too many to address", dst_rows,
                          dst_row_bytes);
-    if (src == NULL && rows > 0 && row_bytes > 0) return moe__fail_null(err, "src");
-    if ((result = moe__check_buffers("", dst, (int64_t)bytes, err)) != MOE_OK) return result;
+    if ((result = moe__check_buffers(src, (uint64_t)rows * (uint64_t)row_bytes, dst, bytes, err)) != MOE_OK)
+        return result;
     moe__pad_element(part, dtype, fill);
-    for (int64_t row = 0; row < dst_rows; row++) {
+    for (int64_t row = 0; row < dst_rows && dst_row_bytes > 0; row++) {
         int64_t feature = row, from = row, at = 0;
         if (fused) {
             int32_t half = moe__halves_split(halves, dst_rows, row, &feature);
@@ -10895,7 +10907,7 @@ static int32_t moe__check_storage(const moe_context *ctx, moe__checked *c, moe_e
     c->dtype = MOE_DTYPE_F32;
     if (!moe__scheme_is_float(&c->scheme) && moe__role_matrix(t->role) >= 0)
         return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.rows", t, "is set: it yields fp32, and the layer's "
-                                "format is quantised; moe_quantize() makes codes and scales");
+                                "format is quantised: the expert is set tensor by tensor instead");
     if (t->data != NULL)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data", t, "is set beside rows: leave one NULL");
     if (kind == MOE__KIND_IDS)
@@ -12184,12 +12196,105 @@ static int32_t moe__set_ggml(moe_weights *weights, const moe_tensor *tensor, moe
     return result;
 }
 
+// ---- rows of fp32 into codes ----
+
+// A buffer for one matrix: fp32, codes, scales.
+typedef struct moe__coding {
+    moe_quantize_desc q;
+    unsigned char *buffer;
+    uint64_t bytes;
+} moe__coding;
+
+static int32_t moe__coding_make(const moe_weights *weights, const moe_layer_desc *layer, int32_t format,
+                                const moe__tensor_shape *shape, moe__coding *c, moe_error *err)
+{
+    moe__scheme s = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
+    uint64_t values = (uint64_t)shape->rows * (uint64_t)shape->columns;
+    memset(c, 0, sizeof *c);
+    c->q.format = format;
+    c->q.format_block = layer->format_block;
+    c->q.scale_dtype = layer->scale_dtype;
+    c->q.dtype = MOE_DTYPE_F32;
+    c->q.rows = shape->rows;
+    c->q.columns = shape->columns;
+    c->q.codes_bytes = values * (uint64_t)moe_dtype_bits(s.dtype) / 8;
+    c->q.scales_bytes = (uint64_t)(moe__up(shape->rows, s.rows) * moe__up(shape->columns, s.columns)) *
+                        (uint64_t)moe_dtype_bits(s.scale_dtype) / 8;
+    c->bytes = values * 4 + c->q.scales_bytes + c->q.codes_bytes;
+    c->buffer = (unsigned char *)moe__alloc(&weights->ctx->desc.allocator, c->bytes);
+    if (c->buffer == NULL) return moe__fail_memory(err, c->bytes);
+    c->q.values = c->buffer;
+    c->q.scales = c->buffer + values * 4;
+    c->q.codes = c->buffer + values * 4 + c->q.scales_bytes;
+    return MOE_OK;
+}
+
+// One matrix from the callback, then its parts as usual.
+static int32_t moe__set_coded_rows(moe_weights *weights, const moe_tensor *t, moe__coding *c, moe_error *err)
+{
+    moe__scheme s = moe__weight_scheme(c->q.format, c->q.format_block, c->q.scale_dtype);
+    moe_tensor part = *t;
+    int32_t result = MOE_OK;
+    for (int64_t row = 0; row < c->q.rows && result == MOE_OK; row++) {
+        float *out = (float *)c->q.values + row * c->q.columns;
+        int32_t code = t->rows(t->rows_user, t->role, t->expert, (int32_t)row, out);
+        if (code != 0)
+            result = moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.rows", t, "returned %d for row %D", code, row);
+    }
+    c->q.global_scale = 0;
+    if (result == MOE_OK && (result = moe_quantize(&c->q, err)) != MOE_OK)
+        result = moe__fail_tensor(err, result, "tensor.rows", t, "gave values that are not finite");
+    part.rows = NULL;
+    for (int32_t i = MOE_PART_GLOBAL_SCALE; i >= MOE_PART_DATA && result == MOE_OK; i--) {
+        if (i == MOE_PART_GLOBAL_SCALE && !moe__scheme_has_global(&s)) continue;
+        part.part = i;
+        part.dtype = i == 0 ? s.dtype : i == 1 ? s.scale_dtype : (int32_t)MOE_DTYPE_F32;
+        part.rank = i == 2 || (i == 1 && s.rows == 0) ? 0 : 2;
+        part.dims[0] = i == 0 ? c->q.rows : moe__up(c->q.rows, s.rows);
+        part.dims[1] = i == 0 ? c->q.columns : moe__up(c->q.columns, s.columns);
+        part.data = i == 0 ? c->q.codes : i == 1 ? c->q.scales : (const void *)&c->q.global_scale;
+        part.data_bytes = i == 0 ? c->q.codes_bytes : i == 1 ? c->q.scales_bytes : 4;
+        result = moe__set_tensor(weights, &part, err);
+    }
+    return result;
+}
+
+// A matrix, or a stack of them, by callback in a layer of codes.
+static int32_t moe__set_coded(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
+{
+    const moe_layer_desc *layer = &weights->layer;
+    moe__tensor_shape shape;
+    moe__coding c;
+    moe_tensor t;
+    int32_t format, stack, result;
+    if ((result = moe__copy_desc(&t, sizeof t, tensor, "tensor", err)) != MOE_OK ||
+        (result = moe__check_role(&t, layer, err)) != MOE_OK)
+        return result;
+    format = moe__role_is_shared(t.role) ? layer->shared.format : layer->format;
+    shape = moe__tensor_shape_of(layer, t.role);
+    if (moe__role_matrix(t.role) < 0 || format <= MOE_FORMAT_F16 || t.part != MOE_PART_DATA || t.data != NULL)
+        return moe__set_tensor(weights, &t, err);
+    stack = shape.kind == MOE__KIND_EXPERT && t.expert < 0 ? layer->num_experts : 0;
+    if ((t.rank != 0 && !moe__dims_fit(&t, &shape, stack)) || t.layout > MOE_LAYOUT_MAJOR_K || t.row_order != 0)
+        return moe__fail_dims(&t, &shape, stack, err);
+    if ((result = moe__coding_make(weights, layer, format, &shape, &c, err)) != MOE_OK) return result;
+    for (int32_t e = 0; e < (stack > 0 ? stack : 1) && result == MOE_OK; e++) {
+        moe_tensor one = t;
+        if (stack > 0) one.expert = e;
+        if (stack > 0 && moe__layer_local(layer, e) < 0) continue;
+        result = moe__set_coded_rows(weights, &one, &c, err);
+    }
+    moe__free(&weights->ctx->desc.allocator, c.buffer, c.bytes);
+    return result;
+}
+
 MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
 {
     if (weights == NULL) return moe__fail_null(err, "weights");
     if (tensor == NULL) return moe__fail_null(err, "tensor");
     if (tensor->layout >= MOE_LAYOUT_GGML_Q4_0 && tensor->layout <= MOE_LAYOUT_GGML_Q8_0)
         return moe__set_ggml(weights, tensor, err);
+    if (tensor->rows != NULL) return moe__set_coded(weights, tensor, err);
     return moe__set_tensor(weights, tensor, err);
 }
 

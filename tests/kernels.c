@@ -97,7 +97,7 @@ static void resolve(moe_layer_desc *layer, moe_plan_desc *plan, int preset, int 
     layer->routing.top_k = top_k;
     layer->routing.extra_slots = extra_slots;
     if (moe__layer_resolve(layer, &err) != MOE_OK ||
-        moe__plan_desc_resolve(plan, MOE_DTYPE_BF16, top_k + extra_slots, &err) != MOE_OK)
+        moe__plan_desc_resolve(plan, layer, top_k + extra_slots, &err) != MOE_OK)
         stop(err.text, "layer");
 }
 

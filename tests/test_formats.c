@@ -949,6 +949,69 @@ TEST(wrong_values_and_missing_ones_are_named)
     moe_context_destroy(ctx);
 }
 
+// Rows of fp32 by callback become what moe_quantize() makes of the whole matrix.
+static float *rows_of_callback[3];
+
+static int32_t give_row(void *user, int32_t role, int32_t expert, int32_t row, float *out)
+{
+    const int *sizes = (const int *)user; // hidden, inner, row that fails
+    int columns = role == MOE_TENSOR_DOWN ? sizes[1] : sizes[0];
+    (void)expert;
+    if (row == sizes[2]) return 5;
+    memcpy(out, rows_of_callback[moe__role_matrix(role)] + row * columns, (size_t)columns * 4);
+    return 0;
+}
+
+TEST(rows_by_callback_are_quantised)
+{
+    for (int v = first_variant(); v < VARIANTS; v += variant_step()) {
+        moe_layer_desc l = dialect_layer(&variants[v]);
+        int h = variants[v].hidden, inner = variants[v].inner, sizes[3] = { 0, 0, -1 };
+        moe_context *ctx;
+        moe_weights *w;
+        coded m[3];
+        moe_tensor t;
+        REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+        REQUIRE_OK(moe_weights_create(ctx, &l, NULL, &w, &err));
+        for (int i = 0; i < 3; i++) {
+            int rows = i == 2 ? h : inner, columns = h + inner - rows;
+            rows_of_callback[i] = random_tensor(31, i, v, (size_t)rows * (size_t)columns, 1);
+            m[i].want = (float *)malloc((size_t)rows * (size_t)columns * 4);
+            memcpy(m[i].want, rows_of_callback[i], (size_t)rows * (size_t)columns * 4);
+            CHECK_OK(quantized_make(&m[i].q, variants[v].format, variants[v].block, variants[v].scale_dtype, m[i].want,
+                                    rows, columns, &err));
+            CHECK_OK(moe_dequantize(&m[i].q, &err));
+        }
+        sizes[0] = h;
+        sizes[1] = inner;
+        memset(&t, 0, sizeof t);
+        t.rows = give_row;
+        t.rows_user = sizes;
+        for (int i = 0; i < 3; i++) {
+            t.role = i == 2 ? MOE_TENSOR_DOWN : MOE_TENSOR_GATE + i;
+            t.expert = i == 1 ? 1 : -1; // stacks, and one alone
+            t.rank = 2;
+            t.dims[0] = 1;
+            CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_ARGUMENT, "tensor.dims");
+            t.rank = 0;
+            sizes[2] = 3;
+            CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_DATA, "tensor.rows");
+            CHECK_CONTAINS(err.text, "returned 5 for row 3");
+            sizes[2] = -1;
+            CHECK_OK(moe_weights_set_tensor(w, &t, &err));
+            CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_STATE, "tensor.role");
+            CHECK(reads_as_coded(w, t.role, 1, &m[i]));
+            if (i != 1) CHECK(reads_as_coded(w, t.role, 0, &m[i]));
+        }
+        for (int i = 0; i < 3; i++) {
+            coded_free(&m[i]);
+            free(rows_of_callback[i]);
+        }
+        moe_weights_destroy(w);
+        moe_context_destroy(ctx);
+    }
+}
+
 TEST(dead_experts_give_finite_output)
 {
     static const float tiny[] = { 0, 1e-23f, 1e-42f };
@@ -1084,5 +1147,6 @@ TEST_MAIN(
     T(blocks_of_ggml)
     T(single_values_stacked_and_fused)
     T(wrong_values_and_missing_ones_are_named)
+    T(rows_by_callback_are_quantised)
     T(dead_experts_give_finite_output)
     T(checkpoints_that_others_quantised))

@@ -270,7 +270,7 @@ TEST(padding_of_scales_is_finite)
         { MOE_DTYPE_E4M3, 0, 0 },         { MOE_DTYPE_UE8M0, 0x7f, 0 },
     };
     for (size_t i = 0; i < sizeof types / sizeof types[0]; i++)
-        for (int part = 0; part < 2; part++) {
+        for (int part = types[i].dtype == MOE_DTYPE_UE8M0; part < 2; part++) {
             int size = moe_dtype_bits(types[i].dtype) / 8;
             unsigned char src[2 * 3 * 4], dst[4 * 5 * 4];
             memset(src, 0x11, sizeof src);
@@ -303,6 +303,9 @@ TEST(wrong_arguments_are_named)
     CHECK_ERR(SCALES(a, 1, b, 2, -1, 1, 1), MOE_ERROR_ARGUMENT, "rows");
     CHECK_ERR(SCALES(a, 1, b, 2, 1, 1, 3), MOE_ERROR_ARGUMENT, "element_bytes");
     CHECK_ERR(SCALES(NULL, 1, b, 2, 1, 1, 1), MOE_ERROR_ARGUMENT, "src");
+    CHECK_ERR(SCALES(a, 1, a + 3, 2, 2, 4, 1), MOE_ERROR_ARGUMENT, "dst");
+    CHECK_CONTAINS(err.text, "overlaps");
+    CHECK_OK(SCALES(NULL, 1, NULL, 2, (int64_t)1 << 60, 0, 1)); // at once
     CHECK_ERR(SCALES(a, 1, NULL, 2, 1, 1, 1), MOE_ERROR_ARGUMENT, "dst");
 #define ROWS(src, sh, so, dst, dh, d, r, bytes) moe_rows_convert(src, sh, so, dst, dh, d, r, bytes, &err)
     CHECK_ERR(ROWS(a, 6, 0, b, 2, 0, 2, 1), MOE_ERROR_ARGUMENT, "src_halves");
@@ -312,12 +315,17 @@ TEST(wrong_arguments_are_named)
     CHECK_ERR(ROWS(a, 0, 0, b, 0, 1, 33, 1), MOE_ERROR_ARGUMENT, "dst_order");
     CHECK_ERR(ROWS(a, 0, 0, b, 0, 0, 2, -1), MOE_ERROR_ARGUMENT, "row_bytes");
     CHECK_ERR(ROWS(NULL, 0, 0, b, 0, 0, 2, 1), MOE_ERROR_ARGUMENT, "src");
+    CHECK_ERR(ROWS(b, 0, 0, b + 1, 0, 0, 2, 1), MOE_ERROR_ARGUMENT, "dst");
+    CHECK_OK(ROWS(b, 0, 0, b + 2, 0, 0, 2, 1));
+    CHECK_OK(ROWS(NULL, 0, 0, NULL, 0, 0, (int64_t)1 << 60, 0));
 #define LAYOUT(src, sl, dst, dl, r, c, e) moe_layout_convert(src, sl, dst, dl, r, c, e, &err)
     CHECK_ERR(LAYOUT(a, 0, b, 1, 1, 1, 1), MOE_ERROR_ARGUMENT, "src_layout");
     CHECK_ERR(LAYOUT(a, 1, b, 3, 1, 127, 1), MOE_ERROR_ARGUMENT, "dst_layout");
     CHECK_ERR(LAYOUT(a, 1, b, 2, 1, -1, 1), MOE_ERROR_ARGUMENT, "columns");
     CHECK_ERR(LAYOUT(a, 1, b, 2, 1, 1, 8), MOE_ERROR_ARGUMENT, "element_bytes");
     CHECK_ERR(LAYOUT(a, 1, NULL, 2, 1, 1, 1), MOE_ERROR_ARGUMENT, "dst");
+    CHECK_ERR(LAYOUT(a + 7, 1, a, 2, 2, 2, 2), MOE_ERROR_ARGUMENT, "dst");
+    CHECK_OK(LAYOUT(NULL, 1, NULL, 2, (int64_t)1 << 60, 0, 1));
 #define PAD(r, rb, dr, drb, halves, part, dtype) moe_align_pad(a, r, rb, b, dr, drb, halves, part, dtype, &err)
     CHECK_ERR(PAD(4, 4, 3, 4, 0, 0, MOE_DTYPE_F32), MOE_ERROR_ARGUMENT, "dst_rows");
     CHECK_ERR(PAD(4, 4, 5, 4, 2, 0, MOE_DTYPE_F32), MOE_ERROR_ARGUMENT, "dst_rows");
@@ -328,6 +336,8 @@ TEST(wrong_arguments_are_named)
     CHECK_ERR(PAD(4, 4, 4, 4, 0, 2, MOE_DTYPE_F32), MOE_ERROR_ARGUMENT, "part");
     CHECK_ERR(PAD(4, 4, 4, 4, 0, 0, MOE_DTYPE_I32), MOE_ERROR_ARGUMENT, "dtype");
     CHECK_ERR(PAD(4, 4, 4, 4, 0, 1, MOE_DTYPE_E2M1), MOE_ERROR_ARGUMENT, "dtype");
+    CHECK_ERR(PAD(4, 4, 4, 4, 0, 1, MOE_DTYPE_E5M2), MOE_ERROR_ARGUMENT, "dtype");
+    CHECK_ERR(PAD(4, 4, 4, 4, 0, 0, MOE_DTYPE_UE8M0), MOE_ERROR_ARGUMENT, "dtype");
     memset(&al, 0, sizeof al);
     al.format = MOE_FORMAT_F32;
     al.hidden_size = al.intermediate_size = 8;
