@@ -1663,6 +1663,9 @@ static void st_begin(st_writer *f)
 }
 
 // The tensor of a source, under a name, with other dims when rank > 0.
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((noipa)) // gcc 12.2 fails within itself when it takes `s` apart for AVX-512 processors
+#endif
 static void st_add(st_writer *f, const char *name, source s, int32_t rank, int64_t d0, int64_t d1, int64_t d2)
 {
     const char *type = s.t.dtype == MOE_DTYPE_F32 ? "F32" : s.t.dtype == MOE_DTYPE_BF16 ? "BF16" : "F16";
