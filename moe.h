@@ -1030,6 +1030,7 @@ MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *t
 MOE_API int32_t moe_weights_seal(moe_weights *weights, moe_error *err);
 // Gives a sealed local expert new matrices, in stream order: work enqueued before still reads the old ones, later work
 // the new ones. On the CPU no moe_execute() on these weights may run meanwhile. `tensors`: all of the expert's tensors.
+// In this version not in ggml's blocks, and in quantised formats not by rows.
 MOE_API int32_t moe_weights_replace_expert(moe_weights *weights, int32_t expert, const moe_tensor *tensors,
                                            int32_t count, void *stream, moe_error *err);
 // Row `row` of a matrix (router, selection bias and forced ids are some too), or the whole of a vector, back as fp32,
@@ -10876,6 +10877,10 @@ static int32_t moe__check_storage(const moe_context *ctx, moe__checked *c, moe_e
         (t->part != MOE_PART_SCALE || c->scheme.rows != 1 || c->scheme.columns == 0 || t->layout > MOE_LAYOUT_MAJOR_K))
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.scale_layout", t,
                                 "is %d: only scales of groups along the input are swizzled", t->scale_layout);
+    if (t->layout >= MOE_LAYOUT_GGML_Q4_0 && t->layout <= MOE_LAYOUT_GGML_Q8_0)
+        return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.layout", t,
+                                "is %d, ggml's blocks: in this version moe_weights_set_tensor() alone takes them",
+                                t->layout);
     if (t->layout < MOE_LAYOUT_UNSET || t->layout > MOE_LAYOUT_BLOCK_MAJOR_K)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.layout", t, "is %d: it must be a moe_weight_layout",
                                 t->layout);
@@ -10907,9 +10912,12 @@ static int32_t moe__check_storage(const moe_context *ctx, moe__checked *c, moe_e
     c->dtype = MOE_DTYPE_F32;
     if (!moe__scheme_is_float(&c->scheme) && moe__role_matrix(t->role) >= 0)
         return moe__fail_tensor(err, MOE_ERROR_UNSUPPORTED, "tensor.rows", t, "is set: it yields fp32, and the layer's "
-                                "format is quantised: the expert is set tensor by tensor instead");
+                                "format is quantised: in this version moe_weights_set_tensor() alone takes it");
     if (t->data != NULL)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.data", t, "is set beside rows: leave one NULL");
+    if (t->part != MOE_PART_DATA)
+        return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.rows", t,
+                                "is set: only data comes in rows, part is %d", t->part);
     if (kind == MOE__KIND_IDS)
         return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.rows", t, "is set: ids come as i32 or i64 data");
     if (t->layout > MOE_LAYOUT_MAJOR_K || t->row_order != MOE_ROWS_NATURAL)
@@ -11236,6 +11244,7 @@ typedef struct moe__pack {
     int32_t out_dtype;
     int32_t flip;                         // codes are INT4 + 8
     int32_t scale_layout;                 // of scales
+    uint64_t bytes;                       // of one matrix or vector of the source
     int64_t *refused;                     // where not NULL: gets a stored row and column, and what is wrong there
     int32_t tiled;                        // where those rows lie: 0 one after the other, 1 in tiles, 2 in gated ones
     int32_t by_kernel;                    // data and out are addresses of the device
@@ -11314,7 +11323,10 @@ static void moe__convert_run(const unsigned char *in, int32_t dtype, int64_t str
     }
 }
 
-// Scales are finite, of a size that leaves room for products, and kept exactly; codes of 8 bits are numbers.
+// Finite, and below 2^100: that leaves room for products.
+static int32_t moe__is_scale(float value) { return value < 1.2676506e30f && value > -1.2676506e30f; }
+
+// Scales are such, and kept exactly; codes of 8 bits are numbers.
 static void moe__pack_verify(const moe__pack *p, const unsigned char *in, int64_t stride, const unsigned char *out,
                              int64_t n)
 {
@@ -11325,7 +11337,7 @@ static void moe__pack_verify(const moe__pack *p, const unsigned char *in, int64_
     } else {
         for (int64_t i = 0; i < n; i++) {
             float given = moe__widen(in, p->dtype, i * stride), kept = moe__widen(out, p->out_dtype, i);
-            if (!(given < 1.2676506e30f && given > -1.2676506e30f)) p->refused[2] = 2; // 2^100
+            if (!moe__is_scale(given)) p->refused[2] = 2;
             else if (given != kept) p->refused[2] = 3;
             if (p->refused[2] != 0) return;
         }
@@ -11581,17 +11593,14 @@ static int32_t moe__fail_refused(const moe__pack *p, moe_error *err)
 
 static int32_t moe__pack_run(moe_context *ctx, moe__pack *p, int32_t matrix, moe_error *err)
 {
-    uint64_t bytes = (uint64_t)(p->scale_layout > MOE_SCALES_LINEAR
-                                    ? moe_scales_count(p->scale_layout, p->rows, p->columns)
-                                    : p->rows * p->columns) * (uint64_t)(moe_dtype_bits(p->dtype) / 8);
     int32_t result;
 #if !defined(MOE_NO_CUDA)
     if (p->by_kernel) return moe__pack_launch(ctx, p, err);
 #endif
     if (p->data == NULL) return moe__pack_rows(&ctx->desc.allocator, p, matrix, err);
-    result = moe__source_begin(ctx, p->tensor, bytes, &p->data, err);
+    result = moe__source_begin(ctx, p->tensor, p->bytes, &p->data, err);
     if (result == MOE_OK) moe__pack_data(p);
-    moe__source_end(ctx, p->tensor, bytes, p->data);
+    moe__source_end(ctx, p->tensor, p->bytes, p->data);
     if (result == MOE_OK && p->refused != NULL && p->refused[2] != 0) return moe__fail_refused(p, err);
     return result;
 }
@@ -11613,9 +11622,8 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     p.row_order = t->row_order;
     p.rows = c->shape.rows;
     p.columns = c->shape.columns;
-    if (t->rows == NULL)
-        p.data = (const unsigned char *)t->data +
-                 (uint64_t)position * (uint64_t)moe__tensor_elements(c) * (uint64_t)(moe_dtype_bits(p.dtype) / 8);
+    p.bytes = (uint64_t)moe__tensor_elements(c) * (uint64_t)(moe_dtype_bits(p.dtype) / 8);
+    if (t->rows == NULL) p.data = (const unsigned char *)t->data + (uint64_t)position * p.bytes;
     p.scale_layout = t->scale_layout;
     p.count_rows = p.rows;
     p.count_columns = p.columns;
@@ -11633,6 +11641,8 @@ static int32_t moe__pack_factors(const moe_weights *weights, const moe__checked 
     int32_t matrix = moe__role_matrix(c->tensor.role), count = (int32_t)c->shape.rows, value, result;
     uint64_t bytes = (uint64_t)c->tensor.data_bytes;
     const unsigned char *data = (const unsigned char *)c->tensor.data;
+    int32_t inverse = c->tensor.part == MOE_PART_GLOBAL_SCALE_RECIPROCAL ||
+                      c->tensor.part == MOE_PART_INPUT_SCALE_RECIPROCAL;
     float values[2], *factors = (float *)(void *)(block + shape->factors);
     if ((result = moe__source_begin(weights->ctx, &c->tensor, bytes, &data, err)) == MOE_OK)
         for (int32_t i = 0; i < 2; i++) values[i] = moe__widen(data, c->dtype, position * count + (i < count ? i : 0));
@@ -11640,15 +11650,16 @@ static int32_t moe__pack_factors(const moe_weights *weights, const moe__checked 
     if (result != MOE_OK) return result;
     value = moe__part_value(c->tensor.part);
     for (int32_t i = 0; i < 2; i++) {
-        int32_t inverse = c->tensor.part == MOE_PART_GLOBAL_SCALE_RECIPROCAL ||
-                          c->tensor.part == MOE_PART_INPUT_SCALE_RECIPROCAL;
         float factor = inverse ? 1.0f / values[i] : values[i];
-        int32_t half = matrix == 0 ? i : matrix; // gate, up, down
-        if (!(factor < 1.2676506e30f && factor > -1.2676506e30f) || (value == MOE__VALUE_INPUT && !(factor > 0)))
+        if (!moe__is_scale(factor) || (value == MOE__VALUE_INPUT && !(factor > 0)))
             return moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.data", &c->tensor, "is %g%s: it must be %s",
                                     (double)values[i], inverse ? ", and divides" : "",
                                     value == MOE__VALUE_INPUT ? "above 0, and finite" : "finite, and below 2^100");
-        if (i > 0 && !c->shape.fused) break;
+        values[i] = factor;
+    }
+    for (int32_t i = 0; i < 1 + c->shape.fused; i++) {
+        float factor = values[i];
+        int32_t half = matrix == 0 ? i : matrix; // gate, up, down
         if (value == MOE__VALUE_INPUT) {
             float *input = factors + (matrix == 2 ? MOE__FACTOR_INPUT2 : MOE__FACTOR_INPUT1);
             if (factor > *input) *input = factor;
@@ -11701,7 +11712,7 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
         p = moe__pack_make(c, expert, position, block + shape->bias2, MOE_DTYPE_F32, 1);
         return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
     }
-    if (per_row) place.unit = shape->features;
+    if (per_row) place.unit = 1;
     first = bias ? shape->first_feature - base : shape->first_feature / place.unit - base / place.unit;
     if (bias) p = moe__pack_make(c, expert, position, block + shape->bias1, MOE_DTYPE_F32, 1);
     else p = moe__pack_make(c, expert, position, block + place.at, place.dtype, place.ld);
@@ -12022,17 +12033,20 @@ static int32_t moe__check_weight_shape(const moe_weights *weights, const moe__ch
     moe__tensor_shape whole = moe__tensor_shape_of(&weights->layer, c->tensor.role);
     const unsigned char *data = (const unsigned char *)c->tensor.data;
     int32_t result, wide = c->tensor.dtype == MOE_DTYPE_I64, low = 0;
-    int64_t given[2] = { 0, 0 };
+    int32_t count = c->stacked ? weights->layer.num_experts : 1;
+    int64_t given[2];
     if (c->index >= 0 && c->tensor.role == MOE_TENSOR_SHARED_DOWN) whole.columns /= weights->layer.shared.count;
     else if (c->index >= 0) whole.rows /= weights->layer.shared.count;
-    if ((result = moe__source_begin(weights->ctx, &c->tensor, c->tensor.data_bytes, &data, err)) == MOE_OK)
-        for (int32_t i = 0; i < 2; i++) {
-            memcpy(wide ? (void *)&given[i] : (void *)&low, data + i * (wide ? 8 : 4), wide ? 8 : 4);
-            if (!wide) given[i] = low;
-        }
+    result = moe__source_begin(weights->ctx, &c->tensor, c->tensor.data_bytes, &data, err);
+    given[0] = whole.rows;
+    given[1] = whole.columns;
+    for (int32_t i = 0; i < 2 * count && result == MOE_OK && given[0] == whole.rows && given[1] == whole.columns; i++) {
+        memcpy(wide ? (void *)&given[i % 2] : (void *)&low, data + i * (wide ? 8 : 4), wide ? 8 : 4);
+        if (!wide) given[i % 2] = low;
+    }
     moe__source_end(weights->ctx, &c->tensor, c->tensor.data_bytes, data);
     if (result != MOE_OK) return result;
-    if (!c->stacked && (given[0] != whole.rows || given[1] != whole.columns))
+    if (given[0] != whole.rows || given[1] != whole.columns)
         return moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.data", &c->tensor,
                                 "says the shape [%D, %D]: the layer's is [%D, %D]", given[0], given[1], whole.rows,
                                 whole.columns);
@@ -12057,6 +12071,46 @@ static int32_t moe__set_tensor(moe_weights *weights, const moe_tensor *tensor, m
     default: result = moe__set_table(weights, &c, err); break;
     }
     return result == MOE_OK ? moe__ok(err) : result;
+}
+
+// ---- tensors that bring codes and scales at once ----
+
+// Whether any of what such a tensor brings is set, in an expert, in one of a stack, or in the shared ones; with `clear`
+// it is not any more.
+static int32_t moe__parts_of(moe_weights *weights, const moe_tensor *t, int32_t clear)
+{
+    uint32_t bits = 0;
+    int32_t some = 0, shared = moe__role_is_shared(t->role);
+    uint64_t all = moe__shared_bits(&weights->layer);
+    for (int32_t part = MOE_PART_DATA; part <= MOE_PART_GLOBAL_SCALE; part++) bits |= moe__tensor_bits(t->role, part);
+    if (t->index >= 0 && weights->layer.shared.count > 1) all = (uint64_t)1 << t->index % 64;
+    for (int32_t value = 0; value <= MOE__VALUE_GLOBAL && shared; value++)
+        for (int32_t i = 0; i < 3; i++) {
+            if ((bits & moe__value_bit(value, i)) == 0) continue;
+            some |= (weights->shared_set[value][i] & all) != 0;
+            if (clear) weights->shared_set[value][i] &= ~all;
+        }
+    for (int32_t e = 0; e < weights->layer.num_experts + weights->layer.routing.special_experts +
+                                weights->layer.routing.extra_slots && !shared; e++) {
+        int32_t local = t->expert < 0 ? e < weights->layer.num_experts : e == t->expert;
+        if (!local || (local = moe__layer_local(&weights->layer, e)) < 0) continue;
+        some |= (weights->expert_set[local] & bits) != 0;
+        if (clear) weights->expert_set[local] &= ~bits;
+    }
+    return some;
+}
+
+// Before its first part: nothing of it is set. Sealed weights are refused by the part.
+static int32_t moe__parts_begin(moe_weights *weights, const moe_tensor *t, moe_error *err)
+{
+    return !weights->sealed && moe__parts_of(weights, t, 0) ? moe__fail_doubled(t, err) : (int32_t)MOE_OK;
+}
+
+// Behind its last: a tensor that failed is not set at all.
+static int32_t moe__parts_end(moe_weights *weights, const moe_tensor *t, int32_t result)
+{
+    if (result != MOE_OK && !weights->sealed) (void)moe__parts_of(weights, t, 1);
+    return result;
 }
 
 // ---- ggml ----
@@ -12183,6 +12237,7 @@ static int32_t moe__set_ggml(moe_weights *weights, const moe_tensor *tensor, moe
     if (t.rank == 3) stack = weights->layer.num_experts;
     each = t.data_bytes / (uint64_t)stack;
     bytes = each / (uint64_t)moe__ggml_bytes(t.layout) * MOE__GGML * 4; // fp32 is the larger
+    if ((result = moe__parts_begin(weights, &t, err)) != MOE_OK) return result;
     data = (const unsigned char *)t.data;
     if ((buffer = (unsigned char *)moe__alloc(allocator, bytes)) == NULL) return moe__fail_memory(err, bytes);
     result = moe__source_begin(weights->ctx, &t, t.data_bytes, &data, err);
@@ -12193,7 +12248,7 @@ static int32_t moe__set_ggml(moe_weights *weights, const moe_tensor *tensor, moe
     }
     moe__source_end(weights->ctx, &t, t.data_bytes, data);
     moe__free(allocator, buffer, bytes);
-    return result;
+    return moe__parts_end(weights, &t, result);
 }
 
 // ---- rows of fp32 into codes ----
@@ -12277,7 +12332,9 @@ static int32_t moe__set_coded(moe_weights *weights, const moe_tensor *tensor, mo
     stack = shape.kind == MOE__KIND_EXPERT && t.expert < 0 ? layer->num_experts : 0;
     if ((t.rank != 0 && !moe__dims_fit(&t, &shape, stack)) || t.layout > MOE_LAYOUT_MAJOR_K || t.row_order != 0)
         return moe__fail_dims(&t, &shape, stack, err);
-    if ((result = moe__coding_make(weights, layer, format, &shape, &c, err)) != MOE_OK) return result;
+    if ((result = moe__parts_begin(weights, &t, err)) != MOE_OK ||
+        (result = moe__coding_make(weights, layer, format, &shape, &c, err)) != MOE_OK)
+        return result;
     for (int32_t e = 0; e < (stack > 0 ? stack : 1) && result == MOE_OK; e++) {
         moe_tensor one = t;
         if (stack > 0) one.expert = e;
@@ -12285,7 +12342,7 @@ static int32_t moe__set_coded(moe_weights *weights, const moe_tensor *tensor, mo
         result = moe__set_coded_rows(weights, &one, &c, err);
     }
     moe__free(&weights->ctx->desc.allocator, c.buffer, c.bytes);
-    return result;
+    return moe__parts_end(weights, &t, result);
 }
 
 MOE_API int32_t moe_weights_set_tensor(moe_weights *weights, const moe_tensor *tensor, moe_error *err)
@@ -13020,7 +13077,9 @@ static int32_t moe__replace_pack(const moe_weights *weights, int32_t expert, con
         if (c.tensor.expert != expert || (c.shape.kind != MOE__KIND_EXPERT && c.shape.kind != MOE__KIND_CONSTANT))
             return moe__fail_tensor(err, MOE_ERROR_ARGUMENT, "tensor.expert", &c.tensor,
                                     "is %d: the expert that is replaced is %d", c.tensor.expert, expert);
-        if ((result = moe__set_in_block(weights, &c, expert, 0, block, set, err)) != MOE_OK) return result;
+        result = c.tensor.part == MOE_PART_SHAPE ? moe__check_weight_shape(weights, &c, err)
+                                                 : moe__set_in_block(weights, &c, expert, 0, block, set, err);
+        if (result != MOE_OK) return result;
     }
     memset(&missing, 0, sizeof missing);
     moe__missing_of_expert(&missing, weights, expert, *set);
@@ -14187,7 +14246,7 @@ MOE__AVX512_WIDE(moe__avx512_wide_f32, float, _mm512_loadu_ps)
 MOE__AVX512_WIDE(moe__avx512_wide_bf16, uint16_t, moe__avx512_bf16)
 MOE__AVX512_WIDE(moe__avx512_wide_f16, uint16_t, moe__avx512_f16)
 
-// 16 codes, widened and scaled, in registers. As the halves of moe__scalar_codes_8(): the byte's sign lands on bit 15
+// 16 codes, widened and scaled, in registers. As the halves of moe__scalar_widen_8(): the byte's sign lands on bit 15
 // and, to be cleared, on bit 14.
 #define MOE__AVX512_CODES_8(in, values, scale, a) \
     __m256i v_ = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(in))); \

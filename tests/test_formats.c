@@ -402,6 +402,23 @@ static int reads_as_coded(const moe_weights *w, int role, int expert, const code
     return 1;
 }
 
+// The three matrices of an expert; released when they have been compared.
+static const int roles[3] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN };
+
+static void expert_make(const variant *v, int expert, coded *m)
+{
+    for (int i = 0; i < 3; i++)
+        m[i] = coded_make(v, i == 2 ? v->hidden : v->inner, i == 2 ? v->inner : v->hidden, expert * 3 + i);
+}
+
+static void expert_check(const moe_weights *w, int expert, coded *m)
+{
+    for (int i = 0; i < 3; i++) {
+        CHECK(reads_as_coded(w, roles[i], expert, &m[i]));
+        coded_free(&m[i]);
+    }
+}
+
 // Rows of codes (part 0) or of scales (part 1) of two matrices in one, as `halves` and `order` have them.
 static unsigned char *fused(const coded *gate, const coded *up, int halves, int order, int part, size_t rows,
                             size_t *bytes)
@@ -483,9 +500,7 @@ TEST(fused_and_shuffled_codes_and_scales)
                 REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
                 REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
                 for (int e = 0; e < 2; e++) {
-                    for (int i = 0; i < 3; i++)
-                        m[e][i] = coded_make(&one, i == 2 ? one.hidden : one.inner, i == 2 ? one.inner : one.hidden,
-                                             e * 3 + i);
+                    expert_make(&one, e, m[e]);
                     for (int part = 0; part < 2; part++) {
                         size_t bytes;
                         int64_t rows = part == 0 || s.rows == 1 ? one.inner : one.inner / s.rows;
@@ -508,11 +523,7 @@ TEST(fused_and_shuffled_codes_and_scales)
                     set_whole(w, MOE_TENSOR_DOWN, e, &m[e][2]);
                 }
                 CHECK_OK(moe_weights_seal(w, &err));
-                for (int e = 0; e < 2; e++)
-                    for (int i = 0; i < 3; i++) {
-                        CHECK(reads_as_coded(w, i == 2 ? MOE_TENSOR_DOWN : MOE_TENSOR_GATE + i, e, &m[e][i]));
-                        coded_free(&m[e][i]);
-                    }
+                for (int e = 0; e < 2; e++) expert_check(w, e, m[e]);
                 moe_weights_destroy(w);
                 moe_context_destroy(ctx);
             }
@@ -586,9 +597,7 @@ TEST(blocks_of_gpt_oss)
     size_t bytes = 0;
     REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
     REQUIRE_OK(moe_weights_create(ctx, &layer, NULL, &w, &err));
-    for (int e = 0; e < 2; e++)
-        for (int i = 0; i < 3; i++)
-            m[e][i] = coded_make(&one, i == 2 ? one.hidden : one.inner, i == 2 ? one.inner : one.hidden, e * 3 + i);
+    for (int e = 0; e < 2; e++) expert_make(&one, e, m[e]);
     for (int part = 0; part < 2; part++) {
         moe_tensor t;
         unsigned char *all;
@@ -608,11 +617,7 @@ TEST(blocks_of_gpt_oss)
     }
     for (int e = 0; e < 2; e++) set_whole(w, MOE_TENSOR_DOWN, e, &m[e][2]);
     CHECK_OK(moe_weights_seal(w, &err));
-    for (int e = 0; e < 2; e++)
-        for (int i = 0; i < 3; i++) {
-            CHECK(reads_as_coded(w, i == 2 ? MOE_TENSOR_DOWN : MOE_TENSOR_GATE + i, e, &m[e][i]));
-            coded_free(&m[e][i]);
-        }
+    for (int e = 0; e < 2; e++) expert_check(w, e, m[e]);
     moe_weights_destroy(w);
     moe_context_destroy(ctx);
 }
@@ -851,7 +856,7 @@ TEST(wrong_values_and_missing_ones_are_named)
     moe_context *ctx;
     moe_weights *w;
     coded m = coded_make(&one, 48, 80, 3), down = coded_make(&one, 80, 48, 4);
-    float zero = 0, infinite = MOE__INFINITY, one_value = 1;
+    float zero = 0, infinite = MOE__INFINITY, one_value = 1, halves[2] = { 1, -1 }, read[2];
     const int64_t shape[2] = { 80, 48 };
     moe_tensor t;
     REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
@@ -878,6 +883,13 @@ TEST(wrong_values_and_missing_ones_are_named)
               MOE_ERROR_ARGUMENT, "tensor.dtype");
     CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_INPUT_SCALE, MOE_DTYPE_F32, 0, 0, &zero, 4, &err), MOE_ERROR_DATA,
               "tensor.data");
+    t = tensor_of(MOE_TENSOR_GATE_UP, MOE_PART_INPUT_SCALE, 1, MOE_DTYPE_F32, halves, 8); // good, bad: none is kept
+    t.halves = MOE_HALVES_GATE_UP;
+    t.rank = 1;
+    t.dims[0] = 2;
+    CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_DATA, "tensor.data");
+    CHECK_OK(moe_weights_read_row(w, MOE_TENSOR_INPUT_SCALES, 1, 0, read, &err));
+    CHECK_EQ(read[0], 0.0f);
     CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_GLOBAL_SCALE_RECIPROCAL, MOE_DTYPE_F32, 0, 0, &zero, 4, &err),
               MOE_ERROR_DATA, "tensor.data");
     CHECK_ERR(set_part(w, MOE_TENSOR_UP, 1, MOE_PART_GLOBAL_SCALE, MOE_DTYPE_F32, 0, 0, &infinite, 4, &err),
@@ -949,6 +961,58 @@ TEST(wrong_values_and_missing_ones_are_named)
     moe_context_destroy(ctx);
 }
 
+// Tensors of one expert, with the shape that compressed-tensors adds, in place of a sealed one's.
+TEST(an_expert_of_codes_is_replaced)
+{
+    for (int v = first_variant(); v < VARIANTS; v += variant_step()) {
+        moe__scheme s = moe__weight_scheme(variants[v].format, variants[v].block, variants[v].scale_dtype);
+        moe_layer_desc l = dialect_layer(&variants[v]);
+        moe_context *ctx;
+        moe_weights *w;
+        moe_tensor t[15];
+        coded m[2][3];
+        float input = 0.25f, inputs[2];
+        int64_t shapes[3][2];
+        int count = 0;
+        REQUIRE_OK(moe_context_create(NULL, &ctx, &err));
+        REQUIRE_OK(moe_weights_create(ctx, &l, NULL, &w, &err));
+        for (int e = 0; e < 2; e++) expert_make(&variants[v], e, m[e]);
+        for (int e = 0; e < 2; e++)
+            for (int i = 0; i < 3; i++) set_whole(w, roles[i], e, &m[0][i]);
+        CHECK_OK(moe_weights_seal(w, &err));
+        for (int i = 0; i < 3; i++) {
+            const moe_quantize_desc *q = &m[1][i].q;
+            shapes[i][0] = q->rows;
+            shapes[i][1] = q->columns;
+            t[count] = tensor_of(roles[i], MOE_PART_DATA, 1, s.dtype, q->codes, (size_t)q->codes_bytes);
+            t[count].rank = 2;
+            t[count].dims[0] = q->rows;
+            t[count++].dims[1] = q->columns;
+            t[count] = tensor_of(roles[i], MOE_PART_SCALE, 1, s.scale_dtype, q->scales, (size_t)q->scales_bytes);
+            t[count].rank = s.rows == 0 ? 0 : 2;
+            t[count].dims[0] = s.rows > 0 ? (q->rows + s.rows - 1) / s.rows : 0;
+            t[count++].dims[1] = s.columns > 0 ? (q->columns + s.columns - 1) / s.columns : 1;
+            t[count] = tensor_of(roles[i], MOE_PART_SHAPE, 1, MOE_DTYPE_I64, shapes[i], 16);
+            t[count].rank = 1;
+            t[count++].dims[0] = 2;
+            if (s.rule == MOE__SCALE_GLOBAL)
+                t[count++] = tensor_of(roles[i], MOE_PART_GLOBAL_SCALE, 1, MOE_DTYPE_F32, &q->global_scale, 4);
+            if (variants[v].format == MOE_FORMAT_NVFP4)
+                t[count++] = tensor_of(roles[i], MOE_PART_INPUT_SCALE, 1, MOE_DTYPE_F32, &input, 4);
+        }
+        shapes[2][1]++;
+        CHECK_ERR(moe_weights_replace_expert(w, 1, t, count, NULL, &err), MOE_ERROR_DATA, "tensor.data");
+        shapes[2][1]--;
+        CHECK_OK(moe_weights_replace_expert(w, 1, t, count, NULL, &err));
+        CHECK_OK(moe_weights_read_row(w, MOE_TENSOR_INPUT_SCALES, 1, 0, inputs, &err));
+        CHECK_EQ(inputs[0], variants[v].format == MOE_FORMAT_NVFP4 ? 0.25f : 0.0f);
+        expert_check(w, 0, m[0]);
+        expert_check(w, 1, m[1]);
+        moe_weights_destroy(w);
+        moe_context_destroy(ctx);
+    }
+}
+
 // Rows of fp32 by callback become what moe_quantize() makes of the whole matrix.
 static float *rows_of_callback[3];
 
@@ -956,8 +1020,7 @@ static int32_t give_row(void *user, int32_t role, int32_t expert, int32_t row, f
 {
     const int *sizes = (const int *)user; // hidden, inner, row that fails
     int columns = role == MOE_TENSOR_DOWN ? sizes[1] : sizes[0];
-    (void)expert;
-    if (row == sizes[2]) return 5;
+    if (row == sizes[2] || expert * 1000 + row == sizes[2]) return 5;
     memcpy(out, rows_of_callback[moe__role_matrix(role)] + row * columns, (size_t)columns * 4);
     return 0;
 }
@@ -966,7 +1029,8 @@ TEST(rows_by_callback_are_quantised)
 {
     for (int v = first_variant(); v < VARIANTS; v += variant_step()) {
         moe_layer_desc l = dialect_layer(&variants[v]);
-        int h = variants[v].hidden, inner = variants[v].inner, sizes[3] = { 0, 0, -1 };
+        int h = variants[v].hidden, inner = variants[v].inner, sizes[3] = { 0, 0, -1 }, set = 0;
+        moe_weights_info info;
         moe_context *ctx;
         moe_weights *w;
         coded m[3];
@@ -982,6 +1046,7 @@ TEST(rows_by_callback_are_quantised)
                                     rows, columns, &err));
             CHECK_OK(moe_dequantize(&m[i].q, &err));
         }
+        memset(&info, 0, sizeof info);
         sizes[0] = h;
         sizes[1] = inner;
         memset(&t, 0, sizeof t);
@@ -997,9 +1062,15 @@ TEST(rows_by_callback_are_quantised)
             sizes[2] = 3;
             CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_DATA, "tensor.rows");
             CHECK_CONTAINS(err.text, "returned 5 for row 3");
+            sizes[2] = 1000 + 3; // of the second expert: the first is not set either
+            if (i != 1) CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_DATA, "tensor.rows");
+            CHECK_EQ(moe_weights_get_info(w, &info, &err), MOE_OK);
+            CHECK_EQ(info.tensors_set, set);
             sizes[2] = -1;
             CHECK_OK(moe_weights_set_tensor(w, &t, &err));
             CHECK_ERR(moe_weights_set_tensor(w, &t, &err), MOE_ERROR_STATE, "tensor.role");
+            CHECK_OK(moe_weights_get_info(w, &info, &err));
+            set = info.tensors_set;
             CHECK(reads_as_coded(w, t.role, 1, &m[i]));
             if (i != 1) CHECK(reads_as_coded(w, t.role, 0, &m[i]));
         }
@@ -1048,7 +1119,6 @@ static void *golden_copy(const moe_checkpoint *data, const char *name, moe_check
 static void check_rows(const moe_weights *w, const moe_checkpoint *data, const char *folder)
 {
     static const char *const names[3] = { "layers.0.gate", "layers.0.up", "layers.0.down" };
-    static const int roles[3] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN };
     double tolerance = strcmp(folder, "nvfp4_packed") == 0 ? 3e-7 : 0;
     for (int m = 0; m < 3; m++) {
         moe_checkpoint_tensor t;
@@ -1147,6 +1217,7 @@ TEST_MAIN(
     T(blocks_of_ggml)
     T(single_values_stacked_and_fused)
     T(wrong_values_and_missing_ones_are_named)
+    T(an_expert_of_codes_is_replaced)
     T(rows_by_callback_are_quantised)
     T(dead_experts_give_finite_output)
     T(checkpoints_that_others_quantised))

@@ -197,43 +197,22 @@ TEST(sizes_that_the_kernels_need)
 
 enum { H = 16, I = 40, PADDED = 64, TOKENS = 3 };
 
-// A kernel that knows only padded sizes: the first half of the rows is gate, the second up.
-static void layer(const float *w13, const float *w2, const float *x, float *out)
+// A kernel that knows one size: the first `inner` rows are gate, the others up.
+static void layer(int inner, const float *w13, const float *w2, const float *x, float *out)
 {
     for (int t = 0; t < TOKENS; t++) {
         float mid[PADDED];
-        for (int i = 0; i < PADDED; i++) {
+        for (int i = 0; i < inner; i++) {
             float gate = 0, up = 0;
             for (int k = 0; k < H; k++) {
                 gate += w13[i * H + k] * x[t * H + k];
-                up += w13[(PADDED + i) * H + k] * x[t * H + k];
+                up += w13[(inner + i) * H + k] * x[t * H + k];
             }
             mid[i] = gate * moe__sigmoidf(gate) * up;
         }
         for (int r = 0; r < H; r++) {
             float sum = 0;
-            for (int i = 0; i < PADDED; i++) sum += w2[r * PADDED + i] * mid[i];
-            out[t * H + r] = sum;
-        }
-    }
-}
-
-// The same of the real sizes, with the padded kernel's order of sums.
-static void layer_unpadded(const float *w13, const float *w2, const float *x, float *out)
-{
-    for (int t = 0; t < TOKENS; t++) {
-        float mid[I];
-        for (int i = 0; i < I; i++) {
-            float gate = 0, up = 0;
-            for (int k = 0; k < H; k++) {
-                gate += w13[i * H + k] * x[t * H + k];
-                up += w13[(I + i) * H + k] * x[t * H + k];
-            }
-            mid[i] = gate * moe__sigmoidf(gate) * up;
-        }
-        for (int r = 0; r < H; r++) {
-            float sum = 0;
-            for (int i = 0; i < I; i++) sum += w2[r * I + i] * mid[i];
+            for (int i = 0; i < inner; i++) sum += w2[r * inner + i] * mid[i];
             out[t * H + r] = sum;
         }
     }
@@ -248,18 +227,18 @@ TEST(zeros_behind_both_halves_at_once_move_their_boundary)
     for (int i = 0; i < 2 * I * H; i++) w13[i] = test_random_float(&state);
     for (int i = 0; i < H * I; i++) w2[i] = test_random_float(&state);
     for (int i = 0; i < TOKENS * H; i++) x[i] = test_random_float(&state);
-    layer_unpadded(w13, w2, x, want);
+    layer(I, w13, w2, x, want);
     CHECK_OK(moe_align_pad(w2, H, I * 4, w2_padded, H, PADDED * 4, 0, MOE_PART_DATA, MOE_DTYPE_F32, &err));
 
     // What upstream did (vLLM up to 0.28, SGLang's helpers): all rows first, then all zeros. Rows of up become gate's.
     memcpy(bad, w13, sizeof w13);
-    layer(bad, w2_padded, x, got);
+    layer(PADDED, bad, w2_padded, x, got);
     for (int i = 0; i < TOKENS * H; i++) off = got[i] - want[i] > off ? got[i] - want[i] : off;
     CHECK(off > 0.1f);
 
     CHECK_OK(moe_align_pad(w13, 2 * I, H * 4, good, 2 * PADDED, H * 4, MOE_HALVES_GATE_UP, MOE_PART_DATA, MOE_DTYPE_F32,
                            &err));
-    layer(good, w2_padded, x, got);
+    layer(PADDED, good, w2_padded, x, got);
     for (int i = 0; i < TOKENS * H; i++) CHECK_EQ(got[i], want[i]);
 }
 
