@@ -9280,7 +9280,7 @@ enum { MOE__OPTIONS_MAX = 24 };
 typedef struct moe__instance {
     const char *entry;   // "moe_k_sort": selects MOE_K_SORT and is the kernel's name
     char name[48];       // in messages and file names
-    char defines[96];    // "-DMOE_P_X=1 -DMOE_P_Y=2"
+    char defines[192];   // "-DMOE_P_X=1 -DMOE_P_Y=2"
     int32_t args_bytes;  // of its argument struct
     int32_t threads;     // of a CTA
     int32_t smem_bytes;  // dynamic shared memory at most
@@ -10265,12 +10265,18 @@ static void moe__cuda_report(const moe_context *ctx)
 //     gated W1    16 features: row i gate f + 2i, 8 + i gate f + 2i + 1, 16 + i up f + 2i, 24 + i up f + 2i + 1
 //     others      32 rows: row 8q + i is row 4i + q of them
 //
+// Codes on CUDA: tiles of 128 x 128. Of 8 bits, 16 KB: bytes, 16-byte chunks swizzled as above. Of 4 bits, 8 KB: frag4,
+// the order of mma.sync's registers, as moe_kernels.cu.inc's >>gemm says. Scales of every row lie in tiles beside them,
+// in the order that it says too; those of blocks are fp32, in rows of blocks; others as the CPU has them, in fp32.
+//
 // Written by >>weights, read by >>cpu and by the kernels; the sizes are what moe_plan_query() reports.
 
 enum {
     MOE__LAYOUT_CPU_ROWS = 0x43505501, MOE__LAYOUT_CPU_CODES = 0x43504301, MOE__LAYOUT_TILES_16 = 0x54313601,
+    MOE__LAYOUT_TILES_8 = 0x54303801, MOE__LAYOUT_FRAG_4 = 0x46523401,
     MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32,
-    MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64, MOE__PACKED_TILE = 16384
+    MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64, MOE__PACKED_TILE = 16384,
+    MOE__CODES_COLUMNS = 128, MOE__FRAG_TILE = 8192
 };
 
 typedef struct moe__block_shape {
@@ -10278,6 +10284,7 @@ typedef struct moe__block_shape {
     int32_t rows1, ld1, ld2;         // ld in elements; of tiles: whole ones
     moe__scheme weight, input;       // of the matrices, and of the rows that meet them
     int32_t scale_rows1, scale_ld1, scale_rows2, scale_ld2; // of scales, in scales; 0: none
+    int32_t scale_dtype, scale_group; // as they are stored: elements of K that share one; 0: a row
     uint64_t w1, bias1, w2, bias2;   // offsets in the block; biases UINT64_MAX when there are none
     uint64_t scales1, scales2, factors; // UINT64_MAX for float types
     uint64_t bytes;
@@ -10304,12 +10311,12 @@ MOE__UNUSED static const char *moe__products_refusal(const moe_layer_desc *layer
 {
     int32_t first, features, shared = layer->shared.count * layer->shared.intermediate_size;
     if (moe__format_dtype(layer->format) == MOE_DTYPE_F32) return "layer.format is f32, which runs on the CPU alone";
-    if (moe__format_dtype(layer->format) == MOE_DTYPE_UNSET)
-        return "layer.format is quantised, which runs on the CPU alone in this version of moe.h";
     moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_grain(layer), &first, &features);
     if (layer->hidden_size % 8 != 0) return "layer.hidden_size is not a multiple of 8";
     if (features == 0) return "this rank's slice of layer.intermediate_size is empty";
     if (features % 8 != 0) return "layer.intermediate_size, or this rank's slice of it, is not a multiple of 8";
+    if (shared > 0 && layer->shared.format == MOE_FORMAT_F32)
+        return "layer.shared.format is f32, which runs on the CPU alone";
     if (shared > 0) {
         moe__parallel_slice(&layer->parallel, shared, moe__format_grain(layer), &first, &features);
         if (features % 8 != 0) return "the shared experts' width is not a multiple of 8";
@@ -10333,6 +10340,55 @@ static int64_t moe__packed_row(int32_t gated, int64_t row)
     return f / 16 * 32 + row % 2 * 16 + f % 2 * 8 + f % 16 / 2;
 }
 
+// Of codes of 8 bits.
+static uint64_t moe__packed_byte_at(int64_t ld, int64_t row, int64_t k)
+{
+    int64_t tile = row / MOE__PACKED_ROWS * (ld / MOE__CODES_COLUMNS) + k / MOE__CODES_COLUMNS;
+    int64_t chunk = (k % MOE__CODES_COLUMNS / 16) ^ (row % 8);
+    return (uint64_t)(tile * MOE__PACKED_TILE + row % MOE__PACKED_ROWS * 128 + chunk * 16 + k % 16);
+}
+
+// Of 4 bits: the word, and which of its bits are those of `code`; in a word of E2M1 they are scattered.
+static uint64_t moe__frag_at(int64_t ld, int64_t row, int64_t k)
+{
+    int64_t tile = row / MOE__PACKED_ROWS * (ld / MOE__CODES_COLUMNS) + k / MOE__CODES_COLUMNS;
+    int64_t part = row % MOE__PACKED_ROWS / 16 * 2 + k % MOE__CODES_COLUMNS / 64, lane = row % 8 * 4 + k % 8 / 2;
+    return (uint64_t)(tile * MOE__FRAG_TILE + (part * 32 + lane) * 16 + k % 64 / 16 * 4);
+}
+
+static uint32_t moe__rotate_left(uint32_t v, int32_t n) { return n == 0 ? v : v << n | v >> (32 - n); }
+
+static uint32_t moe__frag_bits(int32_t dtype, int64_t row, int64_t k, uint32_t code)
+{
+    int32_t pair = (int32_t)(row / 8 % 2 + k / 8 % 2 * 2), half = (int32_t)(k % 2 * 16);
+    uint32_t bits = ((code & 8u) << 12 | (code & 7u) << 6) << half;
+    if (dtype == MOE_DTYPE_INT4) return (code ^ 8u) << (4 * pair + half);
+    if (pair == 3) return moe__rotate_left(bits & 0x80c080c0u, 30) | moe__rotate_left(bits & 0x01000100u, 22);
+    return moe__rotate_left(bits, pair == 0 ? 0 : pair == 1 ? 4 : 10);
+}
+
+static uint32_t moe__frag_mask(int32_t dtype, int64_t row, int64_t k)
+{
+    return moe__frag_bits(dtype, row, k, dtype == MOE_DTYPE_INT4 ? 7u : 15u);
+}
+
+static uint32_t moe__frag_code(int32_t dtype, int64_t row, int64_t k, uint32_t word)
+{
+    uint32_t code = 0;
+    word &= moe__frag_mask(dtype, row, k);
+    while (moe__frag_bits(dtype, row, k, code) != word) code++;
+    return code;
+}
+
+// Of scales of rows, ld of them in a row, `group` elements each: which one.
+static uint64_t moe__packed_scale_at(int64_t ld, int64_t group, int64_t row, int64_t at)
+{
+    int64_t each = MOE__CODES_COLUMNS / group, in = at % each, halves = group == MOE__CODES_COLUMNS ? 1 : 2;
+    int64_t part = each / halves, tile = row / MOE__PACKED_ROWS * (ld / each) + at / each;
+    int64_t place = row % MOE__PACKED_ROWS / 16 * halves + in / part;
+    return (uint64_t)(tile * MOE__PACKED_ROWS * each + ((place * 8 + row % 8) * 2 + row / 8 % 2) * part + in % part);
+}
+
 static uint64_t moe__row_bytes(int32_t dtype, int64_t ld) { return (uint64_t)ld * (uint64_t)moe_dtype_bits(dtype) / 8; }
 
 // A part of `bytes` bytes behind `*offset`.
@@ -10350,16 +10406,48 @@ static int32_t moe__scale_count(int32_t first, int32_t count, int32_t unit)
     return unit == 0 ? 1 : (first % unit + count + unit - 1) / unit;
 }
 
+// Whether a tensor-parallel slice begins inside a group of the format's scales.
+static int32_t moe__layer_cuts_groups(const moe_layer_desc *layer)
+{
+    int32_t first, features, group = moe__format_group(layer), grain = moe__format_grain(layer);
+    moe__parallel_slice(&layer->parallel, layer->intermediate_size, grain, &first, &features);
+    if (first % group != 0) return 1;
+    if (layer->shared.count == 0 || layer->shared.format != layer->format) return 0;
+    moe__parallel_slice(&layer->parallel, layer->shared.count * layer->shared.intermediate_size, grain, &first,
+                        &features);
+    return first % group != 0;
+}
+
+// Elements of K that a stored scale of the format counts for: in tiles of a slice that cuts groups, parts of them.
+static int32_t moe__stored_group(const moe_layer_desc *layer, int32_t format, int32_t tiled)
+{
+    moe__scheme w = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
+    return tiled && w.columns > 32 && moe__layer_cuts_groups(layer) ? 32 : w.columns;
+}
+
+// Types of scales in tiles: fp32 but for those that every row has.
+static int32_t moe__stored_scale_dtype(const moe__scheme *w, int32_t tiled)
+{
+    return tiled && !moe__scheme_is_float(w) && (w->rows != 1 || w->columns == 0) ? (int32_t)MOE_DTYPE_F32
+                                                                                  : w->scale_dtype;
+}
+
+// Rows of scales that follow the order of tiles.
+static int32_t moe__scales_tiled(const moe__scheme *w, int32_t tiled) { return tiled && w->rows == 1 && w->columns > 0; }
+
 static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t format,
                             int32_t bias1, int32_t bias2, int32_t tiled)
 {
-    uint64_t hidden = (uint64_t)layer->hidden_size, offset = 0, rows1, rows2 = hidden, scale_bytes;
-    uint64_t align = tiled ? (uint64_t)MOE__PACKED_COLUMNS : (uint64_t)MOE__ROW_ALIGN;
+    uint64_t hidden = (uint64_t)layer->hidden_size, offset = 0, rows1, rows2 = hidden, scale_bytes, align;
+    uint64_t scales1, scales2;
     const moe__scheme *w = &shape->weight;
     int32_t halves = moe__layer_is_gated(layer) ? 2 : 1, coded;
     shape->weight = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
     shape->input = moe__activation_scheme(format, layer->scale_dtype);
     coded = !moe__scheme_is_float(w);
+    align = !tiled ? (uint64_t)MOE__ROW_ALIGN : coded ? (uint64_t)MOE__CODES_COLUMNS : (uint64_t)MOE__PACKED_COLUMNS;
+    shape->scale_dtype = moe__stored_scale_dtype(w, tiled);
+    shape->scale_group = moe__stored_group(layer, format, tiled);
     moe__parallel_slice(&layer->parallel, size, moe__format_grain(layer), &shape->first_feature, &shape->features);
     shape->rows1 = shape->features * halves;
     shape->ld1 = (int32_t)moe__align_up(hidden, align);
@@ -10368,17 +10456,21 @@ static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer
     shape->scale_ld1 = coded ? moe__scale_count(0, shape->ld1, w->columns) : 0;
     shape->scale_rows2 = coded ? moe__scale_count(0, layer->hidden_size, w->rows) : 0;
     shape->scale_ld2 = coded ? moe__scale_count(shape->first_feature, shape->ld2, w->columns) : 0;
-    scale_bytes = (uint64_t)moe_dtype_bits(w->scale_dtype) / 8;
+    if (coded && tiled && w->columns > 0) {
+        shape->scale_ld1 = shape->ld1 / shape->scale_group;
+        shape->scale_ld2 = shape->ld2 / shape->scale_group;
+    }
+    scale_bytes = (uint64_t)moe_dtype_bits(shape->scale_dtype) / 8;
     rows1 = (uint64_t)shape->rows1;
     if (tiled) rows1 = moe__align_up(rows1, MOE__PACKED_ROWS);
     if (tiled) rows2 = moe__align_up(rows2, MOE__PACKED_ROWS);
+    scales1 = moe__scales_tiled(w, tiled) ? rows1 : (uint64_t)shape->scale_rows1;
+    scales2 = moe__scales_tiled(w, tiled) ? rows2 : (uint64_t)shape->scale_rows2;
     shape->w1 = moe__block_part(&offset, 1, rows1 * moe__row_bytes(w->dtype, shape->ld1));
-    shape->scales1 =
-        moe__block_part(&offset, coded, (uint64_t)shape->scale_rows1 * (uint64_t)shape->scale_ld1 * scale_bytes);
+    shape->scales1 = moe__block_part(&offset, coded, scales1 * (uint64_t)shape->scale_ld1 * scale_bytes);
     shape->bias1 = moe__block_part(&offset, bias1, (uint64_t)shape->rows1 * 4);
     shape->w2 = moe__block_part(&offset, 1, rows2 * moe__row_bytes(w->dtype, shape->ld2));
-    shape->scales2 =
-        moe__block_part(&offset, coded, (uint64_t)shape->scale_rows2 * (uint64_t)shape->scale_ld2 * scale_bytes);
+    shape->scales2 = moe__block_part(&offset, coded, scales2 * (uint64_t)shape->scale_ld2 * scale_bytes);
     shape->bias2 = moe__block_part(&offset, bias2, hidden * 4);
     shape->factors = moe__block_part(&offset, coded, MOE__FACTORS * 4);
     shape->bytes = offset;
@@ -10419,14 +10511,14 @@ static int32_t moe__layout_make(moe__layout *layout, const moe_layer_desc *layer
     int32_t ok = 1;
     memset(layout, 0, sizeof *layout);
     memset(layout->table_offset, 0xff, sizeof layout->table_offset);
-    layout->id = tiled                                                      ? MOE__LAYOUT_TILES_16
-                 : moe__format_dtype(layer->format) == MOE_DTYPE_UNSET ? MOE__LAYOUT_CPU_CODES
-                                                                            : MOE__LAYOUT_CPU_ROWS;
     layout->tiled = tiled;
     layout->blocks = layer->parallel.local_experts + (layer->parallel.omit_common ? 0 : routing->extra_slots);
     moe__block_make(&layout->expert, layer, layer->intermediate_size, layer->format, layer->gemm1_bias,
                     layer->gemm2_bias, tiled);
     layout->dtype = layout->expert.weight.dtype;
+    if (moe__scheme_is_float(&layout->expert.weight)) layout->id = tiled ? MOE__LAYOUT_TILES_16 : MOE__LAYOUT_CPU_ROWS;
+    else if (!tiled) layout->id = MOE__LAYOUT_CPU_CODES;
+    else layout->id = moe_dtype_bits(layout->dtype) == 8 ? MOE__LAYOUT_TILES_8 : MOE__LAYOUT_FRAG_4;
     if (!moe__mul(layout->expert.bytes, (uint64_t)layout->blocks, &layout->bytes)) ok = 0;
     layout->shared_offset = layout->bytes;
     if (ok && layer->shared.count > 0 && !layer->parallel.omit_common) {
@@ -11230,6 +11322,15 @@ static int32_t moe__tensor_check(moe__checked *c, const moe_weights *weights, co
 
 // ---- copying ----
 
+enum {
+    MOE__FORM_ROWS,   // one after the other
+    MOE__FORM_TILES,  // of 16 bits
+    MOE__FORM_BYTES,  // tiles of 8 bits
+    MOE__FORM_FRAG,   // frag4
+    MOE__FORM_SCALES, // scales in tiles
+    MOE__FORM_BLOCKS  // scales of CUDA that are not
+};
+
 // One matrix or vector on its way into packed memory. A row of the source belongs to a half and a feature; the features
 // first_row .. first_row + count_rows - 1 of a half go to rows out_row + feature * out_step + half * out_half of `out`.
 typedef struct moe__pack {
@@ -11243,10 +11344,13 @@ typedef struct moe__pack {
     unsigned char *out;
     int32_t out_dtype;
     int32_t flip;                         // codes are INT4 + 8
+    int32_t code_dtype, group;            // of codes; elements that a stored scale counts for
     int32_t scale_layout;                 // of scales
     uint64_t bytes;                       // of one matrix or vector of the source
     int64_t *refused;                     // where not NULL: gets a stored row and column, and what is wrong there
-    int32_t tiled;                        // where those rows lie: 0 one after the other, 1 in tiles, 2 in gated ones
+    int32_t tiled;                        // order of those rows: 0 as they are, 1 that of tiles, 2 of gated ones
+    int32_t form;                         // MOE__FORM_...: how they lie in it
+    int64_t parts, skip;                  // stored scales of one of the source; of the first, those that are not here
     int32_t by_kernel;                    // data and out are addresses of the device
     int64_t out_ld, out_row, out_step, out_half, out_column, out_end; // zeros behind the columns, up to out_end
 } moe__pack;
@@ -11326,7 +11430,7 @@ static void moe__convert_run(const unsigned char *in, int32_t dtype, int64_t str
 // Finite, and below 2^100: that leaves room for products.
 static int32_t moe__is_scale(float value) { return value < 1.2676506e30f && value > -1.2676506e30f; }
 
-// Scales are such, and kept exactly; codes of 8 bits are numbers.
+// Scales are such, and kept exactly, those of NVFP4 not negative; codes of 8 bits are numbers.
 static void moe__pack_verify(const moe__pack *p, const unsigned char *in, int64_t stride, const unsigned char *out,
                              int64_t n)
 {
@@ -11339,7 +11443,55 @@ static void moe__pack_verify(const moe__pack *p, const unsigned char *in, int64_
             float given = moe__widen(in, p->dtype, i * stride), kept = moe__widen(out, p->out_dtype, i);
             if (!moe__is_scale(given)) p->refused[2] = 2;
             else if (given != kept) p->refused[2] = 3;
+            else if (p->out_dtype == MOE_DTYPE_E4M3 && kept < 0) p->refused[2] = 4;
             if (p->refused[2] != 0) return;
+        }
+    }
+}
+
+// An element of codes or scales for CUDA, at a row and a column of what p->form says; the source's type is out_dtype.
+static void moe__pack_put(const moe__pack *p, int64_t row, int64_t column, const unsigned char *value)
+{
+    int64_t size = moe_dtype_bits(p->out_dtype) / 8, begin = column * p->parts - p->skip;
+    if (p->form == MOE__FORM_BYTES) {
+        p->out[moe__packed_byte_at(p->out_ld, row, column)] = *value;
+    } else if (p->form == MOE__FORM_FRAG) { // two codes
+        for (int32_t i = 0; i < 2; i++) {
+            int64_t k = 2 * column + i;
+            unsigned char *at = p->out + moe__frag_at(p->out_ld, row, k);
+            uint32_t word;
+            memcpy(&word, at, 4);
+            word &= ~moe__frag_mask(p->code_dtype, row, k);
+            word |= moe__frag_bits(p->code_dtype, row, k, *value >> (4 * i) & 15u);
+            memcpy(at, &word, 4);
+        }
+    } else {
+        for (int64_t i = begin > 0 ? begin : 0; i < begin + p->parts && i < p->out_ld; i++) {
+            uint64_t at = p->form == MOE__FORM_BLOCKS ? (uint64_t)(row * p->out_ld + i)
+                                                      : moe__packed_scale_at(p->out_ld, p->group, row, i);
+            memcpy(p->out + at * (uint64_t)size, value, (size_t)size);
+        }
+    }
+}
+
+// moe__pack_store() of those.
+static void moe__pack_scatter(const moe__pack *p, int64_t target, int64_t done, const unsigned char *in, int32_t dtype,
+                              int64_t stride, int64_t n)
+{
+    unsigned char values[64 * 4];
+    int64_t element = moe_dtype_bits(dtype) / 8, size = moe_dtype_bits(p->out_dtype) / 8, run = 64;
+    int64_t row = p->tiled != 0 ? moe__packed_row(p->tiled == 2, target) : target;
+    for (int64_t at = 0; at < n; at += run) {
+        if (n - at < run) run = n - at;
+        moe__convert_run(in + at * stride * element, dtype, stride, values, p->out_dtype, run);
+        if (p->refused != NULL && p->refused[2] == 0) {
+            moe__pack_verify(p, in + at * stride * element, stride, values, run);
+            p->refused[0] = target;
+            p->refused[1] = done + at;
+        }
+        for (int64_t i = 0; i < run; i++) {
+            if (p->flip) values[i] = (unsigned char)(values[i] ^ 0x88);
+            moe__pack_put(p, row, p->out_column + done + at + i, values + i * size);
         }
     }
 }
@@ -11349,7 +11501,11 @@ static void moe__pack_store(const moe__pack *p, int64_t target, int64_t done, co
                             int64_t stride, int64_t n)
 {
     int64_t column = p->out_column + done, element = moe_dtype_bits(dtype) / 8;
-    if (!p->tiled) {
+    if (p->form > MOE__FORM_TILES) {
+        moe__pack_scatter(p, target, done, in, dtype, stride, n);
+        return;
+    }
+    if (p->form == MOE__FORM_ROWS) {
         unsigned char *out = p->out + (target * p->out_ld + column) * (moe_dtype_bits(p->out_dtype) / 8);
         moe__convert_run(in, dtype, stride, out, p->out_dtype, n);
         for (int64_t i = 0; i < n && p->flip; i++) out[i] = (unsigned char)(out[i] ^ 0x88);
@@ -11372,7 +11528,7 @@ static void moe__pack_store(const moe__pack *p, int64_t target, int64_t done, co
 static void moe__pack_pad(const moe__pack *p, int64_t target)
 {
     int64_t element = moe_dtype_bits(p->out_dtype) / 8, end = p->out_column + p->count_columns;
-    if (end < p->out_end && !p->tiled)
+    if (end < p->out_end && p->form == MOE__FORM_ROWS)
         memset(p->out + (target * p->out_ld + end) * element, 0, (size_t)((p->out_end - end) * element));
 }
 
@@ -11585,7 +11741,8 @@ static int32_t moe__pack_wait(const moe_context *ctx, moe_error *err)
 static int32_t moe__fail_refused(const moe__pack *p, moe_error *err)
 {
     static const char *const what[] = { "a code that is NaN", "a scale that is not finite or beyond 2^100",
-                                        "a scale that the layer's scale type does not hold" };
+                                        "a scale that the layer's scale type does not hold",
+                                        "a scale below 0" };
     return moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.data", p->tensor, "has %s, in row %D (as packed) from element "
                             "%D on%s%s", what[p->refused[2] - 1], p->refused[0], p->refused[1],
                             p->refused[2] == 3 ? ": " : "", p->refused[2] == 3 ? moe_dtype_string(p->out_dtype) : "");
@@ -11630,7 +11787,7 @@ static moe__pack moe__pack_make(const moe__checked *c, int32_t expert, int32_t p
     p.out = out;
     p.out_dtype = out_dtype;
     p.out_ld = p.out_end = out_ld;
-    p.out_step = p.out_half = 1;
+    p.out_step = p.out_half = p.parts = 1;
     return p;
 }
 
@@ -11677,19 +11834,24 @@ static int32_t moe__pack_factors(const moe_weights *weights, const moe__checked 
 // Where a matrix, or its scales, lie in a block, and how many rows (of W1) or columns (of W2) make one of theirs.
 typedef struct moe__pack_place {
     uint64_t at;
-    int32_t dtype, unit;
+    int32_t dtype, unit, form;
     int64_t ld, features; // of this rank's slice, in those units
 } moe__pack_place;
 
-static moe__pack_place moe__pack_place_of(const moe__checked *c, const moe__block_shape *shape, int32_t down)
+static moe__pack_place moe__pack_place_of(const moe__checked *c, const moe__block_shape *shape, int32_t down,
+                                          int32_t tiled)
 {
     const moe__scheme *w = &shape->weight;
     int32_t scales = c->tensor.part == MOE_PART_SCALE, codes = c->packed > 0;
     moe__pack_place place;
+    if (!tiled) place.form = MOE__FORM_ROWS;
+    else if (scales) place.form = moe__scales_tiled(w, tiled) ? MOE__FORM_SCALES : MOE__FORM_BLOCKS;
+    else if (!codes) place.form = MOE__FORM_TILES;
+    else place.form = moe_dtype_bits(w->dtype) == 8 ? MOE__FORM_BYTES : MOE__FORM_FRAG;
     place.at = scales ? (down ? shape->scales2 : shape->scales1) : down ? shape->w2 : shape->w1;
-    place.dtype = scales ? w->scale_dtype : codes ? (int32_t)MOE_DTYPE_U8 : w->dtype;
+    place.dtype = scales ? shape->scale_dtype : codes ? (int32_t)MOE_DTYPE_U8 : w->dtype;
     place.ld = scales ? (down ? shape->scale_ld2 : shape->scale_ld1) : down ? shape->ld2 : shape->ld1;
-    if (codes && !scales) place.ld = place.ld * moe_dtype_bits(w->dtype) / 8;
+    if (codes && !scales && !tiled) place.ld = place.ld * moe_dtype_bits(w->dtype) / 8;
     place.unit = scales ? (down ? w->columns : w->rows) : codes && down ? 8 / moe_dtype_bits(w->dtype) : 1;
     place.features = moe__scale_count(shape->first_feature, shape->features, place.unit);
     return place;
@@ -11703,7 +11865,7 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
     int32_t role = c->tensor.role, gated = moe__layer_is_gated(&weights->layer), tiled = weights->layout.tiled;
     int32_t down = moe__role_matrix(role) == 2, bias = moe__role_is_bias(role);
     int64_t first, refused[3] = { 0, 0, 0 };
-    moe__pack_place place = moe__pack_place_of(c, shape, down);
+    moe__pack_place place = moe__pack_place_of(c, shape, down, tiled);
     int32_t per_row = place.unit == 0; // one column of scales
     moe__pack p;
     if (c->tensor.part != MOE_PART_DATA && (c->tensor.part != MOE_PART_SCALE || shape->weight.rows == 0))
@@ -11739,7 +11901,15 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
             p.count_rows = p.rows / (p.fused ? 2 : 1) - p.first_row;
         if (p.count_rows <= 0) return MOE_OK;
     }
-    if (tiled && !bias) p.tiled = down ? 1 : 1 + gated;
+    if (bias) return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
+    p.form = place.form;
+    p.code_dtype = shape->weight.dtype;
+    p.group = shape->scale_group;
+    if (tiled && place.form != MOE__FORM_BLOCKS) p.tiled = down ? 1 : 1 + gated;
+    if (c->tensor.part == MOE_PART_SCALE && tiled && shape->weight.columns > 0) {
+        p.parts = shape->weight.columns / shape->scale_group;
+        p.skip = down ? shape->first_feature % shape->weight.columns / shape->scale_group : 0;
+    }
     return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
 }
 
@@ -11815,20 +11985,27 @@ typedef struct moe__part {
 static moe__part moe__part_of(const moe_weights *weights, const moe__checked *c, const moe__block_shape *shape,
                               int32_t local)
 {
-    const uint32_t biases = 1u << MOE_TENSOR_GATE_BIAS | 1u << MOE_TENSOR_UP_BIAS;
-    const uint32_t matrices = 1u << MOE_TENSOR_GATE | 1u << MOE_TENSOR_UP;
-    const uint64_t begins[] = { shape->w1, shape->bias1, shape->w2, shape->bias2, shape->bytes };
-    int32_t role = c->tensor.role, i = 0;
+    enum { W1, SCALES1, BIAS1, W2, SCALES2, BIAS2, FACTORS, END };
+    const uint64_t begins[] = { shape->w1,    shape->scales1, shape->bias1, shape->w2, shape->scales2, shape->bias2,
+                                shape->factors, shape->bytes };
+    int32_t role = c->tensor.role, matrix = moe__role_matrix(role), value = moe__part_value(c->tensor.part), i = W1;
+    uint32_t others = 0; // bits of what else lies there
     moe__part part;
-    if (role == MOE_TENSOR_DOWN_BIAS) i = 3;
-    else if (role == MOE_TENSOR_DOWN || role == MOE_TENSOR_SHARED_DOWN) i = 2;
-    else if (moe__role_is_bias(role)) i = 1;
+    if (role == MOE_TENSOR_DOWN_BIAS) i = BIAS2;
+    else if (moe__role_is_bias(role)) i = BIAS1;
+    else if (value >= MOE__VALUE_GLOBAL) i = FACTORS;
+    else if (matrix == 2) i = value == MOE__VALUE_SCALE ? SCALES2 : W2;
+    else if (value == MOE__VALUE_SCALE) i = SCALES1;
+    if (i == BIAS1) others = 1u << MOE_TENSOR_GATE_BIAS | 1u << MOE_TENSOR_UP_BIAS;
+    else if (i == W1 || i == SCALES1) others = moe__value_bit(value, 0) | moe__value_bit(value, 1);
     if (c->shape.kind == MOE__KIND_SHARED)
-        part.alone = (i == 2 ? weights->shared_set[0][2] : weights->shared_set[0][0] | weights->shared_set[0][1]) == 0;
+        part.alone = (matrix == 2 ? weights->shared_set[value][2]
+                                  : weights->shared_set[value][0] | weights->shared_set[value][1]) == 0;
     else
-        part.alone = i >= 2 || (weights->expert_set[local] & (i == 1 ? biases : matrices)) == 0;
+        part.alone = (weights->expert_set[local] & others) == 0;
+    if (i == FACTORS) part.alone = 0;
     part.begin = begins[i++];
-    while (begins[i] == UINT64_MAX) i++; // no such bias
+    while (begins[i] == UINT64_MAX) i++; // there is none
     part.end = role == MOE_TENSOR_CONSTANT ? shape->bytes : begins[i];
     return part;
 }
@@ -11864,7 +12041,7 @@ static int32_t moe__device_set(const moe_weights *weights, const moe__checked *c
     uint32_t flags = set == NULL ? 0 : *set;
     unsigned char *staging;
     if (c->tensor.memory == MOE_MEMORY_DEVICE && c->shape.matrix && c->tensor.role != MOE_TENSOR_CONSTANT &&
-        moe__pack_kernel(weights->ctx) != NULL)
+        moe__scheme_is_float(&c->scheme) && moe__pack_kernel(weights->ctx) != NULL)
         return moe__device_pack(weights, c, expert, position, local, set, err);
     staging = (unsigned char *)moe__alloc(&ctx->desc.allocator, shape->bytes);
     if (staging == NULL) return moe__fail_memory(err, shape->bytes);
@@ -12913,36 +13090,69 @@ static int32_t moe__read_vector(const moe_weights *weights, int32_t local, uint6
     return result;
 }
 
+// A stored code, of tiles from the slab on that it is in.
+static float moe__read_code(const unsigned char *data, const moe__block_shape *shape, int32_t tiled, int64_t ld,
+                            int64_t row, int64_t k)
+{
+    int32_t dtype = shape->weight.dtype;
+    uint32_t word;
+    if (!tiled) return moe__widen(data, dtype, k);
+    if (moe_dtype_bits(dtype) == 16) return moe__load(data + moe__packed_at(ld, row, k), dtype, 0);
+    if (moe_dtype_bits(dtype) == 8) return moe__widen(data + moe__packed_byte_at(ld, row, k), dtype, 0);
+    memcpy(&word, data + moe__frag_at(ld, row, k), 4);
+    word = moe__frag_code(dtype, row, k, word);
+    return dtype == MOE_DTYPE_INT4 ? (float)((int32_t)(word ^ 8u) - 8) : moe__small_to_f32(word, dtype);
+}
+
+// Times the row's scales.
+static int32_t moe__read_scales(const moe_weights *weights, int32_t local, const moe__block_shape *shape, int32_t down,
+                                int64_t row, int64_t n, float *out, moe_error *err)
+{
+    const moe__scheme *w = &shape->weight;
+    int32_t tiled = weights->layout.tiled, gated = !down && moe__layer_is_gated(&weights->layer), result;
+    int32_t half = down ? MOE__FACTOR_DOWN : gated && row % 2 == 0 ? MOE__FACTOR_GATE : MOE__FACTOR_UP;
+    int64_t ld = down ? shape->scale_ld2 : shape->scale_ld1, packed = moe__packed_row(gated, row);
+    int64_t first = down ? moe__scale_row2(shape, row) : moe__scale_row1(shape, gated, row), count = ld;
+    int32_t cut = down && w->columns > 0 ? shape->first_feature % w->columns : 0, in_tiles = moe__scales_tiled(w, tiled);
+    uint64_t part = down ? shape->scales2 : shape->scales1, bytes;
+    const unsigned char *scales, *factors;
+    float factor = 1;
+    if (in_tiles) {
+        first = packed / MOE__PACKED_ROWS * MOE__PACKED_ROWS;
+        count *= MOE__PACKED_ROWS;
+    }
+    if (tiled) cut %= shape->scale_group > 0 ? shape->scale_group : 1;
+    bytes = moe__row_bytes(shape->scale_dtype, count);
+    result = moe__block_open(weights, local, shape->factors, MOE__FACTORS * 4, &factors, err);
+    if (result == MOE_OK && moe__scheme_has_global(w)) memcpy(&factor, factors + 4 * half, 4);
+    moe__block_shut(weights, MOE__FACTORS * 4, factors);
+    if (result != MOE_OK) return result;
+    result = moe__block_open(weights, local, part + moe__row_bytes(shape->scale_dtype, first * ld), bytes, &scales, err);
+    for (int64_t k = 0; result == MOE_OK && k < n; k++) {
+        int64_t at = shape->scale_group > 0 ? (k + cut) / shape->scale_group : 0;
+        if (in_tiles) at = (int64_t)moe__packed_scale_at(ld, shape->scale_group, packed % MOE__PACKED_ROWS, at);
+        out[k] = out[k] * moe__mulf(moe__widen(scales, shape->scale_dtype, at), factor);
+    }
+    moe__block_shut(weights, bytes, scales);
+    return result;
+}
+
 // Row `row`, in the CPU's order, of W1 or W2 in a block of shape `shape`. Of tiles: the slab that it is in.
 static int32_t moe__read_matrix(const moe_weights *weights, int32_t local, const moe__block_shape *shape, int32_t down,
                                 int64_t row, int64_t n, float *out, moe_error *err)
 {
     const unsigned char *data;
-    const moe__scheme *w = &shape->weight;
     int32_t tiled = weights->layout.tiled, gated = !down && moe__layer_is_gated(&weights->layer), result;
     int64_t packed = tiled ? moe__packed_row(gated, row) : row, in_slab = tiled ? packed % MOE__PACKED_ROWS : 0;
     int64_t ld = down ? shape->ld2 : shape->ld1;
-    uint64_t row_bytes = moe__row_bytes(w->dtype, ld), part = down ? shape->w2 : shape->w1;
+    uint64_t row_bytes = moe__row_bytes(shape->weight.dtype, ld), part = down ? shape->w2 : shape->w1;
     uint64_t bytes = row_bytes * (tiled ? (uint64_t)MOE__PACKED_ROWS : 1u);
     result = moe__block_open(weights, local, part + (uint64_t)(packed - in_slab) * row_bytes, bytes, &data, err);
     for (int64_t k = 0; result == MOE_OK && k < n; k++)
-        out[k] = tiled ? moe__load(data + moe__packed_at(ld, in_slab, k), w->dtype, 0) : moe__widen(data, w->dtype, k);
+        out[k] = moe__read_code(data, shape, tiled, ld, in_slab, k);
     moe__block_shut(weights, bytes, data);
-    if (result == MOE_OK && !moe__scheme_is_float(w)) { // codes are the CPU's, in memory
-        moe__block block = moe__block_at(shape, local < weights->layout.blocks
-                                                    ? weights->expert[local]
-                                                    : weights->memory + weights->layout.shared_offset);
-        int32_t half = down ? MOE__FACTOR_DOWN : gated && row % 2 == 0 ? MOE__FACTOR_GATE : MOE__FACTOR_UP;
-        int64_t first = down ? moe__scale_row2(shape, row) * shape->scale_ld2
-                             : moe__scale_row1(shape, gated, row) * shape->scale_ld1;
-        int32_t phase = down && w->columns > 0 ? shape->first_feature % w->columns : 0;
-        for (int64_t k = 0; k < n; k++) {
-            int64_t at = first + (w->columns > 0 ? (k + phase) / w->columns : 0);
-            float scale = moe__widen(down ? block.scales2 : block.scales1, w->scale_dtype, at);
-            out[k] = out[k] * (moe__scheme_has_global(w) ? moe__mulf(scale, block.factors[half]) : scale);
-        }
-    }
-    return result;
+    if (result != MOE_OK || moe__scheme_is_float(&shape->weight)) return result;
+    return moe__read_scales(weights, local, shape, down, row, n, out, err);
 }
 
 // Matrices and biases of a routed, always-on or shared expert.
@@ -12984,17 +13194,19 @@ static int32_t moe__read_inputs(const moe_weights *weights, int32_t expert, int3
 {
     const moe__layout *layout = &weights->layout;
     int32_t local = expert < 0 ? layout->blocks : moe__layer_local(&weights->layer, expert);
-    moe__block block;
+    const moe__block_shape *shape = expert < 0 ? &layout->shared : &layout->expert;
+    const unsigned char *factors;
+    int32_t result;
     if (local < 0 || (expert < 0 && layout->shared.bytes == 0))
         return moe__fail(err, MOE_ERROR_ARGUMENT, "expert", "is %d: this rank has no such expert with matrices",
                          expert);
     if (row != 0) return moe__fail_row(err, row, 1, MOE_TENSOR_INPUT_SCALES);
-    if (moe__scheme_is_float(expert < 0 ? &layout->shared.weight : &layout->expert.weight))
+    if (moe__scheme_is_float(&shape->weight))
         return moe__fail(err, MOE_ERROR_MISSING, "role", "is input scales, which the format does not have");
-    block = expert < 0 ? moe__weights_shared(weights) : moe__weights_expert(weights, local);
-    out[0] = block.factors[MOE__FACTOR_INPUT1];
-    out[1] = block.factors[MOE__FACTOR_INPUT2];
-    return MOE_OK;
+    result = moe__block_open(weights, local, shape->factors, MOE__FACTORS * 4, &factors, err);
+    if (result == MOE_OK) memcpy(out, factors + 4 * MOE__FACTOR_INPUT1, 8);
+    moe__block_shut(weights, MOE__FACTORS * 4, factors);
+    return result;
 }
 
 static int32_t moe__fail_not_set(moe_error *err, int32_t role, int32_t expert)
@@ -13473,8 +13685,9 @@ static int32_t moe__fail_format(moe_error *err, const char *path, const char *wh
 static const char *moe__layout_reader(uint32_t id)
 {
     return id == MOE__LAYOUT_CPU_ROWS || id == MOE__LAYOUT_CPU_CODES ? "the CPU"
-           : id == MOE__LAYOUT_TILES_16                              ? "CUDA"
-                                                                     : "another version";
+           : id == MOE__LAYOUT_TILES_16 || id == MOE__LAYOUT_TILES_8 || id == MOE__LAYOUT_FRAG_4
+               ? "CUDA"
+               : "another version";
 }
 
 // The fixed part and both sums. Leaves the reader behind the fixed part, with the header's own end.
@@ -15109,11 +15322,13 @@ typedef struct moe__tile_config {
     int32_t weights, tokens, out;                    // moe_dtype: A, B, C
     int32_t weights_block, tokens_block, out_block;  // elements of a scale; 0: none within a row
     int32_t bias, clamp, activation;                 // moe_activation; 0: none here
+    int32_t widened, scale_bytes;                    // codes become bf16 on the way; of a scale of weights
 } moe__tile_config;
 
 // What is multiplied: a resolved layer on this rank, for calls of `tokens` tokens.
 typedef struct moe__tile_problem {
     int32_t format, block, dtype;              // dtype: of what is not quantised, BF16 or F16
+    int32_t scale_bytes, shared_format;        // of a scale of blocks or of int4; 0: the format's
     int32_t hidden, features;                  // H, I of this rank
     int32_t activation, clamp, bias1, bias2;
     int32_t experts, local, always, top_k;     // all, here, of them used by every token; of a token without those
@@ -15149,6 +15364,8 @@ enum {
 #define MOE__W16 (1u << MOE_FORMAT_NVFP4_W4A16 | 1u << MOE_FORMAT_MXFP4_W4A16 | 1u << MOE_FORMAT_INT4_W4A16)
 #define MOE__W8 (1u << MOE_FORMAT_MXFP4_W4A8)
 #define MOE__I4 (1u << MOE_FORMAT_INT4_W4A16)
+#define MOE__F4 (MOE__W16 | MOE__W8 | MOE__NV4)
+#define MOE__F8 (MOE__FP8 | MOE__BLK | MOE__MX8)
 
 // family, m n k unroll, stages, epilogue m n, instruction m n k, cluster, split, scheduler, gather, transposed, fused
 static const moe__tile_row moe__tile_rows[] = {
@@ -15172,11 +15389,15 @@ static const moe__tile_row moe__tile_rows[] = {
     { MOE__ROW(256, 32, 128, 4, 32, 32), MOE__BLK, 0 },
     { MOE__ROW(256, 64, 128, 2, 64, 32), MOE__BLK, 0 },
     { MOE__ROW(256, 64, 128, 4, 64, 32), MOE__BLK, 0 },
-    { MOE__ROW(128, 8, 128, 8, 8, 16), MOE__W16, 0 },
-    { MOE__ROW(128, 16, 128, 6, 16, 16), MOE__W16, 0 },
-    { MOE__ROW(128, 32, 128, 5, 32, 16), MOE__W16, 0 },
-    { MOE__ROW(128, 64, 128, 3, 64, 16), MOE__W16, 0 },
-    { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__W16, 0 },
+    // Widened: 4 bits, then 8. Sums with scales of their own take twice the registers: up to 64 rows.
+    { MOE__ROW(128, 16, 128, 5, 16, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 32, 128, 4, 32, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 64, 128, 3, 64, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__F4 & ~MOE__I4, MOE__F4 & ~MOE__I4 },
+    { MOE__ROW(128, 16, 128, 3, 16, 16), MOE__F8, MOE__F8 },
+    { MOE__ROW(128, 32, 128, 3, 32, 16), MOE__F8, MOE__F8 },
+    { MOE__ROW(128, 64, 128, 2, 64, 16), MOE__F8, MOE__F8 },
+    { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__F8 & ~MOE__BLK, MOE__F8 & ~MOE__BLK },
 #undef MOE__ROW
 #define MOE__ROW(m, n, k, s, en, mm, mn, mk, scheduler, transposed) \
     { MOE__FAMILY_SM90, m, n, k, 1, s, m, en, mm, mn, mk, 1, 1, scheduler, MOE__GATHER_LDGSTS, transposed, 1 }
@@ -15300,6 +15521,8 @@ enum { MOE__TILES = sizeof moe__tile_rows / sizeof moe__tile_rows[0] };
 #undef MOE__W16
 #undef MOE__W8
 #undef MOE__I4
+#undef MOE__F4
+#undef MOE__F8
 
 // First and last compute capability of a family, and the most CTAs of a cluster.
 typedef struct moe__tile_family {
@@ -15355,10 +15578,14 @@ static int32_t moe__tile_config_make(moe__tile_config *c, const moe__tile *tile,
     c->tokens = types->tokens != 0 ? types->tokens : p->dtype;
     c->weights_block = types->weights_block >= 0 ? types->weights_block : p->block;
     c->tokens_block = types->tokens_block;
+    c->scale_bytes = p->scale_bytes > 0 ? p->scale_bytes : p->format == MOE_FORMAT_INT4_W4A16 ? 2 : 1;
+    c->widened = tile->family == MOE__FAMILY_MMA && tile->mma_k == 16 && moe_dtype_bits(c->weights) < 16;
+    if (c->widened) c->tokens = MOE_DTYPE_BF16;
+    if (c->widened && c->tokens_block != 128) c->tokens_block = 0; // in the rows themselves, or of whole ones
     c->bias = product == 1 ? p->bias1 : p->bias2;
     if (product == 1) {
-        c->out = c->tokens;
-        c->out_block = c->tokens_block;
+        c->out = c->widened && types->tokens != 0 ? (int32_t)MOE_DTYPE_F32 : c->tokens; // rounded by its own kernel
+        c->out_block = c->widened ? 0 : c->tokens_block;
         if (tile->fused) {
             c->clamp = p->clamp;
             c->activation = p->activation;
@@ -15555,8 +15782,12 @@ static int32_t moe__tile_stage(const moe__tile_config *c)
 {
     const moe__tile *t = &c->tile;
     int32_t weights = t->m * t->k / 8 * moe__tile_bits(c, c->weights);
+    int32_t widened = c->weights_block > 0 ? t->m * (t->k / c->weights_block) * c->scale_bytes : 0;
     int32_t tokens = t->n * t->k / 8 * moe__tile_bits(c, c->tokens) / (moe__tile_pair(t) ? 2 : 1);
     int32_t rows = c->weights_block >= 64 && c->weights == MOE_DTYPE_E4M3 ? 1 : t->m; // a scale for a square
+    if (c->widened)
+        return weights + tokens + widened +
+               (c->tokens_block > 0 ? (int32_t)moe__align_up((uint64_t)t->n * 4, 128) : 0);
     return weights + tokens + moe__tile_scale_bytes(rows, t->k, c->weights_block, c->weights) +
            moe__tile_scale_bytes(t->n, t->k, c->tokens_block, c->tokens);
 }
@@ -15586,6 +15817,7 @@ static int32_t moe__tile_registers(const moe__tile_config *c)
     int32_t sums;
     if (t->family == MOE__FAMILY_SM100) return 0; // in tensor memory
     sums = t->m * t->n / (t->family == MOE__FAMILY_SM90 ? 256 : moe__tile_threads(t));
+    if (c->widened && (c->tokens_block == 128 || c->weights == MOE_DTYPE_INT4)) return 2 * sums;
     return c->tokens_block == 128 ? sums + sums / 2 : sums;
 }
 
@@ -15738,7 +15970,7 @@ static int32_t moe__tile_check_layer(const moe__tile_config *c, const moe__tile_
     if (depth * (int64_t)bits % 128 != 0)
         return moe__tile_refuse(why, MOE__RULE_ROW_BYTES, "rows of %d elements of %s are not whole pieces of 16 bytes",
                                 depth, moe_dtype_string(c->tokens));
-    group = moe__max32(c->weights_block, c->tokens_block);
+    group = c->widened ? 0 : moe__max32(c->weights_block, c->tokens_block); // widened: the last one may be a part
     if (group > 0 && depth % group != 0)
         return moe__tile_refuse(why, MOE__RULE_GROUP, "K of %d is not a multiple of %d, the elements of a scale",
                                 depth, group);
@@ -16271,6 +16503,12 @@ typedef struct moe__rows_args {
     int32_t num_tokens, slots, tile, rows_max;
 } moe__rows_args;
 
+typedef struct moe__codes_args {
+    uint64_t scales, factor, row_factor;
+    const float *row_scales;
+    int32_t scale_ld, scale_rows, scale_phase, factor_step;
+} moe__codes_args;
+
 typedef struct moe__gemm1_args {
     moe__rows_args rows;
     const void *x;
@@ -16282,6 +16520,7 @@ typedef struct moe__gemm1_args {
     uint64_t w1, bias1;
     int32_t hidden, features, weights_dtype, num_experts;
     moe__activation_args activation;
+    moe__codes_args codes;
 } moe__gemm1_args;
 
 typedef struct moe__gemm2_args {
@@ -16290,7 +16529,18 @@ typedef struct moe__gemm2_args {
     void *out;
     uint64_t w2, bias2;
     int32_t hidden, features, constants, reserved;
+    moe__codes_args codes;
 } moe__gemm2_args;
+
+typedef struct moe__round_args {
+    moe__rows_args rows;
+    const void *x, *weight;
+    void *out;
+    float *scales;
+    int64_t x_stride;
+    uint64_t given;
+    int32_t columns, weights_dtype, by_row, powers;
+} moe__round_args;
 
 typedef struct moe__finalize_args {
     const void *rows, *shared_rows;
@@ -16310,15 +16560,19 @@ typedef struct moe__finalize_args {
 } moe__finalize_args;
 
 // Products come in sets, by the number of tokens: see moe__gemm_set; the router's in shapes: see moe__router_shape. A
-// finalize is of f32 rows, and one of 16-bit ones.
+// finalize is of f32 rows, and one of 16-bit ones. Shared experts have products of their own where their format is
+// another one. Rows are rounded before GEMM 1 and before GEMM 2.
 enum { MOE__SETS = 3, MOE__ROUTER_SHAPES = 5 };
 enum {
     MOE__KERNEL_ROUTE_ONE, MOE__KERNEL_ROUTE, MOE__KERNEL_SORT, MOE__KERNEL_ROUTER_F32,
     MOE__KERNEL_ROUTER_BF16 = MOE__KERNEL_ROUTER_F32 + MOE__ROUTER_SHAPES,
     MOE__KERNEL_GEMM1 = MOE__KERNEL_ROUTER_BF16 + MOE__ROUTER_SHAPES, MOE__KERNEL_GEMM2 = MOE__KERNEL_GEMM1 + MOE__SETS,
-    MOE__KERNEL_FINALIZE = MOE__KERNEL_GEMM2 + MOE__SETS, MOE__KERNEL_GROUP = MOE__KERNEL_FINALIZE + 2, MOE__KERNELS
+    MOE__KERNEL_SHARED1 = MOE__KERNEL_GEMM2 + MOE__SETS, MOE__KERNEL_SHARED2 = MOE__KERNEL_SHARED1 + MOE__SETS,
+    MOE__KERNEL_ROUND = MOE__KERNEL_SHARED2 + MOE__SETS,
+    MOE__KERNEL_FINALIZE = MOE__KERNEL_ROUND + 2, MOE__KERNEL_GROUP = MOE__KERNEL_FINALIZE + 2, MOE__KERNELS
 };
 enum { MOE__GROUP_MASKED, MOE__GROUP_SORTED, MOE__GROUP_DENSE, MOE__GROUP_THREADS = 512 };
+enum { MOE__ROUND_SMEM = 64, MOE__ROUND_CTAS = 8 }; // of an SM
 enum { MOE__ROUTE_ANY, MOE__ROUTE_SOFTMAX, MOE__ROUTE_SIGMOID, MOE__ROUTE_TOP_K }; // of programs that route
 enum {
     MOE__ONE_TOKENS = 1024,     // of one launch with clusters; a chip without them has one CTA for it:
@@ -16457,6 +16711,8 @@ typedef struct moe__gemm_set {
     int32_t rows_dtype;
     int32_t measured;                  // 1: the tile is moe_plan_autotune()'s choice, 0: that of least estimated cost
     int32_t threads, ctas, smem_bytes; // of a CTA; CTAs that an SM takes; dynamic shared memory of a CTA
+    int32_t stages;
+    int32_t shared_ctas, shared_smem;  // of shared experts' products
 } moe__gemm_set;
 
 typedef struct moe__gemm_sets {
@@ -16472,8 +16728,14 @@ static moe__tile_problem moe__tile_problem_of(const moe_layer_desc *layer, const
     memset(&p, 0, sizeof p);
     moe__parallel_slice(&layer->parallel, layer->intermediate_size, moe__format_grain(layer), &first, &p.features);
     p.format = layer->format;
-    p.block = layer->format_block;
+    p.block = moe__stored_group(layer, layer->format, 1);
     p.dtype = moe__format_dtype(layer->format);
+    if (p.dtype == MOE_DTYPE_UNSET) {
+        const moe__scheme w = moe__weight_scheme(layer->format, layer->format_block, layer->scale_dtype);
+        p.dtype = MOE_DTYPE_BF16;
+        p.scale_bytes = moe_dtype_bits(moe__stored_scale_dtype(&w, 1)) / 8;
+    }
+    if (layer->shared.count > 0 && !layer->parallel.omit_common) p.shared_format = layer->shared.format;
     p.hidden = layer->hidden_size;
     p.activation = layer->activation.kind;
     p.clamp = layer->activation.limit > 0 || layer->activation.per_expert;
@@ -16490,20 +16752,36 @@ static moe__tile_problem moe__tile_problem_of(const moe_layer_desc *layer, const
     return p;
 }
 
+// The row of tiles of so many token rows that has kernels for a format; NULL: there is none.
+static const moe__tile_row *moe__tile_built(int32_t format, int32_t tile)
+{
+    for (int32_t i = 0; i < MOE__TILES; i++)
+        if (moe__tile_rows[i].tile.n == tile && (moe__tile_rows[i].built >> format & 1) != 0) return &moe__tile_rows[i];
+    return NULL;
+}
+
 // Makes a set's tiles those of so many token rows; 0: there are no kernels for them.
 static int32_t moe__set_take(moe__gemm_set *set, const moe__tile_problem *p, const moe__tile_chip *chip, int32_t tile)
 {
-    for (int32_t i = 0; i < MOE__TILES; i++) {
-        moe__tile_config c;
-        if (moe__tile_rows[i].tile.n != tile || (moe__tile_rows[i].built >> p->format & 1) == 0) continue;
-        moe__tile_config_make(&c, &moe__tile_rows[i].tile, p, 1);
-        set->tile = tile;
-        set->threads = moe__tile_threads(&c.tile);
-        set->ctas = moe__tile_ctas(&c, chip);
-        set->smem_bytes = moe__tile_smem(&c);
-        return 1;
+    const moe__tile_row *row = moe__tile_built(p->format, tile), *shared = row;
+    moe__tile_config c;
+    if (p->shared_format != 0 && p->shared_format != p->format) shared = moe__tile_built(p->shared_format, tile);
+    if (row == NULL || shared == NULL) return 0;
+    moe__tile_config_make(&c, &row->tile, p, 1);
+    set->tile = tile;
+    set->threads = moe__tile_threads(&c.tile);
+    set->ctas = set->shared_ctas = moe__tile_ctas(&c, chip);
+    set->smem_bytes = set->shared_smem = moe__tile_smem(&c);
+    set->stages = c.tile.stages;
+    if (shared != row) {
+        moe__tile_problem other = *p;
+        other.format = p->shared_format;
+        other.dtype = moe__format_dtype(other.format);
+        moe__tile_config_make(&c, &shared->tile, &other, 1);
+        set->shared_ctas = moe__tile_ctas(&c, chip);
+        set->shared_smem = moe__tile_smem(&c);
     }
-    return 0;
+    return 1;
 }
 
 // Up to 64 tokens, up to 512, and more: each with the tiles that cost least for its most tokens.
@@ -16592,40 +16870,104 @@ static void moe__instances_make(const moe_layer_desc *layer, const moe_plan_desc
     }
 }
 
-// Products of the set `at`, at their places in out. any: with every activation, also where one alone would do.
+// What rounds rows for products of a scheme of activations: MOE_P_ROUND.
+static int32_t moe__round_kind(const moe__scheme *input)
+{
+    if (input->dtype == MOE_DTYPE_E2M1) return 3;
+    return input->columns == 32 ? 2 : input->columns > 0;
+}
+
+// What the products of codes are of; of others nothing.
+static void moe__instance_codes(moe__instance *out, const moe_layer_desc *layer, int32_t format, int32_t stages)
+{
+    const moe__scheme w = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
+    if (moe__scheme_is_float(&w)) return;
+    moe__instance_define(out, "CODES", w.dtype);
+    if (w.columns > 0) moe__instance_define(out, "SCALE", moe__stored_scale_dtype(&w, 1));
+    if (w.columns > 0) moe__instance_define(out, "GROUP", moe__stored_group(layer, format, 1));
+    moe__instance_define(out, "STAGES", stages);
+}
+
+// Both products of a format with the tiles of a set. any: with every activation, also where one alone would do.
+static void moe__instances_pair(const moe_layer_desc *layer, const moe_plan_desc *desc, const moe__gemm_set *set,
+                                int32_t format, int32_t any, int32_t arch, moe__instance *gemm1, moe__instance *gemm2)
+{
+    const moe__scheme w = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
+    const moe__scheme input = moe__activation_scheme(format, layer->scale_dtype);
+    int32_t coded = !moe__scheme_is_float(&w), rounded = !moe__scheme_is_float(&input), x = desc->x_dtype;
+    int32_t dtype = coded ? (int32_t)MOE_DTYPE_BF16 : w.dtype, gated = moe__layer_is_gated(layer);
+    int32_t smem = format == layer->format ? set->smem_bytes : set->shared_smem;
+    int32_t swiglu = !any && layer->activation.kind == MOE_ACTIVATION_SWIGLU;
+    char kind[40], codes[24];
+    moe__text text = moe__text_make(codes, sizeof codes);
+    if (!coded) moe__text_string(&text, moe_dtype_string(dtype));
+    else moe__text_format(&text, "%s%s", moe_dtype_string(w.dtype), rounded ? "_r" : "");
+    if (coded && w.columns > 0)
+        moe__text_format(&text, "_%s_%d", moe_dtype_string(moe__stored_scale_dtype(&w, 1)),
+                         moe__stored_group(layer, format, 1));
+    text = moe__text_make(kind, sizeof kind);
+    moe__text_format(&text, "_%s%s", codes, swiglu ? "_swiglu" : gated ? "_gated" : "");
+    if (!rounded) moe__text_format(&text, "_x_%s", moe_dtype_string(x));
+    moe__instance_make(gemm1, "moe_k_gemm1", "gemm1_t%d", set->tile, kind, arch, sizeof(moe__gemm1_args), set->threads,
+                       smem);
+    moe__instance_define(gemm1, "TILE", set->tile);
+    moe__instance_define(gemm1, "DTYPE", dtype);
+    if (rounded) moe__instance_define(gemm1, "ROUNDED", 1);
+    else moe__instance_define(gemm1, "X", x);
+    moe__instance_define(gemm1, "GATED", gated);
+    if (swiglu) moe__instance_define(gemm1, "ACTIVATION", MOE_ACTIVATION_SWIGLU);
+    moe__instance_codes(gemm1, layer, format, set->stages);
+    text = moe__text_make(kind, sizeof kind);
+    moe__text_format(&text, "_%s_rows_%s", codes, moe_dtype_string(set->rows_dtype));
+    moe__instance_make(gemm2, "moe_k_gemm2", "gemm2_t%d", set->tile, kind, arch, sizeof(moe__gemm2_args), set->threads,
+                       smem);
+    moe__instance_define(gemm2, "TILE", set->tile);
+    moe__instance_define(gemm2, "DTYPE", dtype);
+    moe__instance_define(gemm2, "ROWS", set->rows_dtype);
+    moe__instance_codes(gemm2, layer, format, set->stages);
+}
+
+// What rounds x, and the intermediate.
+static void moe__instances_round(const moe_layer_desc *layer, const moe_plan_desc *desc, int32_t arch,
+                                 moe__instance *out)
+{
+    const moe__scheme input = moe__activation_scheme(layer->format, layer->scale_dtype);
+    const moe__scheme w = moe__weight_scheme(layer->format, layer->format_block, layer->scale_dtype);
+    static const char *const kinds[] = { "row", "block", "mx", "nvfp4" };
+    const int32_t from[] = { desc->x_dtype, MOE_DTYPE_F32 };
+    if (moe__scheme_is_float(&input)) return;
+    for (int32_t i = 0; i < MOE__ARRAY_COUNT(from); i++) {
+        char kind[40];
+        moe__text text = moe__text_make(kind, sizeof kind);
+        moe__text_format(&text, "_%s%s_x_%s", kinds[moe__round_kind(&input)],
+                         w.dtype == MOE_DTYPE_E4M3 ? "_spread" : "", moe_dtype_string(from[i]));
+        moe__instance_make(&out[MOE__KERNEL_ROUND + i], "moe_k_round", "round", 0, kind, arch, sizeof(moe__round_args),
+                           128, MOE__ROUND_SMEM);
+        moe__instance_define(&out[MOE__KERNEL_ROUND + i], "X", from[i]);
+        moe__instance_define(&out[MOE__KERNEL_ROUND + i], "ROUND", moe__round_kind(&input));
+        moe__instance_define(&out[MOE__KERNEL_ROUND + i], "SPREAD", w.dtype == MOE_DTYPE_E4M3);
+    }
+}
+
+// Products of the set `at`, at their places in out.
 static void moe__instances_products(const moe_layer_desc *layer, const moe_plan_desc *desc, const moe__gemm_sets *sets,
                                     int32_t at, int32_t any, int32_t arch, moe__instance *out)
 {
-    const moe__gemm_set shape = sets->set[at];
-    int32_t dtype = moe__format_dtype(layer->format), rows = shape.rows_dtype;
-    int32_t gated = moe__layer_is_gated(layer), slots = layer->routing.top_k + layer->routing.extra_slots;
-    int32_t swiglu = !any && layer->activation.kind == MOE_ACTIVATION_SWIGLU;
-    moe__instance *gemm1 = &out[MOE__KERNEL_GEMM1 + at], *gemm2 = &out[MOE__KERNEL_GEMM2 + at],
-                  *finalize = &out[moe__kernel_finalize(rows)];
+    const moe__gemm_set *set = &sets->set[at];
+    int32_t slots = layer->routing.top_k + layer->routing.extra_slots;
+    moe__instance *finalize = &out[moe__kernel_finalize(set->rows_dtype)];
     char kind[32];
     moe__text text = moe__text_make(kind, sizeof kind);
-    moe__text_format(&text, "_%s%s_x_%s", moe_dtype_string(dtype), swiglu ? "_swiglu" : gated ? "_gated" : "",
-                     moe_dtype_string(desc->x_dtype));
-    moe__instance_make(gemm1, "moe_k_gemm1", "gemm1_t%d", shape.tile, kind, arch, sizeof(moe__gemm1_args),
-                       shape.threads, shape.smem_bytes);
-    moe__instance_define(gemm1, "TILE", shape.tile);
-    moe__instance_define(gemm1, "DTYPE", dtype);
-    moe__instance_define(gemm1, "X", desc->x_dtype);
-    moe__instance_define(gemm1, "GATED", gated);
-    if (swiglu) moe__instance_define(gemm1, "ACTIVATION", MOE_ACTIVATION_SWIGLU);
-    text = moe__text_make(kind, sizeof kind);
-    moe__text_format(&text, "_%s_rows_%s", moe_dtype_string(dtype), moe_dtype_string(rows));
-    moe__instance_make(gemm2, "moe_k_gemm2", "gemm2_t%d", shape.tile, kind, arch, sizeof(moe__gemm2_args),
-                       shape.threads, shape.smem_bytes);
-    moe__instance_define(gemm2, "TILE", shape.tile);
-    moe__instance_define(gemm2, "DTYPE", dtype);
-    moe__instance_define(gemm2, "ROWS", rows);
-    text = moe__text_make(kind, sizeof kind);
-    moe__text_format(&text, "_%s_x_%s_out_%s", moe_dtype_string(rows), moe_dtype_string(desc->x_dtype),
+    moe__instances_pair(layer, desc, set, layer->format, any, arch, &out[MOE__KERNEL_GEMM1 + at],
+                        &out[MOE__KERNEL_GEMM2 + at]);
+    if (layer->shared.count > 0 && layer->shared.format != layer->format && !layer->parallel.omit_common)
+        moe__instances_pair(layer, desc, set, layer->shared.format, any, arch, &out[MOE__KERNEL_SHARED1 + at],
+                            &out[MOE__KERNEL_SHARED2 + at]);
+    moe__text_format(&text, "_%s_x_%s_out_%s", moe_dtype_string(set->rows_dtype), moe_dtype_string(desc->x_dtype),
                      moe_dtype_string(desc->out_dtype));
     moe__instance_make(finalize, "moe_k_finalize", "finalize_rows", 0, kind, arch, sizeof(moe__finalize_args), 128,
                        4 * slots);
-    moe__instance_define(finalize, "ROWS", rows);
+    moe__instance_define(finalize, "ROWS", set->rows_dtype);
     moe__instance_define(finalize, "X", desc->x_dtype);
     moe__instance_define(finalize, "OUT", desc->out_dtype);
 }
@@ -16647,6 +16989,7 @@ static void moe__instances_select(const moe_layer_desc *layer, const moe_plan_de
                         out);
     moe__instances_router(layer, desc, desc->x_dtype == MOE_DTYPE_F32, arch, out);
     for (int32_t set = 0; set < sets->count; set++) moe__instances_products(layer, desc, sets, set, 0, arch, out);
+    if (sets->count > 0) moe__instances_round(layer, desc, arch, out);
     if (sets->count > 0) moe__instances_group(layer, arch, out);
 }
 
@@ -16845,6 +17188,7 @@ typedef struct moe__workspace {
     uint64_t routing, routing_bytes; // per worker
     uint64_t slot_ranks, chunk_counts, chunk_faults, counts, tile_expert, tile_limit, num_tiles, rows_shared; // CUDA
     uint64_t gate;
+    uint64_t x_tiles, x_scales, mid_wide, mid_scales; // CUDA, rounded rows: of routed and then of shared experts
     uint64_t bytes;
 } moe__workspace;
 
@@ -17030,9 +17374,31 @@ static uint64_t moe__mid_bytes(int32_t features, uint64_t rows)
     return ((uint64_t)features + MOE__PACKED_COLUMNS - 1) / MOE__PACKED_COLUMNS * rows * 128;
 }
 
+// What rounding takes, in bytes.
+typedef struct moe__rounding {
+    uint64_t x_tiles, x_scales, mid_wide, mid_scales;
+} moe__rounding;
+
+static uint64_t moe__max64(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+// Adds that of `rows` rows for a block; 0: more than can be addressed.
+static int32_t moe__rounding_add(moe__rounding *r, const moe__block_shape *shape, int32_t hidden, uint64_t rows)
+{
+    uint64_t wide;
+    if (moe__scheme_is_float(&shape->input)) return 1;
+    if (!moe__mul(rows, (uint64_t)moe__max32(hidden, shape->features) * 4 + 512, &wide)) return 0;
+    r->x_tiles = moe__max64(r->x_tiles, moe__mid_bytes(hidden, rows));
+    r->x_scales = moe__max64(r->x_scales, (uint64_t)moe__scale_count(0, hidden, shape->input.columns) * rows * 4);
+    r->mid_wide = moe__max64(r->mid_wide, rows * (uint64_t)shape->features * 4);
+    r->mid_scales =
+        moe__max64(r->mid_scales, (uint64_t)moe__scale_count(0, shape->features, shape->input.columns) * rows * 4);
+    return 1;
+}
+
 // Areas of the products, for the largest of the sets.
 static int32_t moe__workspace_products(moe_plan *plan)
 {
+    moe__rounding r = { 0, 0, 0, 0 };
     moe__workspace *ws = &plan->workspace;
     uint64_t slots = (uint64_t)plan->desc.max_tokens * (uint64_t)plan->slots, *end = &ws->bytes;
     uint64_t rows_most = 0, tiles = 0, mid = 0, rows = 0, shared_mid = 0, shared_rows = 0;
@@ -17044,6 +17410,7 @@ static int32_t moe__workspace_products(moe_plan *plan)
         uint64_t n = (uint64_t)moe__rows_max(plan, most, set), h = (uint64_t)plan->layer.hidden_size;
         uint64_t row_bytes, shared_bytes, mid_bytes = moe__mid_bytes(plan->layout.expert.features, n);
         if (!moe__mul(n * size, h, &row_bytes) || !moe__mul((uint64_t)tokens * size, h, &shared_bytes)) return 0;
+        if (!moe__rounding_add(&r, &plan->layout.expert, plan->layer.hidden_size, n)) return 0;
         if (n > rows_most) rows_most = n;
         if (n / (uint64_t)tile > tiles) tiles = n / (uint64_t)tile;
         if (row_bytes > rows) rows = row_bytes;
@@ -17051,6 +17418,7 @@ static int32_t moe__workspace_products(moe_plan *plan)
         if (plan->layout.shared.bytes == 0) continue;
         if (shared_bytes > shared_rows) shared_rows = shared_bytes;
         n = moe__align_up((uint64_t)tokens, 8);
+        if (!moe__rounding_add(&r, &plan->layout.shared, plan->layer.hidden_size, n)) return 0;
         if (moe__mid_bytes(plan->layout.shared.features, n) > shared_mid)
             shared_mid = moe__mid_bytes(plan->layout.shared.features, n);
     }
@@ -17065,7 +17433,11 @@ static int32_t moe__workspace_products(moe_plan *plan)
            moe__workspace_area(end, &ws->rows, rows, 1, 1) &&
            moe__workspace_area(end, &ws->mid_shared, shared_mid, 1, 1) &&
            moe__workspace_area(end, &ws->rows_shared, shared_rows, 1, 1) &&
-           moe__workspace_area(end, &ws->gate, shared_rows > 0 ? (uint64_t)plan->desc.max_tokens : 0, 4, 1);
+           moe__workspace_area(end, &ws->gate, shared_rows > 0 ? (uint64_t)plan->desc.max_tokens : 0, 4, 1) &&
+           moe__workspace_area(end, &ws->x_tiles, r.x_tiles, 1, 1) &&
+           moe__workspace_area(end, &ws->x_scales, r.x_scales, 1, 1) &&
+           moe__workspace_area(end, &ws->mid_wide, r.mid_wide, 1, 1) &&
+           moe__workspace_area(end, &ws->mid_scales, r.mid_scales, 1, 1);
 }
 
 static moe__tile_chip moe__cuda_tile_chip(const moe__cuda *cuda)
@@ -17159,6 +17531,9 @@ static void moe__plan_tiles(const moe_plan *plan, moe_plan_info *info)
 // Why it has no products; NULL: it has.
 static const char *moe__plan_refusal(const moe_plan *plan)
 {
+    const moe__scheme *input = &plan->layout.expert.input;
+    if (!moe__scheme_is_float(input) && plan->desc.intermediate_dtype != input->dtype)
+        return "desc.intermediate_dtype is a float type, which the format has on the CPU alone";
     return plan->stages.ptx ? moe__ptx_refusal(&plan->layer, &plan->desc) : moe__products_refusal(&plan->layer);
 }
 
@@ -18325,6 +18700,7 @@ typedef struct moe__product {
     void *mid, *out;
     const void *weight_on_input;
     int32_t weights_dtype, per_expert;
+    int32_t apart; // shared experts of a format of their own
     int64_t tiles; // at most
     void *between; // event recorded between the two; NULL: none
 } moe__product;
@@ -18339,16 +18715,79 @@ static moe__activation_args moe__activation_args_of(const moe_activation_desc *a
     return a;
 }
 
+// What the products of a block need beside its codes; row_scales as rounding left them.
+static moe__codes_args moe__codes_args_of(const moe__block_shape *shape, int32_t gated, int32_t down,
+                                          const void *row_scales)
+{
+    const moe__scheme *w = &shape->weight;
+    moe__codes_args a;
+    memset(&a, 0, sizeof a);
+    a.factor = a.row_factor = UINT64_MAX;
+    if (moe__scheme_is_float(w)) return a;
+    a.scales = down ? shape->scales2 : shape->scales1;
+    a.scale_ld = down ? shape->scale_ld2 : shape->scale_ld1;
+    a.scale_rows = w->rows > 1 ? w->rows : 1;
+    a.scale_phase = w->rows > 1 && !down ? shape->first_feature % w->rows : 0;
+    if (w->columns == 0) {
+        a.factor = a.scales;
+        a.factor_step = w->rows == 1;
+    } else if (moe__scheme_has_global(w)) {
+        a.factor = shape->factors + 4u * (uint64_t)(down ? MOE__FACTOR_DOWN : gated ? MOE__FACTOR_GATE : MOE__FACTOR_UP);
+    }
+    if (moe__scheme_is_float(&shape->input)) return a;
+    if (moe__scheme_has_global(&shape->input))
+        a.row_factor = shape->factors + 4u * (uint64_t)(down ? MOE__FACTOR_INPUT2 : MOE__FACTOR_INPUT1);
+    else if (shape->input.columns != 32)
+        a.row_scales = (const float *)row_scales;
+    return a;
+}
+
+// Rows of x, or of the intermediate, rounded into tiles.
+static moe__cu_result moe__launch_round(const moe__run *run, const moe__product *p, int32_t mid, void *out, void *stream)
+{
+    const moe_plan *plan = run->plan;
+    const moe__scheme *input = &p->shape->input;
+    int32_t sms = plan->ctx->cuda->sms, most;
+    moe__round_args a;
+    memset(&a, 0, sizeof a);
+    if (run->args.sm_limit > 0) sms = moe__min32(sms, run->args.sm_limit);
+    most = p->rows.slot_of_row != NULL ? p->rows.rows_max : p->rows.num_tokens;
+    a.rows = p->rows;
+    a.out = out;
+    a.given = UINT64_MAX;
+    if (input->rows == 0 || moe__scheme_has_global(input))
+        a.given = p->shape->factors + 4u * (uint64_t)(mid ? MOE__FACTOR_INPUT2 : MOE__FACTOR_INPUT1);
+    a.powers = input->scale_dtype == MOE_DTYPE_UE8M0;
+    a.by_row = mid;
+    a.columns = mid ? p->shape->features : plan->layer.hidden_size;
+    a.scales = (float *)(void *)(run->memory + (mid ? plan->workspace.mid_scales : plan->workspace.x_scales));
+    if (mid) {
+        a.x = run->memory + plan->workspace.mid_wide;
+        a.x_stride = p->shape->features;
+    } else {
+        a.x = run->args.x;
+        a.x_stride = run->args.x_stride;
+        a.weight = p->weight_on_input;
+        a.weights_dtype = p->weights_dtype;
+    }
+    return moe__stage_launch(plan, MOE__KERNEL_ROUND + mid, moe__max32(1, moe__min32(most, sms * MOE__ROUND_CTAS)), 1,
+                             plan->stages.pdl, MOE__ROUND_SMEM, &a, stream);
+}
+
 // Both GEMMs of the routed experts, or of the shared ones.
 static moe__cu_result moe__launch_product(const moe__run *run, const moe__product *p, int32_t set, void *stream)
 {
     const moe_plan *plan = run->plan;
     const moe__block_shape *shape = p->shape;
     const moe__gemm_set tile = plan->sets.set[set];
-    int32_t hidden = plan->layer.hidden_size;
+    int32_t hidden = plan->layer.hidden_size, gated = moe__layer_is_gated(&plan->layer);
+    int32_t rounded = !moe__scheme_is_float(&shape->input), apart = p->apart;
+    int32_t gemm1 = (apart ? MOE__KERNEL_SHARED1 : MOE__KERNEL_GEMM1) + set;
+    int32_t gemm2 = (apart ? MOE__KERNEL_SHARED2 : MOE__KERNEL_GEMM2) + set;
+    int32_t ctas = apart ? tile.shared_ctas : tile.ctas, smem = apart ? tile.shared_smem : tile.smem_bytes;
     moe__gemm1_args one;
     moe__gemm2_args two;
-    moe__cu_result result;
+    moe__cu_result result = 0;
     memset(&one, 0, sizeof one);
     memset(&two, 0, sizeof two);
     one.rows = two.rows = p->rows;
@@ -18374,13 +18813,22 @@ static moe__cu_result moe__launch_product(const moe__run *run, const moe__produc
     one.hidden = two.hidden = hidden;
     one.features = two.features = shape->features;
     one.activation = moe__activation_args_of(p->activation);
-    result = moe__stage_launch(plan, MOE__KERNEL_GEMM1 + set, moe__gemm_ctas(run, tile.ctas, p->tiles, shape->rows1), 1,
-                               plan->stages.pdl, tile.smem_bytes, &one, stream);
+    one.codes = moe__codes_args_of(shape, gated, 0, run->memory + plan->workspace.x_scales);
+    two.codes = moe__codes_args_of(shape, gated, 1, run->memory + plan->workspace.mid_scales);
+    if (rounded) {
+        one.x = run->memory + plan->workspace.x_tiles;
+        one.mid = run->memory + plan->workspace.mid_wide;
+        result = moe__launch_round(run, p, 0, run->memory + plan->workspace.x_tiles, stream);
+    }
+    if (result == 0)
+        result = moe__stage_launch(plan, gemm1, moe__gemm_ctas(run, ctas, p->tiles, shape->rows1), 1, plan->stages.pdl,
+                                   smem, &one, stream);
+    if (result == 0 && rounded) result = moe__launch_round(run, p, 1, p->mid, stream);
     if (result == 0 && p->between != NULL)
         result = plan->ctx->cuda->cuEventRecord((moe__cu_event)p->between, (moe__cu_stream)stream);
     if (result != 0) return result;
-    return moe__stage_launch(plan, MOE__KERNEL_GEMM2 + set, moe__gemm_ctas(run, tile.ctas, p->tiles, hidden), 1,
-                             plan->stages.pdl && p->between == NULL, tile.smem_bytes, &two, stream);
+    return moe__stage_launch(plan, gemm2, moe__gemm_ctas(run, ctas, p->tiles, hidden), 1,
+                             plan->stages.pdl && p->between == NULL, smem, &two, stream);
 }
 
 static moe__cu_result moe__launch_routed(const moe__run *run, const moe_permutation *t, int32_t set, void *stream)
@@ -18431,6 +18879,7 @@ static moe__cu_result moe__launch_shared(const moe__run *run, int32_t set, void 
     p.mid = run->memory + ws->mid_shared;
     p.out = run->memory + ws->rows_shared;
     p.tiles = (run->args.num_tokens + tile - 1) / tile;
+    p.apart = plan->layer.shared.format != plan->layer.format;
     return moe__launch_product(run, &p, set, stream);
 }
 
@@ -19901,16 +20350,18 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   MOE_K_ROUTE_ONE, _ROUTE     MOE_P_EXPERTS_PER_LANE 2, 4, 8, 12, 16, 32, 64   MOE_P_ROUTE 0..3 (>>routing)\n"
 "//   MOE_K_SORT, _GROUP, _PACK\n"
+"//   MOE_K_ROUND                 MOE_P_X; MOE_P_ROUND 0..3; MOE_P_SPREAD (>>round)\n"
 "//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights); MOE_P_X f32, else any of 16 bits; MOE_P_ROUTER 0..4\n"
-"//   MOE_K_GEMM1                 MOE_P_TILE 8, 16, 32, 64, 128; MOE_P_DTYPE; MOE_P_X; MOE_P_GATED; MOE_P_ACTIVATION\n"
-"//   MOE_K_GEMM2                 MOE_P_TILE; MOE_P_DTYPE; MOE_P_ROWS\n"
+"//   MOE_K_GEMM1                 MOE_P_TILE 8, 16, 32, 64, 128; MOE_P_DTYPE; MOE_P_X; MOE_P_GATED; MOE_P_ACTIVATION;\n"
+"//                               MOE_P_ROUNDED; of codes MOE_P_CODES, _SCALE, _GROUP, _STAGES\n"
+"//   MOE_K_GEMM2                 MOE_P_TILE; MOE_P_DTYPE; MOE_P_ROWS; of codes the same four\n"
 "//   MOE_K_FINALIZE              MOE_P_ROWS, MOE_P_X, MOE_P_OUT\n"
 "//   MOE_K_ALL                   every entry, for editors and other compilers; none of them: types and wrappers alone\n"
 "\n"
 "// What a program of one entry has no use for is left out of it: reading it takes as long as a small kernel.\n"
 "#if defined(MOE_K_ROUTE_ONE) || defined(MOE_K_ROUTE) || defined(MOE_K_SORT) || defined(MOE_K_GROUP) || \\\n"
 "    defined(MOE_K_ROUTER_LOGITS) || defined(MOE_K_GEMM1) || defined(MOE_K_GEMM2) || defined(MOE_K_FINALIZE) || \\\n"
-"    defined(MOE_K_PACK)\n"
+"    defined(MOE_K_PACK) || defined(MOE_K_ROUND)\n"
 "#define MOE_ENTRY_ALONE 1\n"
 "#else\n"
 "#define MOE_ENTRY_ALONE 0\n"
@@ -19986,9 +20437,9 @@ static const char *const moe__kernel_text[] = {
 "    return bytes;\n"
 "}\n"
 "\n"
-"DI void cta_sync() { asm volatile(\"bar.sync 0;\" ::: \"memory\"); }\n"
+"DI void cta_sync() { asm volatile(\"bar.sync 0;\" ::: \"memory\"); }\n",
 "DI void bar_sync(u32 id, u32 threads) { asm volatile(\"bar.sync %0, %1;\" ::\"r\"(id), \"r\"(threads) : \"memory\"); }\n"
-"DI void bar_arrive(u32 id, u32 threads) { asm volatile(\"bar.arrive %0, %1;\" ::\"r\"(id), \"r\"(threads) : \"memory\"); }\n",
+"DI void bar_arrive(u32 id, u32 threads) { asm volatile(\"bar.arrive %0, %1;\" ::\"r\"(id), \"r\"(threads) : \"memory\"); }\n"
 "DI void warp_sync() { asm volatile(\"bar.warp.sync 0xffffffff;\" ::: \"memory\"); }\n"
 "\n"
 "DI u32 bits(f32 v) { return __float_as_uint(v); }\n"
@@ -20084,11 +20535,11 @@ static const char *const moe__kernel_text[] = {
 "                 : \"memory\");\n"
 "}\n"
 "DI void cp_async_4(void *dst, const void *src, u32 src_bytes)\n"
-"{\n"
+"{\n",
 "    asm volatile(\"cp.async.ca.shared.global [%0], [%1], 4, %2;\" ::\"r\"(saddr(dst)), \"l\"(src), \"r\"(src_bytes)\n"
 "                 : \"memory\");\n"
 "}\n"
-"DI void cp_async_commit() { asm volatile(\"cp.async.commit_group;\" ::: \"memory\"); }\n",
+"DI void cp_async_commit() { asm volatile(\"cp.async.commit_group;\" ::: \"memory\"); }\n"
 "template <int N> DI void cp_async_wait() { asm volatile(\"cp.async.wait_group %0;\" ::\"n\"(N) : \"memory\"); }\n"
 "\n"
 "// ---- mbarriers of the own CTA ---- a try_wait that suspends exists from 9.0 on\n"
@@ -20201,7 +20652,7 @@ static const char *const moe__kernel_text[] = {
 "DI void cluster_wait() { ASM_90(\"barrier.cluster.wait.acquire.aligned;\" ::: \"memory\"); }\n"
 "DI void cluster_sync()\n"
 "{\n"
-"    cluster_arrive();\n"
+"    cluster_arrive();\n",
 "    cluster_wait();\n"
 "}\n"
 "DI u32 mapa(const void *p, u32 rank)\n"
@@ -20212,7 +20663,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI u32 ld_cluster(u32 addr)\n"
 "{\n"
-"    u32 v = 0;\n",
+"    u32 v = 0;\n"
 "    ASM_90(\"ld.shared::cluster.u32 %0, [%1];\" : \"=r\"(v) : \"r\"(addr) : \"memory\");\n"
 "    return v;\n"
 "}\n"
@@ -20299,12 +20750,12 @@ static const char *const moe__kernel_text[] = {
 "    ASM_90(\"cp.async.bulk.prefetch.L2.global [%0], %1;\" ::\"l\"(src), \"r\"(bytes) : \"memory\");\n"
 "}\n"
 "DI void bulk_commit() { ASM_90(\"cp.async.bulk.commit_group;\" ::: \"memory\"); }\n"
-"template <int N> DI void bulk_wait() { ASM_90(\"cp.async.bulk.wait_group %0;\" ::\"n\"(N) : \"memory\"); }\n"
+"template <int N> DI void bulk_wait() { ASM_90(\"cp.async.bulk.wait_group %0;\" ::\"n\"(N) : \"memory\"); }\n",
 "template <int N> DI void bulk_wait_read() { ASM_90(\"cp.async.bulk.wait_group.read %0;\" ::\"n\"(N) : \"memory\"); }\n"
 "\n"
 "DI void tma_load_2d(void *dst, const tensor_map *map, i32 x, i32 y, u64 *bar)\n"
 "{\n"
-"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\"\n",
+"    ASM_90(\"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\"\n"
 "           ::\"r\"(saddr(dst)), \"l\"(map), \"r\"(x), \"r\"(y), \"r\"(saddr(bar)) : \"memory\");\n"
 "}\n"
 "DI void tma_load_3d(void *dst, const tensor_map *map, i32 x, i32 y, i32 z, u64 *bar)\n"
@@ -20377,12 +20828,12 @@ static const char *const moe__kernel_text[] = {
 "    asm(\"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32\" MMA_LIST MMA_OPERANDS);\n"
 "}\n"
 "DI void mma_e4m3(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2])\n"
-"{\n"
+"{\n",
 "    ASM_89(\"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32\" MMA_LIST MMA_OPERANDS);\n"
 "}\n"
 "\n"
 "#if !MOE_ENTRY_ALONE\n"
-"// ---- warpgroup matrix products ---- d (64 x N, fp32) = a b^T, + d where accumulate is not 0; both K-major, b from\n",
+"// ---- warpgroup matrix products ---- d (64 x N, fp32) = a b^T, + d where accumulate is not 0; both K-major, b from\n"
 "// shared memory. ss: a from shared memory; rs: a in registers. N as in the table. d is not touched until\n"
 "// wgmma_wait(), and a of rs neither.\n"
 "\n"
@@ -20445,9 +20896,9 @@ static const char *const moe__kernel_text[] = {
 "    WGMMA(name, type, ss_trans, rs_trans, 64, LIST_32, 32, 33, 34, 35, 36, 37, D_32(0)) \\\n"
 "    WGMMA(name, type, ss_trans, rs_trans, 80, LIST_40, 40, 41, 42, 43, 44, 45, D_32(0), D_8(32)) \\\n"
 "    WGMMA(name, type, ss_trans, rs_trans, 96, LIST_48, 48, 49, 50, 51, 52, 53, D_32(0), D_16(32)) \\\n"
-"    WGMMA(name, type, ss_trans, rs_trans, 112, LIST_56, 56, 57, 58, 59, 60, 61, D_32(0), D_16(32), D_8(48)) \\\n"
+"    WGMMA(name, type, ss_trans, rs_trans, 112, LIST_56, 56, 57, 58, 59, 60, 61, D_32(0), D_16(32), D_8(48)) \\\n",
 "    WGMMA(name, type, ss_trans, rs_trans, 128, LIST_64, 64, 65, 66, 67, 68, 69, D_64(0)) \\\n"
-"    WGMMA(name, type, ss_trans, rs_trans, 160, LIST_80, 80, 81, 82, 83, 84, 85, D_64(0), D_16(64)) \\\n",
+"    WGMMA(name, type, ss_trans, rs_trans, 160, LIST_80, 80, 81, 82, 83, 84, 85, D_64(0), D_16(64)) \\\n"
 "    WGMMA(name, type, ss_trans, rs_trans, 192, LIST_96, 96, 97, 98, 99, 100, 101, D_64(0), D_32(64)) \\\n"
 "    WGMMA(name, type, ss_trans, rs_trans, 224, LIST_112, 112, 113, 114, 115, 116, 117, D_64(0), D_32(64), D_16(96)) \\\n"
 "    WGMMA(name, type, ss_trans, rs_trans, 256, LIST_128, 128, 129, 130, 131, 132, 133, D_64(0), D_64(64))\n"
@@ -20498,6 +20949,13 @@ static const char *const moe__kernel_text[] = {
 "    return wide;\n"
 "}\n"
 "\n"
+"DI u32 fma_bf16x2(u32 a, u32 b, u32 c)\n"
+"{\n"
+"    u32 v;\n"
+"    asm(\"fma.rn.bf16x2 %0, %1, %2, %3;\" : \"=r\"(v) : \"r\"(a), \"r\"(b), \"r\"(c));\n"
+"    return v;\n"
+"}\n"
+"\n"
 "DI f32 sqrt_rn(f32 v) { return __fsqrt_rn(v); }\n"
 "DI u32 popc(u32 v) { return (u32)__popc((int)v); }\n"
 "DI u32 clz(u32 v) { return (u32)__clz((int)v); }\n"
@@ -20525,7 +20983,8 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// Values of moe.h's enumerations.\n"
 "enum {\n"
-"    DTYPE_F32 = 1, DTYPE_BF16 = 2, DTYPE_F16 = 3, DTYPE_I32 = 14, DTYPE_I64 = 16,\n"
+"    DTYPE_F32 = 1, DTYPE_BF16 = 2, DTYPE_F16 = 3, DTYPE_E4M3 = 4, DTYPE_E2M1 = 6, DTYPE_UE8M0 = 7, DTYPE_INT4 = 8,\n"
+"    DTYPE_I32 = 14, DTYPE_I64 = 16,\n"
 "    INPUT_LOGITS = 1, INPUT_IDS = 2, INPUT_PACKED = 3,\n"
 "    SCORE_RAW = 1, SCORE_SOFTMAX = 2, SCORE_SIGMOID = 3, SCORE_SQRT_SOFTPLUS = 4,\n"
 "    SCORE_BEFORE_TOPK = 1, SCORE_AFTER_TOPK = 2,\n"
@@ -20552,7 +21011,7 @@ static const char *const moe__kernel_text[] = {
 "    i32 special_experts, special_kind, extra_slots, extra_scored;\n"
 "    f32 extra_weight, sparse_mixer;\n"
 "    i32 simulate;\n"
-"    u32 simulate_seed;\n"
+"    u32 simulate_seed;\n",
 "}; // 112 bytes\n"
 "\n"
 "// Where ids and weights of tokens come from and go to.\n"
@@ -20560,7 +21019,7 @@ static const char *const moe__kernel_text[] = {
 "    const void *logits;          // [T, logits_stride]; LOGITS, not simulated\n"
 "    const void *ids;             // [T, slots]; IDS and PACKED\n"
 "    const void *weights;         // [T, slots]; IDS; NULL: out_weights is NULL too\n"
-"    const void *token_ids;       // [T] ids_dtype, or NULL\n",
+"    const void *token_ids;       // [T] ids_dtype, or NULL\n"
 "    const i32 *bias_index;       // [T] or NULL\n"
 "    const i32 *num_tokens_dev;   // [1] or NULL\n"
 "    const f32 *bias;             // [bias_rows, E + S]\n"
@@ -20626,7 +21085,7 @@ static const char *const moe__kernel_text[] = {
 "// moe_k_route. Chunk c is tokens [c chunk_tokens, (c + 1) chunk_tokens); a CTA does one chunk.\n"
 "struct route_args {\n"
 "    tokens_args tokens;  // out_ids is not NULL\n"
-"    u16 *slot_ranks;     // [T, slots] how many slots of the same id the chunk has before\n"
+"    u16 *slot_ranks;     // [T, slots] how many slots of the same id the chunk has before\n",
 "    u16 *chunk_counts;   // [chunks, counts_stride] slots of each id\n"
 "    u32 *chunk_faults;   // [chunks, 4]\n"
 "    i32 chunk_tokens;    // slots of a chunk fit 16 bits\n"
@@ -20637,7 +21096,7 @@ static const char *const moe__kernel_text[] = {
 "struct sort_args {\n"
 "    permute_args permute;\n"
 "    const i32 *ids;            // [T, slots] as moe_k_route has left them\n"
-"    const u16 *slot_ranks;     // also\n",
+"    const u16 *slot_ranks;     // also\n"
 "    const u16 *chunk_counts;\n"
 "    const u32 *chunk_faults;\n"
 "    const i32 *num_tokens_dev; // [1] or NULL\n"
@@ -20708,29 +21167,43 @@ static const char *const moe__kernel_text[] = {
 "    i32 rows_max;\n"
 "}; // 64 bytes\n"
 "\n"
+"// Weights that are codes: what else a product needs of an expert. Offsets are bytes behind its address.\n"
+"struct codes_args {\n"
+"    u64 scales;                // of MOE_P_SCALE, as >>codes has them\n",
+"    u64 factor;                // f32: of all rows (of gates, then of ups), or of each; NO_BIAS: none\n"
+"    u64 row_factor;            // f32 [1]: of all token rows; NO_BIAS: none\n"
+"    const f32 *row_scales;     // blocks: [ceil(k / 128)][rows_max], else [rows_max]; or NULL: all 1\n"
+"    i32 scale_ld;              // blocks: scales of a row of them\n"
+"    i32 scale_rows;            // blocks: rows of W (features, of W1) that share a scale\n"
+"    i32 scale_phase;           // blocks: rows of the first one that another rank has\n"
+"    i32 factor_step;           // 0: one factor for all rows; 1: one for each, in the CPU's order\n"
+"}; // 48 bytes\n"
+"\n"
 "// moe_k_gemm1, moe_k_gemm2 and moe_k_finalize: any number of CTAs, which share the work; good: as many as fit. Dynamic\n"
-"// shared memory in bytes:\n"
+"// shared memory in bytes, of both products; of codes GEMM_STAGES (GEMM_STAGE + 16):\n"
 "//\n"
 "//   MOE_P_TILE        8        16       32       64       128\n"
-"//   shared memory     69,696   73,792   81,984   98,368   98,352   of both products\n"
+"//   shared memory     69,696   73,792   81,984   98,368   98,352\n"
 "//\n"
 "// moe_k_finalize has 4 slots bytes. All have 128 threads.\n"
 "\n"
-"// moe_k_gemm1. MOE_P_TILE, MOE_P_DTYPE, MOE_P_X, MOE_P_GATED.\n"
+"// moe_k_gemm1. MOE_P_TILE, MOE_P_DTYPE, MOE_P_X, MOE_P_GATED, MOE_P_ROUNDED.\n"
 "struct gemm1_args {\n"
 "    rows_args rows;\n"
-"    const void *x;                // [T, x_stride]\n"
+"    const void *x;                // [T, x_stride]; MOE_P_ROUNDED: [ceil(hidden / 64)][rows_max][128 bytes]\n"
 "    const void *weight_on_input;  // [T, slots], or NULL: rows are x as it is\n"
-"    const f32 *alpha, *beta, *limit; // [num_experts] or NULL: activation's, as those of always-on experts are\n",
+"    const f32 *alpha, *beta, *limit; // [num_experts] or NULL: activation's, as those of always-on experts are\n"
 "    const i32 *global_of_block;   // [blocks] which expert that is, or NULL: the block itself\n"
-"    void *mid;                    // [ceil(features / 64)][rows_max][128 bytes]; 128-aligned\n"
+"    void *mid;                    // [ceil(features / 64)][rows_max][128 bytes], 128-aligned; MOE_P_ROUNDED: f32\n"
+"                                  // [rows_max][features], to be rounded\n"
 "    i64 x_stride;\n"
 "    u64 w1, bias1;                // bytes behind an expert's address; NO_BIAS\n"
 "    i32 hidden, features;         // both multiples of 8\n"
 "    i32 weights_dtype;            // of weight_on_input\n"
 "    i32 num_experts;              // always-on experts are behind these\n"
 "    activation_args activation;\n"
-"}; // 168 bytes\n"
+"    codes_args codes;\n"
+"}; // 216 bytes\n"
 "\n"
 "// moe_k_gemm2. MOE_P_TILE, MOE_P_DTYPE, MOE_P_ROWS.\n"
 "struct gemm2_args {\n"
@@ -20740,7 +21213,23 @@ static const char *const moe__kernel_text[] = {
 "    u64 w2, bias2;                // NO_BIAS\n"
 "    i32 hidden, features;\n"
 "    i32 constants, reserved;      // 1: pruned experts give their constants, else zeros (other tensor-parallel ranks)\n"
-"}; // 112 bytes\n"
+"    codes_args codes;\n"
+"}; // 160 bytes\n"
+"\n"
+"// moe_k_round. MOE_P_X, MOE_P_ROUND, MOE_P_SPREAD. Any number of CTAs of 128 threads, no shared memory of its own.\n"
+"struct round_args {\n"
+"    rows_args rows;\n"
+"    const void *x;                // [T, x_stride], or [rows_max, x_stride] with by_row; 16-aligned or not\n"
+"    const void *weight;           // [T, slots] multiplies a row, or NULL\n"
+"    void *out;                    // [ceil(columns / 64)][rows_max][128 bytes], 128-aligned\n"
+"    f32 *scales;                  // blocks: [ceil(columns / 128)][rows_max], else [rows_max]; NULL where there are none\n"
+"    i64 x_stride;\n"
+"    u64 given;                    // bytes behind an expert's address: f32 [1], its static or global scale; NO_BIAS\n"
+"    i32 columns;                  // a multiple of 8\n"
+"    i32 weights_dtype;\n"
+"    i32 by_row;                   // 1: row r of x is row r\n"
+"    i32 powers;                   // 1: scales of blocks are powers of two\n"
+"}; // 128 bytes\n"
 "\n"
 "// moe_k_finalize. MOE_P_X (of identity experts), MOE_P_ROWS, MOE_P_OUT. With slot_of_row each row goes to a row of its\n"
 "// own: slots is 1, there are no special and no shared experts, and num_tokens_dev is not read.\n"
@@ -20748,7 +21237,7 @@ static const char *const moe__kernel_text[] = {
 "    const void *rows;             // [rows_max, hidden] or NULL: no slot has a row\n"
 "    const void *shared_rows;      // [T, hidden] or NULL\n"
 "    const i32 *row_of_slot;       // [T, slots]; -1: none. With slot_of_row: which row of out, or NULL: row `slot`\n"
-"    const i32 *slot_of_row;       // [rows_max], -1: padding; or NULL\n"
+"    const i32 *slot_of_row;       // [rows_max], -1: padding; or NULL\n",
 "    const i32 *num_tiles;         // [1] of rows, with slot_of_row\n"
 "    const i32 *tile_expert;       // [num_tiles], with done or experts\n"
 "    const u64 *experts;           // [blocks] as the products have them, with row_norm; or NULL\n"
@@ -20792,13 +21281,14 @@ static const char *const moe__kernel_text[] = {
 "}; // 96 bytes\n"
 "\n"
 "// >>math  functions of moe.h's >>math, bit by bit  Operation by operation, but where a branch would stand between the\n"
-"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n",
+"// elements of a row; there the comment says why the bits are the same. Products that are added to are plain: every\n"
 "// compiler of this text is told not to contract (--fmad=false, -ffp-contract=off).\n"
 "\n"
 "#define INF_F32 from_bits(0x7f800000u)\n"
 "\n"
 "DI f32 abs_f32(f32 x) { return from_bits(bits(x) & 0x7fffffffu); }\n"
 "DI u32 max_u32(u32 a, u32 b) { return a > b \? a : b; }\n"
+"DI u32 min_u32(u32 a, u32 b) { return a < b \? a : b; }\n"
 "DI i32 min_i32(i32 a, i32 b) { return a < b \? a : b; }\n"
 "DI i32 max_i32(i32 a, i32 b) { return a > b \? a : b; }\n"
 "\n"
@@ -20831,7 +21321,7 @@ static const char *const moe__kernel_text[] = {
 "    const f32 magic = 12582912.0f;\n"
 "    f32 n = fmaf(x, 1.44269502f, magic), r, q;\n"
 "    u32 k = bits(n);\n"
-"    n = n - magic;\n"
+"    n = n - magic;\n",
 "    r = fmaf(n, -0.693147182f, x);\n"
 "    r = fmaf(n, 1.90465421e-9f, r);\n"
 "    q = 0.00139406149f;\n"
@@ -20910,7 +21400,7 @@ static const char *const moe__kernel_text[] = {
 "DI f32 sqrt_softplus_f32(f32 x) { return x < -20.0f \? exp_f32(0.5f * x) : sqrt_rn(softplus_f32(x)); }\n"
 "\n"
 "DI f32 bf16_f32(u16 value) { return from_bits((u32)value << 16); }\n"
-"\n",
+"\n"
 "// Element `at` of an array of f32, bf16 or f16.\n"
 "DI f32 load_float(const void *data, i32 dtype, i64 at)\n"
 "{\n"
@@ -20952,7 +21442,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    i32 tokens = num_tokens_dev == nullptr \? num_tokens : *num_tokens_dev;\n"
 "    bool wrong = tokens < 0 || tokens > num_tokens;\n"
-"    fault = wrong;\n"
+"    fault = wrong;\n",
 "    return wrong \? 0 : (u32)tokens;\n"
 "}\n"
 "\n"
@@ -21014,7 +21504,7 @@ static const char *const moe__kernel_text[] = {
 "    f32 best, sum;\n"
 "};\n"
 "\n"
-"// The routing of the call, with what this program takes for granted.\n",
+"// The routing of the call, with what this program takes for granted.\n"
 "DI routing_args routing_of(const tokens_args &a)\n"
 "{\n"
 "    routing_args r = a.routing;\n"
@@ -21054,7 +21544,7 @@ static const char *const moe__kernel_text[] = {
 "    place = lane() + p[0];\n"
 "}\n"
 "\n"
-"// The first `count` lanes from `first` on get the `count` largest keys and their places, best first, of equal ones the\n"
+"// The first `count` lanes from `first` on get the `count` largest keys and their places, best first, of equal ones the\n",
 "// lowest place; those keys become 0. Keys that may not be chosen are 0.\n"
 "template <u32 N> DI void top_k(u32 (&key)[N], i32 first, i32 count, i32 &chosen, u32 &chosen_key)\n"
 "{\n"
@@ -21117,7 +21607,7 @@ static const char *const moe__kernel_text[] = {
 "        if (key[i] >= bound) {\n"
 "            found[at] = key[i];\n"
 "            found[at + 32] = lane() + 32 * i;\n"
-"        }\n",
+"        }\n"
 "        base += (i32)popc(hits);\n"
 "    }\n"
 "    if ((u32)self - n < 4) found[self] = 0; // four are compared at a time\n"
@@ -21158,7 +21648,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) {\n"
 "        bool wrong = !(x[i] < INF_F32);\n"
-"        bad |= wrong;\n"
+"        bad |= wrong;\n",
 "        x[i] = wrong \? -INF_F32 : x[i];\n"
 "    }\n"
 "    return ballot(bad) != 0;\n"
@@ -21223,7 +21713,7 @@ static const char *const moe__kernel_text[] = {
 "template <class F> DI void map_row(const warp_rows &rows, u32 width, f32 (&x)[PER_LANE], F f)\n"
 "{\n"
 "    f32 *row = (f32 *)rows.key;\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 i = 0; i < PER_LANE; i++) row[lane() + 32 * i] = x[i];\n"
 "    for (u32 e = lane(); e < width; e += 32) row[e] = f(row[e]); // what this lane wrote\n"
 "    load_row(row, width, -INF_F32, x);\n"
@@ -21261,7 +21751,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    far = ballot(far) != 0;\n"
 "    if (!far) {\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "        for (u32 i = 0; i < PER_LANE; i++) x[i] = d[i];\n"
 "        map_fast(rows, width, x, [](f32 v) { return exp_near_f32(v); });\n"
 "        return false;\n"
@@ -21322,7 +21812,7 @@ static const char *const moe__kernel_text[] = {
 "            u32 equal = ballot(key[i] == first);\n"
 "            u32 second = redux_max(popc(equal) > 1 || key[i] != first \? key[i] : 0);\n"
 "            value = order_of(of_order(first) + of_order(second));\n"
-"        }\n",
+"        }\n"
 "        if (lane() == 0) rank[i] = value;\n"
 "    }\n"
 "}\n"
@@ -21358,7 +21848,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 excluded = r.group_excluded == EXCLUDED_ZERO \? KEY_ZERO : KEY_NEG_INF;\n"
 "    const bool two = r.group_rule == GROUP_TOP2_SUM;\n"
 "    if (size == 32 && PER_LANE <= 16) {\n"
-"        group_ranks_32(key, groups, two, rows.key);\n"
+"        group_ranks_32(key, groups, two, rows.key);\n",
 "        warp_sync();\n"
 "    } else {\n"
 "#pragma unroll\n"
@@ -21419,7 +21909,7 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 i = 0; i < PER_LANE; i++) { // the keys of this part, which this lane wrote\n"
 "            u32 e = lane() + 32 * i;\n"
 "            key[i] = e - (u32)part * size < size \? rows.key[e] : 0;\n"
-"        }\n",
+"        }\n"
 "        top_k(key, part * count, count, chosen, chosen_key);\n"
 "    }\n"
 "    return ballot(bad) != 0;\n"
@@ -21455,7 +21945,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "    warp_sync();\n"
 "}\n"
-"\n"
+"\n",
 "// Scores of the chosen, and of the always-on experts where the router scores them; renormalised. key: of the chosen.\n"
 "DI void route_weights(const tokens_args &a, const warp_rows &rows, softmax_sum sum_of_row, u32 key, token_slots &s)\n"
 "{\n"
@@ -21503,7 +21993,7 @@ static const char *const moe__kernel_text[] = {
 "    if (e >= (u32)a.num_experts || drawn[e] != 0) return 0;\n"
 "    return a.routing.simulate == SIMULATE_ZIPF \? 0x1000000u / (e + 1) : 1;\n"
 "}\n"
-"\n",
+"\n"
 "// Draws without replacement, by integers. 32 experts at a time: the first whose running sum passes the number drawn.\n"
 "DI void route_simulate(const tokens_args &a, i64 token, const warp_rows &rows, i32 &chosen)\n"
 "{\n"
@@ -21536,7 +22026,7 @@ static const char *const moe__kernel_text[] = {
 "        if ((i32)lane() == j) chosen = (i32)id;\n"
 "    }\n"
 "}\n"
-"\n"
+"\n",
 "// Scores, choice and weights of a token that is not simulated. forced: its row of the forced table, or NULL. Says\n"
 "// whether a logit or a key was NaN or +inf.\n"
 "DI bool route_run(const tokens_args &a, i64 token, const i32 *forced, i32 bias_row, const warp_rows &rows,\n"
@@ -21591,7 +22081,7 @@ static const char *const moe__kernel_text[] = {
 "    return dtype == DTYPE_I64 \? ((const i64 *)ids)[at] : ((const i32 *)ids)[at];\n"
 "}\n"
 "\n"
-"// Routes one token from its logits. Returns 1 << MOE_FAULT_... of what was wrong.\n",
+"// Routes one token from its logits. Returns 1 << MOE_FAULT_... of what was wrong.\n"
 "DI u32 route_token(const tokens_args &a, i64 token, const warp_rows &rows, token_slots &s)\n"
 "{\n"
 "    const routing_args r = routing_of(a);\n"
@@ -21623,7 +22113,7 @@ static const char *const moe__kernel_text[] = {
 "        return lost \? 1u << FAULT_TOKEN_IDS : 0;\n"
 "    }\n"
 "    if (!lost) bad = route_run(a, token, forced, bias_row, rows, s);\n"
-"    route_finish(a, lost, s);\n"
+"    route_finish(a, lost, s);\n",
 "    return lost \? 1u << FAULT_TOKEN_IDS : bad \? 1u << FAULT_NAN_LOGITS : 0;\n"
 "}\n"
 "\n"
@@ -21678,7 +22168,7 @@ static const char *const moe__kernel_text[] = {
 "// neighbouring tokens and counts their ids in 16-bit counters of its own, so that each slot knows how many of the\n"
 "// warp's come before it. Then counters are added up over the warps, and CTAs (of the cluster, or one a chunk) and\n"
 "// experts. moe.h's moe_permute() gives the same tables.\n"
-"//\n",
+"//\n"
 "//   u32 slot[]         per slot of this CTA: its id (16 bits, -1: none), how many of the warp's come before\n"
 "//   u16 counter[W][S]  per warp and id: its slots; then those of the CTA's warps before\n"
 "//   u32 own[S]         per id: slots of this CTA\n"
@@ -21724,7 +22214,7 @@ static const char *const moe__kernel_text[] = {
 "    m.faults = m.scan + 32;\n"
 "    return (u8 *)(m.faults + 24);\n"
 "}\n"
-"\n"
+"\n",
 "DI i32 id_of_local(const permute_args &p, i32 local, i32 behind)\n"
 "{\n"
 "    if (p.id_of_local != nullptr) return p.id_of_local[local];\n"
@@ -21791,7 +22281,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "enum : u32 { MANY_TILES = 5 };\n"
-"\n",
+"\n"
 "// Tables of the tiles of local expert e, which are not MANY, and -1 in their rows that no slot has.\n"
 "DI void write_few_tiles(const permute_args &p, u32 e, u32 first, u32 count)\n"
 "{\n"
@@ -21821,7 +22311,7 @@ static const char *const moe__kernel_text[] = {
 "    bool many = tile > 16;\n"
 "#pragma unroll 1\n"
 "    for (u32 e = begin; e < end; e++) {\n"
-"        const u32 tiles = tiles_of(p, m.all[id_of_local(p, (i32)e, behind)] + tile - 1);\n"
+"        const u32 tiles = tiles_of(p, m.all[id_of_local(p, (i32)e, behind)] + tile - 1);\n",
 "        many |= tiles >= MANY_TILES;\n"
 "        sum += tiles;\n"
 "    }\n"
@@ -21873,7 +22363,7 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 id = thread; id < (u32)experts; id += threads) p.out_expert_counts[id] = (i32)m.all[id];\n"
 "    if (p.slot_of_row != nullptr)\n"
 "#pragma unroll 1\n"
-"        for (u32 row = end + thread; row < (u32)p.rows_max; row += threads) p.slot_of_row[row] = -1;\n",
+"        for (u32 row = end + thread; row < (u32)p.rows_max; row += threads) p.slot_of_row[row] = -1;\n"
 "    if (done || (p.tile_expert == nullptr && p.tile_limit == nullptr && p.slot_of_row == nullptr)) return;\n"
 "#pragma unroll 1\n"
 "    for (u32 i = thread >> shift; i < tiles; i += threads >> shift) {\n"
@@ -21903,7 +22393,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// >>router  the router's own product  logits = W (x norm scale multiplier) + bias in fp32, in the order of moe.h's dot\n"
-"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n"
+"// product: 16 lanes, lane l adds elements l, l + 16, ... That order leaves no choice of who multiplies what: 16 threads\n",
 "// own a (token, expert) pair from end to end. So a half-warp is the unit; it keeps a tile of TM tokens x TN experts.\n"
 "//\n"
 "//   MOE_P_ROUTER   for T    CTA tile, tokens x experts   half-warps   each    K of a stage\n"
@@ -21959,7 +22449,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 16; i++) raw[i] = load_x<X>(a, token, k + 16 * i);\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < 16; i++) {\n",
+"        for (u32 i = 0; i < 16; i++) {\n"
 "            f32 x = widen_x(a, raw[i]);\n"
 "            sum = fmaf(x, x, sum);\n"
 "        }\n"
@@ -21993,7 +22483,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// Adds `pairs` times 32 elements of a stage. x: this thread's of the first token; w: of the first expert.\n"
-"template <u32 TM, u32 TN, u32 WN, u32 K> DI void router_multiply(const f32x2 *x, const router_weight *w, u32 pairs,\n"
+"template <u32 TM, u32 TN, u32 WN, u32 K> DI void router_multiply(const f32x2 *x, const router_weight *w, u32 pairs,\n",
 "                                                                 f32 (&sum)[TM][TN])\n"
 "{\n"
 "#pragma unroll (TM * TN < 4 \? 8 : 1)\n"
@@ -22047,7 +22537,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "        cp_async_commit();\n"
 "        if (c > 0 && busy)\n"
-"            router_multiply<TM, TN, WN, K>(\n",
+"            router_multiply<TM, TN, WN, K>(\n"
 "                x_stage + ((c - 1) % 2 * height + token0) * (K / 2) + lane16(),\n"
 "                w_stage + ((c - 1) % 2 * breadth + expert0) * (K + ROUTER_PAD) + lane16(),\n"
 "                (c < chunks \? K : (u32)a.ld - (chunks - 1) * K) / 32, sum);\n"
@@ -22079,7 +22569,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 tile = cta(); tile < tiles; tile += ncta())\n"
 "        router_tile<X, TM, TN, WM, WN, K>(a, tile / across * height, tile % across * breadth, tokens);\n"
 "}\n"
-"\n"
+"\n",
 "// The number of tokens that the host knows decides, because the grid follows it.\n"
 "DI void router_run(const router_args &a, u32 tokens)\n"
 "{\n"
@@ -22098,17 +22588,20 @@ static const char *const moe__kernel_text[] = {
 "// 128 packed weight rows][token tile], the last one fastest; CTA c takes the entries c, c + ncta, ..., so that those at\n"
 "// work at the same time share weights. That is a list, not a queue: nothing evens out CTAs of unequal speed.\n"
 "//\n"
-"//   stage   16,384 bytes of weights as they lie in memory, MOE_P_TILE rows x 128 bytes of tokens, swizzled alike\n"
+"//   stage   16,384 bytes of weights as they lie in memory, MOE_P_TILE rows x 128 bytes of tokens, swizzled alike; of\n"
+"//           codes 8,192 or 16,384 bytes, twice the tokens, scales\n"
 "//   ring    3 or 4 stages, filled by cp.async across the ends of tiles, by all threads; one barrier a K block\n"
 "//   jobs    [stages] which tile a stage belongs to, written by thread 0 when it asks for the stage\n"
 "//   warps   4, a group of 32 packed rows each (16 features gated, else 32) times all columns; from 64 columns on 2 x 2,\n"
 "//           two groups each times half of the columns, so that less of shared memory is read twice\n"
 "//\n"
+"// Codes of 4 or 8 bits are widened to bf16 on the way into the product (>>codes): a K block is 128 elements then.\n"
+"//\n"
 "// K ascends and is never split: a row's result depends neither on its neighbours nor on the tile's size. A tile of n\n"
 "// rows multiplies 8, 16, 32, 64 or 128 columns. Results go from registers to memory: with the packed order of rows a\n"
 "// quarter-warp writes 32 to 128 bytes that follow each other.\n"
 "\n"
-"#if defined(MOE_K_GEMM1) || defined(MOE_K_GEMM2) || defined(MOE_K_FINALIZE) || !MOE_ENTRY_ALONE\n"
+"#if defined(MOE_K_GEMM1) || defined(MOE_K_GEMM2) || defined(MOE_K_FINALIZE) || defined(MOE_K_ROUND) || !MOE_ENTRY_ALONE\n"
 "\n"
 "#ifndef MOE_P_TILE\n"
 "#define MOE_P_TILE 128\n"
@@ -22128,15 +22621,39 @@ static const char *const moe__kernel_text[] = {
 "#ifndef MOE_P_ACTIVATION\n"
 "#define MOE_P_ACTIVATION 0 // any; or the only one, ACTIVATION_SWIGLU: a quarter of the compiler's time is the others'\n"
 "#endif\n"
-"\n",
+"\n"
+"#ifndef MOE_P_ROUNDED\n"
+"#define MOE_P_ROUNDED 0 // 1: rows of x come from moe_k_round, the intermediate goes to it\n"
+"#endif\n"
+"#ifndef MOE_P_CODES\n"
+"#define MOE_P_CODES 0 // type of weights that are not of 16 bits\n"
+"#endif\n"
+"#ifndef MOE_P_SCALE\n"
+"#define MOE_P_SCALE 0 // type of their scales within the product; 0: none there\n"
+"#endif\n"
+"#ifndef MOE_P_GROUP\n"
+"#define MOE_P_GROUP 128 // elements of K that share one\n"
+"#endif\n"
+"#ifndef MOE_P_STAGES\n"
+"#define MOE_P_STAGES (MOE_P_TILE == 128 \? 3 : 4)\n"
+"#endif\n"
+"\n"
 "#define GEMM_THREADS 128\n"
 "#define GEMM_CTAS (MOE_P_TILE >= 64 \? 2 : 3) // of an SM with 228 KB\n"
 "\n"
 "enum : u32 {\n"
 "    GEMM_TILE = MOE_P_TILE,\n"
-"    GEMM_STAGES = GEMM_TILE == 128 \? 3 : 4,\n"
-"    GEMM_BLOCK = 128 * 128,\n"
-"    GEMM_STAGE = GEMM_BLOCK + GEMM_TILE * 128,\n"
+"    GEMM_STAGES = MOE_P_STAGES,\n"
+"    GEMM_K = MOE_P_CODES != 0 \? 128 : 64,\n"
+"    GEMM_PARTS = GEMM_K / 64,\n"
+"    GEMM_BLOCK = MOE_P_CODES == DTYPE_E2M1 || MOE_P_CODES == DTYPE_INT4 \? 128 * 64 : 128 * 128,\n"
+"    GEMM_BY_BLOCK = MOE_P_CODES == DTYPE_E4M3 && MOE_P_SCALE == DTYPE_F32,\n"
+"    GEMM_SCALE_EACH = MOE_P_SCALE == 0 \? 0 : 128 / MOE_P_GROUP, // of a weight row in a stage\n"
+"    GEMM_SCALES = 128 * GEMM_SCALE_EACH\n"
+"                  * (MOE_P_SCALE == DTYPE_F32 \? 4 : MOE_P_SCALE == DTYPE_BF16 || MOE_P_SCALE == DTYPE_F16 \? 2 : 1),\n"
+"    GEMM_ROW_SCALES = GEMM_BY_BLOCK \? (GEMM_TILE * 4 + 127) / 128 * 128 : 0,\n"
+"    GEMM_TOKENS = GEMM_TILE * 128 * GEMM_PARTS,\n",
+"    GEMM_STAGE = GEMM_BLOCK + GEMM_TOKENS + GEMM_SCALES + GEMM_ROW_SCALES,\n"
 "    GEMM_HALVES = GEMM_TILE >= 64 \? 2 : 1,       // parts of the columns, and groups of a warp\n"
 "    GEMM_EIGHTS = GEMM_TILE / 8 / GEMM_HALVES,   // columns of a warp, in eights\n"
 "    GEMM_SLAB_FEATURES = MOE_P_GATED \? 64 : 128, // of the first product\n"
@@ -22239,13 +22756,13 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI f32 situ(const activation_args &act, f32 g, f32 u)\n"
 "{\n"
-"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n",
+"    if (act.beta != 0) u = act.beta * tanh_f32(u / act.beta);\n"
 "    return act.alpha * tanh_f32(g / act.alpha) * sigmoid_f32(g) * u;\n"
 "}\n"
 "DI f32 relu2_clamp(const activation_args &act, f32 x)\n"
 "{\n"
 "    x = positive_part(x);\n"
-"    if (act.limit > 0) x = act.limit * tanh_f32(x / act.limit);\n"
+"    if (act.limit > 0) x = act.limit * tanh_f32(x / act.limit);\n",
 "    return x * x;\n"
 "}\n"
 "\n"
@@ -22331,20 +22848,62 @@ static const char *const moe__kernel_text[] = {
 "// Columns that a tile of `rows` rows multiplies.\n"
 "DI u32 gemm_columns(u32 rows) { return rows <= 8 \? 8 : 1u << (32 - clz(rows - 1)); }\n"
 "\n"
+"// ---- weights of codes ----\n"
+"//\n"
+"// frag4, of 4 bits: what a lane needs of mma.sync's fragments lies together. Of a stage, 128 packed rows x 128:\n"
+"//\n"
+"//     [m 8][half 2][lane 32][16 bytes]     16 rows x 64 elements; word s is K step s of 16\n"
+"//\n"
+"// A word has the lane's eight codes of a step, in pairs j: rows g, g + 8, g, g + 8 (g = lane / 4), elements 2 t and\n"
+"// 2 t + 1 (t = lane % 4), of the last two pairs 2 t + 8 and 2 t + 9; the first of a pair in its low half. INT4: pair j\n"
+"// is code + 8 at bit 4 j of each half. E2M1: scattered, so that a rotation and a mask put the three low bits of a code\n",
+"// to bits 6 to 8, and its sign to bit 15, of bf16: pair 0 lies so; 1 and 2 after a rotation right by 4, by 10; of\n"
+"// pair 3 all but bit 8 after one left by 2, that one after one left by 10.\n"
+"//\n"
+"// E4M3: rows x bytes, swizzled as values of 16 bits are. A lane's 4 bytes of a step are elements 4 t .. 4 t + 3: bytes\n"
+"// 0 and 2 are its first pair, 1 and 3 its second one. Tokens that meet them lie so: in every 16, even elements first.\n"
+"//\n"
+"// Scales of rows: [m][half][g][row g, g + 8][of the half], a group of 128 without halves. Blocks' are f32, one for each\n"
+"// row and group in shared memory, and rows of blocks in memory.\n"
+"\n"
+"enum : u32 {\n"
+"    NO_ROW = ~0u,\n"
+"    SCALE_HALVES = MOE_P_GROUP == 128 \? 1 : 2,\n"
+"    SCALE_PART = MOE_P_GROUP >= 64 \? 1 : 64 / MOE_P_GROUP // of a row in a half\n"
+"};\n"
+"\n"
+"// Place of scale i of packed row `row`, both of a stage.\n"
+"DI u32 scale_slot(u32 row, u32 i)\n"
+"{\n"
+"    const u32 half = SCALE_HALVES == 1 \? 0 : i / SCALE_PART;\n"
+"    return (((row / 16 * SCALE_HALVES + half) * 8 + row % 8) * 2 + row / 8 % 2) * SCALE_PART + i % SCALE_PART;\n"
+"}\n"
+"\n"
+"// The row of blocks that a packed row of W belongs to; NO_ROW: behind the matrix.\n"
+"DI u32 block_scale_row(const codes_args &c, bool gated, u32 features, u32 packed)\n"
+"{\n"
+"    const u32 i = packed % 32, half = gated \? i / 16 : 0;\n"
+"    const u32 f = gated \? packed / 32 * 16 + i % 8 * 2 + i % 16 / 8 : packed / 32 * 32 + i % 8 * 4 + i / 8;\n"
+"    const u32 row = (f + (u32)c.scale_phase) / (u32)c.scale_rows;\n"
+"    return f >= features \? (u32)NO_ROW : gated \? 2 * row + half : row;\n"
+"}\n"
+"\n"
 "// ---- loads ----\n"
 "\n"
 "// What a thread asks for next.\n"
 "struct gemm_loader {\n"
 "    gemm_job job;\n"
 "    const u8 *weights;          // its first 16 bytes of the next block\n"
+"    const u8 *scales;           // of them, likewise; of blocks its own row's, NULL: there is no such row\n"
 "    u32 at;                     // entry of the list\n"
 "    u32 k;                      // next K block\n"
-"    u32 count;                  // tiles of the tables, or T without\n",
+"    u32 count;                  // tiles of the tables, or T without\n"
 "    i32 source[GEMM_ROWS_EACH]; // rows of x that it loads from, -1: none\n"
 "};\n"
 "\n"
-"DI u32 gemm_blocks(const gemm1_args &a) { return ((u32)a.hidden + 63) / 64; }\n"
-"DI u32 gemm_blocks(const gemm2_args &a) { return ((u32)a.features + 63) / 64; }\n"
+"DI u32 gemm_depth(const gemm1_args &a) { return (u32)a.hidden; }\n"
+"DI u32 gemm_depth(const gemm2_args &a) { return (u32)a.features; }\n"
+"template <class A> DI u32 gemm_blocks(const A &a) { return (gemm_depth(a) + GEMM_K - 1) / GEMM_K; }\n"
 "DI u32 gemm_slabs(const gemm1_args &a)\n"
 "{\n"
 "    return ((u32)a.features + GEMM_SLAB_FEATURES - 1) / GEMM_SLAB_FEATURES;\n"
@@ -22352,6 +22911,14 @@ static const char *const moe__kernel_text[] = {
 "DI u32 gemm_slabs(const gemm2_args &a) { return ((u32)a.hidden + 127) / 128; }\n"
 "DI u64 gemm_weights(const gemm1_args &a) { return a.w1; }\n"
 "DI u64 gemm_weights(const gemm2_args &a) { return a.w2; }\n"
+"DI u32 gemm_scale_row(const gemm1_args &a, u32 packed)\n"
+"{\n"
+"    return block_scale_row(a.codes, MOE_P_GATED, (u32)a.features, packed);\n"
+"}\n"
+"DI u32 gemm_scale_row(const gemm2_args &a, u32 packed)\n"
+"{\n"
+"    return block_scale_row(a.codes, false, (u32)a.hidden, packed);\n"
+"}\n"
 "DI i32 gemm_source(const gemm1_args &a, u32 row)\n"
 "{\n"
 "    return a.rows.slot_of_row == nullptr \? (i32)row : (i32)((u32)a.rows.slot_of_row[row] / (u32)a.rows.slots);\n"
@@ -22371,7 +22938,7 @@ static const char *const moe__kernel_text[] = {
 "        f32x4 v = { 0, 0, 0, 0 };\n"
 "        if (feature >= (u32)a.hidden) continue;\n"
 "        if (a.constants) v = *(const f32x4 *)(row + feature);\n"
-"        if (MOE_P_ROWS == DTYPE_F32) *(f32x4 *)((f32 *)a.out + at) = v;\n"
+"        if (MOE_P_ROWS == DTYPE_F32) *(f32x4 *)((f32 *)a.out + at) = v;\n",
 "        else *(u32x2 *)((u16 *)a.out + at) = { pack_16<MOE_P_ROWS>(v.x, v.y), pack_16<MOE_P_ROWS>(v.z, v.w) };\n"
 "    }\n"
 "}\n"
@@ -22390,22 +22957,40 @@ static const char *const moe__kernel_text[] = {
 "        gemm_constant(a, l.job, (const f32 *)(block - 1));\n"
 "    }\n"
 "    l.weights = (const u8 *)block + gemm_weights(a) + (u64)l.job.slab * gemm_blocks(a) * GEMM_BLOCK + 16 * tid();\n"
+"    if (GEMM_BY_BLOCK) {\n"
+"        const u32 row = gemm_scale_row(a, l.job.slab * 128 + tid());\n"
+"        l.scales = row == NO_ROW \? nullptr : (const u8 *)block + a.codes.scales + 4ull * row * (u32)a.codes.scale_ld;\n"
+"    } else if (GEMM_SCALES != 0) {\n"
+"        l.scales = (const u8 *)block + a.codes.scales + (u64)l.job.slab * gemm_blocks(a) * GEMM_SCALES + 16 * tid();\n"
+"    }\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_ROWS_EACH; i++)\n"
 "        l.source[i] = gemm_row(i) < l.job.rows \? gemm_source(a, l.job.row + gemm_row(i)) : -1;\n"
 "}\n"
 "\n"
-"DI void gemm_load_weights(const u8 *from, u8 *to)\n"
+"// Weights and their scales of the K block `ahead` behind the next one.\n"
+"DI void gemm_load_weights(const gemm_loader &l, u32 ahead, u8 *stage)\n"
 "{\n"
+"    const u8 *from = l.weights + ahead * GEMM_BLOCK;\n"
+"    u8 *scales = stage + GEMM_BLOCK + GEMM_TOKENS;\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_BLOCK / 16 / GEMM_THREADS; i++)\n"
-"        cp_async_16(to + 16 * (tid() + i * GEMM_THREADS), from + 16 * i * GEMM_THREADS, 16);\n"
+"        cp_async_16(stage + 16 * (tid() + i * GEMM_THREADS), from + 16 * i * GEMM_THREADS, 16);\n"
+"    if (GEMM_BY_BLOCK) {\n"
+"#pragma unroll\n"
+"        for (u32 i = 0; i < GEMM_SCALE_EACH; i++) // a row's scales as scale_slot() has them\n"
+"            cp_async_4(scales + 4 * (scale_slot(tid(), i)),\n"
+"                       l.scales != nullptr \? l.scales + 4 * (ahead * GEMM_SCALE_EACH + i) : l.weights,\n"
+"                       l.scales != nullptr \? 4 : 0);\n"
+"    } else if (GEMM_SCALES != 0 && tid() < GEMM_SCALES / 16) {\n"
+"        cp_async_16(scales + 16 * tid(), l.scales + ahead * GEMM_SCALES, 16);\n"
+"    }\n"
 "}\n"
 "\n"
-"// x that is not of the product's type, not aligned, or weighted: by way of registers.\n"
-"DI void gemm_convert(const gemm1_args &a, const gemm_loader &l, u8 *to, bool aligned)\n"
+"// x that is not of the product's type, not aligned, or weighted: by way of registers. k: a thread's first element.\n"
+"DI void gemm_convert(const gemm1_args &a, const gemm_loader &l, u32 k, u8 *to, bool aligned)\n"
 "{\n"
-"    const u32 piece = tid() % 8, k = 64 * l.k + 8 * piece;\n"
+"    const u32 piece = tid() % 8;\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_ROWS_EACH; i++) {\n"
 "        const u32 row = gemm_row(i);\n"
@@ -22423,10 +23008,25 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "}\n"
 "\n"
-"DI void gemm_load_rows(const gemm1_args &a, const gemm_loader &l, u8 *to)\n"
+"// 64 elements of the tile's rows from tiles, block `block` of the row's `blocks`, into shared memory.\n"
+"DI void gemm_load_tiles(const void *tiles, const rows_args &r, const gemm_loader &l, u32 block, u32 blocks, u8 *to)\n"
 "{\n"
-"    const u32 piece = tid() % 8, k = 64 * l.k + 8 * piece, element = MOE_P_X == DTYPE_F32 \? 4 : 2;\n"
-"    const bool aligned = ((u64)a.x | (u64)a.x_stride * element) % 16 == 0;\n",
+"    const bool there = GEMM_PARTS == 1 || block < blocks;\n"
+"    const u64 first = (u64)(there \? block : 0) * (u32)r.rows_max + l.job.row;\n"
+"    const u8 *from = (const u8 *)tiles + first * 128 + 16 * (tid() % 8);\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < GEMM_ROWS_EACH; i++) {\n"
+"        const u32 row = gemm_row(i);\n"
+"        if (row >= gemm_columns(l.job.rows)) break;\n"
+"        cp_async_16(to + 128 * row + 16 * (tid() % 8), from + 128 * row, there && row < l.job.rows \? 16 : 0);\n"
+"    }\n"
+"}\n"
+"\n"
+"DI void gemm_load_rows(const gemm1_args &a, const gemm_loader &l, u32 block, u8 *to)\n"
+"{\n",
+"    const u32 piece = tid() % 8, k = 64 * block + 8 * piece, element = MOE_P_X == DTYPE_F32 \? 4 : 2;\n"
+"    const bool aligned = ((u64)a.x | (u64)a.x_stride * element) % 16 == 0;\n"
+"    if (MOE_P_ROUNDED) return gemm_load_tiles(a.x, a.rows, l, block, ((u32)a.hidden + 63) / 64, to);\n"
 "    if constexpr (MOE_P_X == MOE_P_DTYPE) {\n"
 "        if (aligned && a.weight_on_input == nullptr) {\n"
 "#pragma unroll\n"
@@ -22440,18 +23040,22 @@ static const char *const moe__kernel_text[] = {
 "            return;\n"
 "        }\n"
 "    }\n"
-"    gemm_convert(a, l, to, aligned);\n"
+"    gemm_convert(a, l, k, to, aligned);\n"
 "}\n"
 "\n"
-"DI void gemm_load_rows(const gemm2_args &a, const gemm_loader &l, u8 *to)\n"
+"DI void gemm_load_rows(const gemm2_args &a, const gemm_loader &l, u32 block, u8 *to)\n"
 "{\n"
-"    const u8 *from = (const u8 *)a.mid + ((u64)l.k * (u32)a.rows.rows_max + l.job.row) * 128 + 16 * (tid() % 8);\n"
-"#pragma unroll\n"
-"    for (u32 i = 0; i < GEMM_ROWS_EACH; i++) {\n"
-"        const u32 row = gemm_row(i);\n"
-"        if (row >= gemm_columns(l.job.rows)) break;\n"
-"        cp_async_16(to + 128 * row + 16 * (tid() % 8), from + 128 * row, row < l.job.rows \? 16 : 0);\n"
-"    }\n"
+"    gemm_load_tiles(a.mid, a.rows, l, block, ((u32)a.features + 63) / 64, to);\n"
+"}\n"
+"\n"
+"// Scales of the tile's rows for a K block of blocks.\n"
+"template <class A> DI void gemm_load_row_scales(const A &a, const gemm_loader &l, u8 *to)\n"
+"{\n"
+"    const f32 *from = a.codes.row_scales + (u64)l.k * (u32)a.rows.rows_max + l.job.row;\n"
+"    const u32 first = 4 * tid(), rows = l.job.rows;\n"
+"    if (tid() >= GEMM_TILE / 4) return;\n"
+"    cp_async_16(to + 16 * tid(), first < rows \? from + first : from,\n"
+"                first < rows \? min_u32(rows - first, 4) * 4 : 0);\n"
 "}\n"
 "\n"
 "DI gemm_job *gemm_jobs() { return (gemm_job *)(smem() + GEMM_STAGES * GEMM_STAGE); }\n"
@@ -22462,9 +23066,14 @@ static const char *const moe__kernel_text[] = {
 "    u8 *to = smem() + stage * GEMM_STAGE;\n"
 "    if (tid() == 0) gemm_jobs()[stage] = l.job;\n"
 "    if (l.job.rows != 0) {\n"
-"        if (weights_too) gemm_load_weights(l.weights, to);\n"
-"        gemm_load_rows(a, l, to + GEMM_BLOCK);\n"
+"        if (weights_too) gemm_load_weights(l, 0, to);\n"
+"#pragma unroll\n"
+"        for (u32 part = 0; part < GEMM_PARTS; part++)\n"
+"            gemm_load_rows(a, l, l.k * GEMM_PARTS + part, to + GEMM_BLOCK + part * GEMM_TILE * 128);\n"
+"        if (GEMM_BY_BLOCK) gemm_load_row_scales(a, l, to + GEMM_BLOCK + GEMM_TOKENS + GEMM_SCALES);\n"
 "        l.weights += GEMM_BLOCK;\n"
+"        if (GEMM_BY_BLOCK) l.scales += l.scales != nullptr \? 4 * GEMM_SCALE_EACH : 0;\n"
+"        else l.scales += GEMM_SCALES;\n"
 "        if (++l.k == gemm_blocks(a)) {\n"
 "            l.at += ncta();\n"
 "            gemm_open(a, l, false);\n"
@@ -22487,25 +23096,162 @@ static const char *const moe__kernel_text[] = {
 "    return GEMM_BLOCK + (gemm_half() * eights * 8 + row) * 128 + ((piece ^ lane() % 8) << 4);\n"
 "}\n"
 "\n"
+"// Adds the product of weight fragments and the warp's first 8 N columns in K step s of 64 elements; x keeps what is\n"
+"// loaded of two columns of eights, or of one in two steps.\n"
+"template <u32 N>\n"
+"DI void gemm_step(gemm_sums &acc, const u32 (&w)[2 * GEMM_HALVES][4], u32 (&x)[4], const u8 *stage, u32 right, u32 s)\n"
+"{\n"
+"#pragma unroll\n"
+"    for (u32 n = 0; n < N; n++) {\n"
+"        if (N > 1 \? n % 2 == 0 : s % 2 == 0) ldmatrix_x4(x, stage + ((right + n * 1024) ^ (s << 5)));\n"
+"        const u32 at = (N > 1 \? n : s) % 2 * 2, two[2] = { x[at], x[at + 1] };\n"
+"#pragma unroll\n"
+"        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n",
+"            if (MOE_P_DTYPE == DTYPE_BF16) mma_bf16(acc[m][n], w[m], two);\n"
+"            else mma_f16(acc[m][n], w[m], two);\n"
+"        }\n"
+"    }\n"
+"}\n"
+"\n"
+"// ---- codes into fragments ----\n"
+"\n"
+"DI u32 rotate_right(u32 v, u32 n) { return v >> n | v << (32 - n); }\n"
+"DI u32 times_bf16x2(u32 a, u32 b) { return fma_bf16x2(a, b, 0x80008000u); } // + -0: every sign stays\n"
+"\n"
+"// A word of frag4 -> registers of a fragment: exactly the codes' values.\n"
+"DI void widen_word(u32 v, u32 (&w)[4])\n"
+"{\n"
+"    if (MOE_P_CODES == DTYPE_INT4) { // 128 + code + 8 by its bits, less 136\n"
+"#pragma unroll\n"
+"        for (u32 j = 0; j < 4; j++)\n"
+"            w[j] = fma_bf16x2((v >> 4 * j & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);\n"
+"    } else { // bits of code 2^-126\n"
+"        const u32 mask = 0x81c081c0u;\n"
+"        const u32 raw[4] = { v & mask, rotate_right(v, 4) & mask, rotate_right(v, 10) & mask,\n"
+"                             (rotate_right(v, 30) & 0x80c080c0u) | (rotate_right(v, 22) & 0x01000100u) };\n"
+"#pragma unroll\n"
+"        for (u32 j = 0; j < 4; j++) w[j] = times_bf16x2(raw[j], 0x7e807e80u);\n"
+"    }\n"
+"}\n"
+"\n"
+"// Four e4m3 codes -> two registers of a fragment: bits of code 2^-120.\n"
+"DI void widen_bytes(u32 v, u32 &first, u32 &second)\n"
+"{\n"
+"    const u32 low = v << 8;\n"
+"    first = times_bf16x2((low & 0x80008000u) | (low >> 4 & 0x07f007f0u), 0x7b807b80u);\n"
+"    second = times_bf16x2((v & 0x80008000u) | (v >> 4 & 0x07f007f0u), 0x7b807b80u);\n"
+"}\n"
+"\n"
+"// A scale, twice, of a row's scales in a word: ue8m0 (2^-127 counts as 0), or e4m3 that is not negative.\n"
+"DI u32 widen_scale(u32 v, u32 i)\n"
+"{\n"
+"    if (MOE_P_SCALE == DTYPE_UE8M0) return (v >> 8 * i & 255u) * 0x00800080u;\n"
+"    return times_bf16x2((v >> 8 * i & 127u) * 0x00100010u, 0x7b807b80u);\n"
+"}\n"
+"\n"
+"// Scale i of a lane's row g, or g + 8, in 16 rows of a stage's half: those that sums are multiplied by.\n"
+"DI f32 sum_scale(const u8 *stage, u32 m, u32 half, u32 high, u32 i)\n"
+"{\n"
+"    const u32 at = (((m * SCALE_HALVES + half) * 8 + lane() / 4) * 2 + high) * SCALE_PART + i;\n"
+"    const u8 *scales = stage + GEMM_BLOCK + GEMM_TOKENS;\n"
+"    if (MOE_P_SCALE == DTYPE_F32) return ((const f32 *)scales)[at];\n"
+"    const u16 v = ((const u16 *)scales)[at];\n"
+"    return MOE_P_SCALE == DTYPE_BF16 \? bf16_f32(v) : cvt_f16(v);\n"
+"}\n"
+"\n"
+"// sums += part * scales, and part is zeros again. column: the lane's first one.\n"
+"template <u32 N> DI void codes_promote(gemm_sums &acc, gemm_sums &part, const u8 *stage, u32 column, u32 half, u32 i)\n"
+"{\n"
+"    const f32 *rows = (const f32 *)(stage + GEMM_BLOCK + GEMM_TOKENS + GEMM_SCALES) + column;\n"
+"#pragma unroll\n"
+"    for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n"
+"        const f32 s[2] = { sum_scale(stage, 2 * gemm_group() + m, half, 0, i),\n"
+"                           sum_scale(stage, 2 * gemm_group() + m, half, 1, i) };\n"
+"#pragma unroll\n"
+"        for (u32 n = 0; n < N; n++)\n"
+"#pragma unroll\n"
+"            for (u32 j = 0; j < 4; j++) {\n"
+"                const f32 scale = GEMM_BY_BLOCK \? s[j / 2] * rows[8 * n + j % 2] : s[j / 2];\n"
+"                acc[m][n][j] = fmaf(part[m][n][j], scale, acc[m][n][j]);\n"
+"                part[m][n][j] = 0;\n"
+"            }\n"
+"    }\n"
+"}\n"
+"\n"
+"// The product of a stage of codes. Scales of powers of two, and e4m3 ones of e2m1, are exact in the fragments; others\n"
+"// multiply sums of a group.\n"
+"template <u32 N> DI void codes_multiply(gemm_sums &acc, const u8 *stage, u32 left, u32 right)\n"
+"{\n"
+"    const bool folded = MOE_P_SCALE == DTYPE_UE8M0 || MOE_P_SCALE == DTYPE_E4M3, sums = MOE_P_SCALE != 0 && !folded;\n"
+"    const u32 column = gemm_half() * N * 8 + lane() % 4 * 2, each = MOE_P_GROUP / 16; // steps of a group\n"
+"    gemm_sums part;\n"
+"    if (sums) {\n"
+"#pragma unroll\n"
+"        for (u32 m = 0; m < 2 * GEMM_HALVES; m++)\n"
+"#pragma unroll\n"
+"            for (u32 i = 0; i < 4 * N; i++) part[m][i / 4][i % 4] = 0;\n"
+"    }\n"
+"#pragma unroll 1\n"
+"    for (u32 half = 0; half < 2; half++) {\n"
+"        u32 x[4], codes[2 * GEMM_HALVES][4], scales[2 * GEMM_HALVES][2];\n"
+"#pragma unroll\n"
+"        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n"
+"            const u32 at = (2 * gemm_group() + m) * 2 + half;\n",
+"            if (GEMM_BLOCK == 8192) {\n"
+"                const u32x4 v = *(const u32x4 *)(stage + (at * 32 + lane()) * 16);\n"
+"                codes[m][0] = v.x;\n"
+"                codes[m][1] = v.y;\n"
+"                codes[m][2] = v.z;\n"
+"                codes[m][3] = v.w;\n"
+"            }\n"
+"            if (folded) { // of both rows: 4 bytes each, or 2\n"
+"                const u8 *from = stage + GEMM_BLOCK + GEMM_TOKENS + (at * 8 + lane() / 4) * 2 * SCALE_PART;\n"
+"                if (SCALE_PART == 4) {\n"
+"                    const u32x2 v = *(const u32x2 *)from;\n"
+"                    scales[m][0] = v.x;\n"
+"                    scales[m][1] = v.y;\n"
+"                } else {\n"
+"                    scales[m][0] = *(const u32 *)from;\n"
+"                    scales[m][1] = scales[m][0] >> 16;\n"
+"                }\n"
+"            }\n"
+"        }\n"
+"#pragma unroll\n"
+"        for (u32 s = 0; s < 4; s++) {\n"
+"            u32 w[2 * GEMM_HALVES][4];\n"
+"#pragma unroll\n"
+"            for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n"
+"                if (GEMM_BLOCK == 8192) {\n"
+"                    widen_word(codes[m][s], w[m]);\n"
+"                } else { // two steps at a time\n"
+"                    if (s % 2 == 0) ldmatrix_x4(codes[m], stage + ((left + m * 2048) ^ (half * 2 + s / 2) << 5));\n"
+"                    widen_bytes(codes[m][s % 2 * 2], w[m][0], w[m][2]);\n"
+"                    widen_bytes(codes[m][s % 2 * 2 + 1], w[m][1], w[m][3]);\n"
+"                }\n"
+"                if (folded) {\n"
+"#pragma unroll\n"
+"                    for (u32 i = 0; i < 4; i++)\n"
+"                        w[m][i] = times_bf16x2(w[m][i], widen_scale(scales[m][i % 2], s / each));\n"
+"                }\n"
+"            }\n"
+"            gemm_step<N>(sums \? part : acc, w, x, stage + half * GEMM_TILE * 128, right, s);\n"
+"            if (sums && each <= 4 && (s + 1) % each == 0) codes_promote<N>(acc, part, stage, column, half, s / each);\n"
+"        }\n"
+"    }\n"
+"    if (sums && each > 4) codes_promote<N>(acc, part, stage, column, 0, 0);\n"
+"}\n"
+"\n"
 "// Adds the product of the warp's weight rows and its first 8 N columns in a stage.\n"
 "template <u32 N> DI void gemm_multiply(gemm_sums &acc, const u8 *stage, u32 left, u32 right)\n"
 "{\n"
 "    u32 x[4];\n"
+"    if constexpr (MOE_P_CODES != 0) return codes_multiply<N>(acc, stage, left, right);\n"
 "#pragma unroll\n"
 "    for (u32 s = 0; s < 4; s++) {\n"
 "        u32 w[2 * GEMM_HALVES][4];\n"
 "#pragma unroll\n"
 "        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) ldmatrix_x4(w[m], stage + ((left + m * 2048) ^ (s << 5)));\n"
-"#pragma unroll\n"
-"        for (u32 n = 0; n < N; n++) { // x: of two columns of eights, or of one in two steps\n"
-"            if (N > 1 \? n % 2 == 0 : s % 2 == 0) ldmatrix_x4(x, stage + ((right + n * 1024) ^ (s << 5)));\n"
-"            const u32 at = (N > 1 \? n : s) % 2 * 2, two[2] = { x[at], x[at + 1] };\n"
-"#pragma unroll\n"
-"            for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n"
-"                if (MOE_P_DTYPE == DTYPE_BF16) mma_bf16(acc[m][n], w[m], two);\n"
-"                else mma_f16(acc[m][n], w[m], two);\n"
-"            }\n"
-"        }\n"
+"        gemm_step<N>(acc, w, x, stage, right, s);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -22517,7 +23263,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// Where a thread's part of a tile lies: of the eight columns at column + 8 n those at 2 (lane % 4) and + 1; of a group\n"
-"// of weight rows features feature .. + 1 (gated) or + 3.\n",
+"// of weight rows features feature .. + 1 (gated) or + 3.\n"
 "struct gemm_place {\n"
 "    u32 eights; // 0 where this warp has no column\n"
 "    u32 column;\n"
@@ -22532,6 +23278,40 @@ static const char *const moe__kernel_text[] = {
 "    p.column = gemm_half() * p.eights * 8 + lane() % 4 * 2;\n"
 "    p.feature = job.slab * slab_features + gemm_group() * (slab_features / 4) + lane() / 4 * (slab_features / 32);\n"
 "    return p;\n"
+"}\n"
+"\n"
+"// What multiplies the sums of a group: factors of weight rows, and of token rows.\n"
+"template <class A>\n"
+"DI void gemm_scale(const A &a, const gemm_job &job, const gemm_place &p, u32 feature, u32 features, bool gated,\n"
+"                   gemm_sums &acc, u32 group)\n"
+"{\n"
+"    const codes_args &c = a.codes;\n"
+"    f32 w[4] = { 1, 1, 1, 1 }, rows = 1;\n"
+"    if (MOE_P_CODES == 0 || feature >= features) return;\n"
+"    const u64 block = a.rows.experts[job.block];\n",
+"    if (c.row_factor != NO_BIAS) rows = *(const f32 *)(block + c.row_factor);\n"
+"    if (c.factor != NO_BIAS && c.factor_step == 0) {\n"
+"        const f32 *from = (const f32 *)(block + c.factor);\n"
+"        w[0] = w[1] = from[0];\n"
+"        w[2] = w[3] = from[gated \? 1 : 0];\n"
+"    } else if (c.factor != NO_BIAS) {\n"
+"        const f32x4 v = *(const f32x4 *)((const f32 *)(block + c.factor) + feature * (gated \? 2 : 1));\n"
+"        w[0] = v.x;\n"
+"        w[1] = gated \? v.z : v.y;\n"
+"        w[2] = gated \? v.y : v.z;\n"
+"        w[3] = v.w;\n"
+"    }\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 2 * GEMM_EIGHTS; i++) {\n"
+"        const u32 n = i / 2, q = i % 2, row = p.column + 8 * n + q;\n"
+"        f32 x = rows;\n"
+"        if (!GEMM_BY_BLOCK && c.row_scales != nullptr && n < p.eights && row < job.rows)\n"
+"            x = rows * c.row_scales[job.row + row];\n"
+"        acc[2 * group][n][q] = acc[2 * group][n][q] * w[0] * x;\n"
+"        acc[2 * group][n][2 + q] = acc[2 * group][n][2 + q] * w[1] * x;\n"
+"        acc[2 * group + 1][n][q] = acc[2 * group + 1][n][q] * w[2] * x;\n"
+"        acc[2 * group + 1][n][2 + q] = acc[2 * group + 1][n][2 + q] * w[3] * x;\n"
+"    }\n"
 "}\n"
 "\n"
 "// Bias of gate f, gate f + 1, up f, up f + 1, or of f .. f + 3, to the sums of a group.\n"
@@ -22590,8 +23370,9 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// Activation of the first group's first 8 columns, into the intermediate. Behind its last feature sums are zero, and\n"
-"// every activation of zero is zero.\n"
-"DI void gemm_store_eight(const activation_args &act, const gemm_sums &acc, u8 *to, u32 row, u32 rows, u32 feature)\n"
+"// every activation of zero is zero. To be rounded: rows of f32, `features` of them.\n"
+"DI void gemm_store_eight(const activation_args &act, const gemm_sums &acc, u8 *to, u32 row, u32 rows, u32 feature,\n"
+"                         u32 features)\n"
 "{\n"
 "    const u32 piece = feature % 64 / 8;\n"
 "    f32 v[4], u[4];\n"
@@ -22605,12 +23386,19 @@ static const char *const moe__kernel_text[] = {
 "    } else {\n"
 "        activate_plain(act, v);\n"
 "        activate_plain(act, u);\n"
-"    }\n"
+"    }\n",
 "#pragma unroll\n"
 "    for (u32 q = 0; q < 2; q++) {\n"
 "        const u32 lo = pack_16<MOE_P_DTYPE>(v[q], v[2 + q]), hi = pack_16<MOE_P_DTYPE>(u[q], u[2 + q]);\n"
 "        u8 *at = to + 128 * (row + q) + 16 * (piece ^ (row + q) % 8) + feature % 8 * 2;\n"
 "        if (row + q >= rows) continue;\n"
+"        if (MOE_P_ROUNDED) {\n"
+"            f32 *wide = (f32 *)to + (u64)(row + q) * features + feature;\n"
+"            if (feature >= features) return;\n"
+"            if (MOE_P_GATED) *(f32x2 *)wide = { v[q], v[2 + q] };\n"
+"            else *(f32x4 *)wide = { v[q], v[2 + q], u[q], u[2 + q] };\n"
+"            continue;\n"
+"        }\n"
 "        if (MOE_P_GATED) *(u32 *)at = lo;\n"
 "        else *(u32x2 *)at = { lo, hi };\n"
 "    }\n"
@@ -22621,15 +23409,17 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    const gemm_place p = gemm_place_of(job, GEMM_SLAB_FEATURES);\n"
 "    const activation_args act = gemm_activation(a, job.block);\n"
-"#pragma unroll 1\n",
+"#pragma unroll 1\n"
 "    for (u32 group = 0; group < GEMM_HALVES; group++) {\n"
 "        const u32 feature = p.feature + group * (GEMM_SLAB_FEATURES / 4), block = feature / 64;\n"
-"        u8 *to = (u8 *)a.mid + ((u64)block * (u32)a.rows.rows_max + job.row) * 128;\n"
+"        u8 *to = (u8 *)a.mid + (MOE_P_ROUNDED \? (u64)job.row * (u32)a.features * 4\n"
+"                                              : ((u64)block * (u32)a.rows.rows_max + job.row) * 128);\n"
 "        if (block >= ((u32)a.features + 63) / 64) return;\n"
+"        gemm_scale(a, job, p, feature, (u32)a.features, MOE_P_GATED, acc, 0);\n"
 "        gemm_add_bias(a, job.block, feature, acc, 0);\n"
 "#pragma unroll 1\n"
 "        for (u32 n = 0; n < p.eights; n++) {\n"
-"            gemm_store_eight(act, acc, to, p.column + 8 * n, job.rows, feature);\n"
+"            gemm_store_eight(act, acc, to, p.column + 8 * n, job.rows, feature, (u32)a.features);\n"
 "            gemm_next_eight(acc);\n"
 "        }\n"
 "        gemm_next_group(acc);\n"
@@ -22642,6 +23432,7 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 group = 0; group < GEMM_HALVES; group++) {\n"
 "        const u32 feature = p.feature + 32 * group;\n"
+"        gemm_scale(a, job, p, feature, (u32)a.hidden, 0, acc, group);\n"
 "        gemm_add_bias(a, job.block, feature, acc, group);\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 2 * GEMM_EIGHTS; i++) {\n"
@@ -22684,8 +23475,8 @@ static const char *const moe__kernel_text[] = {
 "    l.at = cta();\n"
 "    gemm_open(a, l, early);\n"
 "    if (early) {\n"
-"        for (u32 s = 0; s < GEMM_STAGES - 1 && s < blocks && l.job.rows != 0; s++)\n"
-"            gemm_load_weights(l.weights + s * GEMM_BLOCK, smem() + s * GEMM_STAGE);\n"
+"        for (u32 s = 0; s < GEMM_STAGES - 1 && s < blocks && l.job.rows != 0; s++)\n",
+"            gemm_load_weights(l, s, smem() + s * GEMM_STAGE);\n"
 "        grid_wait();\n"
 "        grid_launch();\n"
 "    }\n"
@@ -22716,7 +23507,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#endif\n"
 "\n"
-"// >>finalize  a token from its rows  total = fma(weight, row, total) over the token's slots in order, from +0; then\n",
+"// >>finalize  a token from its rows  total = fma(weight, row, total) over the token's slots in order, from +0; then\n"
 "// * scale, + shared experts, * output scale, + what lies there, one rounding: the order of moe.h's >>cpu. A thread has\n"
 "// 8 columns of a token; a CTA takes part of a token's columns, or several tokens where a row is less than 128 threads.\n"
 "\n"
@@ -22782,7 +23573,7 @@ static const char *const moe__kernel_text[] = {
 "DI void finalize_special(const finalize_args &a, u32 token, i64 slot, u32 k, f32 weight, f32 (&total)[8])\n"
 "{\n"
 "    const i32 special = a.ids == nullptr \? -1 : a.ids[slot] - a.num_experts;\n"
-"    f32 v[8];\n"
+"    f32 v[8];\n",
 "    if (special < 0 || special >= a.special_experts) return;\n"
 "    if (a.special_kind == SPECIAL_IDENTITY) load_8<MOE_P_X>(a.x, token * a.x_stride + k, false, v);\n"
 "    else if (a.special_kind == SPECIAL_CONSTANT) load_8<DTYPE_F32>(a.constants, (i64)special * a.hidden + k, true, v);\n"
@@ -22807,7 +23598,7 @@ static const char *const moe__kernel_text[] = {
 "    }\n"
 "#pragma unroll\n"
 "    for (u32 j = 0; j < FINALIZE_BATCH; j++)\n"
-"        if (row[j] >= 0) raw[j] = load_raw_8<MOE_P_ROWS>(a.rows, (i64)row[j] * a.hidden + k);\n",
+"        if (row[j] >= 0) raw[j] = load_raw_8<MOE_P_ROWS>(a.rows, (i64)row[j] * a.hidden + k);\n"
 "#pragma unroll\n"
 "    for (u32 j = 0; j < FINALIZE_BATCH; j++) {\n"
 "        if (row[j] < 0) {\n"
@@ -22873,7 +23664,7 @@ static const char *const moe__kernel_text[] = {
 "    const i32 slot = a.slot_of_row[row];\n"
 "    f32 v[8], weight = 1;\n"
 "    if (slot < 0) return;\n"
-"    load_8<MOE_P_ROWS>(a.rows, (i64)row * a.hidden + k, true, v);\n"
+"    load_8<MOE_P_ROWS>(a.rows, (i64)row * a.hidden + k, true, v);\n",
 "    if (a.weights != nullptr && !a.weight_on_input) weight = load_float(a.weights, a.weights_dtype, slot);\n"
 "    const f32 scale = a.scale * (a.global_scale == nullptr \? 1 : *a.global_scale);\n"
 "    if (a.row_norm != nullptr) finalize_norm(a, k, norms[0], v);\n"
@@ -22900,7 +23691,7 @@ static const char *const moe__kernel_text[] = {
 "DI void finalize_run(const finalize_args &a, u32 tokens)\n"
 "{\n"
 "    const finalize_shape s = finalize_shape_of(a);\n"
-"    const u32 items = (tokens + s.tokens - 1) / s.tokens * s.parts;\n",
+"    const u32 items = (tokens + s.tokens - 1) / s.tokens * s.parts;\n"
 "    f32 *norms = (f32 *)smem();\n"
 "    for (u32 item = cta(); item < items; item += ncta()) {\n"
 "        const u32 token = item / s.parts * s.tokens + tid() / s.width;\n"
@@ -22913,6 +23704,177 @@ static const char *const moe__kernel_text[] = {
 "        if (tid() >= s.tokens * s.width || token >= tokens || eight >= s.eights) continue;\n"
 "        if (a.slot_of_row != nullptr) finalize_row(a, token, 8 * eight, norms);\n"
 "        else finalize_token(a, token, 8 * eight, norms);\n"
+"    }\n"
+"}\n"
+"\n"
+"#endif\n"
+"\n"
+"// >>round  rows for products of quantised activations  Each row as its codes would give it back, by the formulas of\n"
+"// moe.h's >>quant, as values of bf16: codes that have fp32 scales without them, the others with theirs. Rows lie as the\n"
+"// intermediate of 16-bit layers does, so that both products load them alike. A CTA has a row, a thread 8 elements of it\n"
+"// at a time.\n"
+"\n"
+"#if defined(MOE_K_ROUND) || !MOE_ENTRY_ALONE\n"
+"\n"
+"enum { ROUND_ROW = 0, ROUND_BLOCK = 1, ROUND_MX = 2, ROUND_NVFP4 = 3 }; // e4m3 of a row, of 128, of 32; e2m1 of 16\n"
+"\n"
+"#ifndef MOE_P_ROUND\n"
+"#define MOE_P_ROUND ROUND_ROW\n"
+"#endif\n"
+"#ifndef MOE_P_SPREAD\n"
+"#define MOE_P_SPREAD 1 // 1: of every 16 elements the even ones first, for weights of e4m3 (>>gemm)\n"
+"#endif\n"
+"\n"
+"#define ROUND_THREADS 128\n"
+"\n"
+"// The e4m3 and e2m1 values next to v, ties to even codes; beyond the largest that one.\n"
+"DI f32 near_e4m3(f32 v)\n"
+"{\n"
+"    const f32 a = abs_f32(v);\n"
+"    f32 r = a + 24576.0f - 24576.0f; // below 2^-6: multiples of 2^-9\n"
+"    if (a >= 0.015625f) r = from_bits((bits(a) + 0x7ffffu + (bits(a) >> 20 & 1u)) & 0xfff00000u);\n"
+"    if (r > 448.0f) r = 448.0f;\n"
+"    return v < 0 \? -r : v != v \? v : r;\n"
+"}\n"
+"DI f32 near_e2m1(f32 v)\n"
+"{\n"
+"    const f32 a = abs_f32(v), magic = a < 2.0f \? 6291456.0f : a < 4.0f \? 12582912.0f : 25165824.0f;\n"
+"    f32 r = a + magic - magic;\n"
+"    if (!(r <= 6.0f)) r = 6.0f;\n"
+"    return v < 0 \? -r : r;\n"
+"}\n"
+"\n"
+"// max(amax, 1e-12) / 448; amax / 448 up to a power of two; the e4m3 next to amax / (6 given).\n"
+"DI f32 scale_f32(f32 amax) { return (amax > 1e-12f \? amax : 1e-12f) / 448.0f; }\n"
+"DI f32 scale_ue8m0(f32 amax)\n"
+"{\n"
+"    const u32 v = bits(amax / 448.0f), code = v >> 23;\n"
+"    if (v == 0) return from_bits(0x400000u);\n"
+"    if (code == 0) return from_bits(v > 0x400000u \? 1u << 23 : 0x400000u);\n"
+"    return from_bits(min_u32(code + ((v & 0x7fffffu) != 0), 254) << 23);\n"
+"}\n"
+"DI f32 scale_e4m3(f32 amax, f32 given) { return near_e4m3(amax / (6.0f * given)); }\n"
+"\n"
+"// The larger of magnitudes; NaN is passed over.\n"
+"DI f32 amax_8(const f32 (&v)[8])\n"
+"{\n"
+"    f32 amax = 0;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 8; i++)\n",
+"        if (abs_f32(v[i]) > amax) amax = abs_f32(v[i]);\n"
+"    return amax;\n"
+"}\n"
+"\n"
+"// Of 1 << steps neighbouring lanes.\n"
+"template <u32 STEPS> DI f32 amax_lanes(f32 amax)\n"
+"{\n"
+"#pragma unroll\n"
+"    for (u32 s = 0; s < STEPS; s++) amax = from_bits(max_u32(bits(amax), bits(shfl_xor(amax, 1u << s))));\n"
+"    return amax;\n"
+"}\n"
+"\n"
+"// Values of a thread -> what their codes count, to `out`. A scale of 0 makes codes of 0.\n"
+"DI void round_store(const round_args &a, f32 (&v)[8], f32 scale, f32 folded, u32 row, u32 column)\n"
+"{\n"
+"    u8 *to = (u8 *)a.out + ((u64)(column / 64) * (u32)a.rows.rows_max + row) * 128;\n"
+"    const u32 piece = column % 64 / 8;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 8; i++) {\n"
+"        const f32 code = scale != 0 \? v[i] / scale : 0.0f;\n"
+"        v[i] = (MOE_P_ROUND == ROUND_NVFP4 \? near_e2m1(code) : near_e4m3(code)) * folded;\n"
+"    }\n"
+"    if (!MOE_P_SPREAD) {\n"
+"        *(u32x4 *)(to + 16 * (piece ^ row % 8)) = pack_8<DTYPE_BF16>(v);\n"
+"        return;\n"
+"    }\n"
+"    to += 8 * (piece & 1u);\n"
+"    *(u32x2 *)(to + 16 * ((piece & ~1u) ^ row % 8)) = { cvt_bf16x2(v[0], v[2]), cvt_bf16x2(v[4], v[6]) };\n"
+"    *(u32x2 *)(to + 16 * ((piece | 1u) ^ row % 8)) = { cvt_bf16x2(v[1], v[3]), cvt_bf16x2(v[5], v[7]) };\n"
+"}\n"
+"\n"
+"struct round_source {\n"
+"    i64 at;     // first element of x\n"
+"    f32 weight;\n"
+"    bool aligned;\n"
+"};\n"
+"\n"
+"DI void round_load(const round_args &a, const round_source &from, u32 column, f32 (&v)[8])\n"
+"{\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 8; i++) v[i] = 0;\n"
+"    if (column >= (u32)a.columns) return;\n"
+"    load_8<MOE_P_X>(a.x, from.at + column, from.aligned, v);\n"
+"    if (a.weight == nullptr) return;\n"
+"#pragma unroll\n"
+"    for (u32 i = 0; i < 8; i++) v[i] = v[i] * from.weight;\n"
+"}\n"
+"\n"
+"// Scale of a whole row: all threads get it. Barriers are between two uses of shared memory.\n"
+"DI f32 round_row_scale(const round_args &a, const round_source &from, f32 given)\n"
+"{\n"
+"    f32 *shared = (f32 *)smem(), amax = 0, v[8];\n"
+"    if (given > 0) return given;\n"
+"    for (u32 column = 8 * tid(); column < (u32)a.columns; column += 8 * ROUND_THREADS) {\n"
+"        round_load(a, from, column, v);\n"
+"        const f32 most = amax_8(v);\n"
+"        if (most > amax) amax = most;\n"
+"    }\n"
+"    amax = amax_lanes<5>(amax);\n"
+"    cta_sync();\n"
+"    if (lane() == 0) shared[warp()] = amax;\n"
+"    cta_sync();\n"
+"    amax = shared[tid() % (ROUND_THREADS / 32)];\n"
+"    return scale_f32(amax_lanes<2>(amax));\n"
+"}\n"
+"\n"
+"DI void round_row(const round_args &a, const round_source &from, f32 given, u32 row)\n"
+"{\n"
+"    const u32 columns = ((u32)a.columns + 63) / 64 * 64;\n"
+"    f32 v[8], scale = 0;\n"
+"    if (MOE_P_ROUND == ROUND_ROW) {\n"
+"        scale = round_row_scale(a, from, given);\n"
+"        if (tid() == 0) a.scales[row] = scale;\n"
+"    }\n"
+"    for (u32 first = 0; first < columns; first += 8 * ROUND_THREADS) { // whole warps\n"
+"        const u32 column = first + 8 * tid();\n"
+"        f32 folded = 1;\n"
+"        round_load(a, from, column, v);\n"
+"        const f32 amax = amax_8(v);\n"
+"        if (MOE_P_ROUND == ROUND_BLOCK) {\n"
+"            scale = a.powers \? scale_ue8m0(amax_lanes<4>(amax)) : scale_f32(amax_lanes<4>(amax));\n"
+"            if (column < (u32)a.columns && column % 128 == 0)\n"
+"                a.scales[(u64)(column / 128) * (u32)a.rows.rows_max + row] = scale;\n"
+"        } else if (MOE_P_ROUND == ROUND_MX) {\n"
+"            folded = scale = scale_ue8m0(amax_lanes<2>(amax));\n"
+"        } else if (MOE_P_ROUND == ROUND_NVFP4) {\n"
+"            folded = scale_e4m3(amax_lanes<1>(amax), given);\n"
+"            scale = folded * given;\n"
+"        }\n"
+"        if (column < columns) round_store(a, v, scale, folded, row, column);\n"
+"    }\n"
+"}\n"
+"\n"
+"DI void round_run(const round_args &a)\n"
+"{\n"
+"    u32 wrong;\n"
+"    const bool tables = a.rows.slot_of_row != nullptr;\n"
+"    const u32 element = MOE_P_X == DTYPE_F32 \? 4 : 2, tile = (u32)a.rows.tile;\n"
+"    const u32 rows = tables \? (u32)a.rows.num_tiles[0] * tile\n"
+"                            : count_tokens(a.rows.num_tokens_dev, a.rows.num_tokens, wrong);\n"
+"    round_source from = { 0, 1, ((u64)a.x | (u64)a.x_stride * element) % 16 == 0 };\n"
+"    for (u32 row = cta(); row < rows; row += ncta()) {\n",
+"        u64 block = a.rows.experts[0];\n"
+"        u32 source = row;\n"
+"        if (tables) {\n"
+"            if (row >= (u32)a.rows.tile_limit[row / tile]) continue; // padding\n"
+"            block = a.rows.experts[a.rows.tile_expert[row / tile]];\n"
+"            if (block % 2 != 0) continue; // pruned\n"
+"            const i32 slot = a.rows.slot_of_row[row];\n"
+"            if (!a.by_row) source = (u32)slot / (u32)a.rows.slots;\n"
+"            if (a.weight != nullptr) from.weight = load_float(a.weight, a.weights_dtype, slot);\n"
+"        }\n"
+"        from.at = (i64)source * a.x_stride;\n"
+"        round_row(a, from, a.given != NO_BIAS \? *(const f32 *)(block + a.given) : 0, row);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -23353,6 +24315,18 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "#endif\n"
 "\n"
+"#if defined(MOE_K_ROUND) || defined(MOE_K_ALL)\n"
+"\n"
+"// x, or the first product's results -> rows of codes' values.\n"
+"MOE_ENTRY(moe_k_round, round_args, ROUND_THREADS, 8)\n"
+"{\n"
+"    grid_launch();\n"
+"    grid_wait();\n"
+"    round_run(a);\n"
+"}\n"
+"\n"
+"#endif\n"
+"\n"
 "#if defined(MOE_K_FINALIZE) || defined(MOE_K_ALL)\n"
 "\n"
 "// Rows -> output.\n"
@@ -23383,10 +24357,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "86aa2d3d1847bf2605264b966a28c14061e8effe448e9316c7158aa32cce7cde";
+    return "687d689b3bfe3eea224b6f4cb91f379a7e3dec62194ee238ff730ccaa074bae3";
 }
 
-// >>kernels-ptx 86aa2d3d1847bf2605264b966a28c14061e8effe448e9316c7158aa32cce7cde  of the text with this digest
+// >>kernels-ptx 687d689b3bfe3eea224b6f4cb91f379a7e3dec62194ee238ff730ccaa074bae3  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"
@@ -27277,7 +28251,7 @@ static const char *const moe__ptx_4[] = {
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_d8d8535d2nv6target5sm_87E =87;\n"
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_d8d8535d2nv6target5sm_89E =89;\n"
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_d8d8535d2nv6target5sm_90E =90;\n"
-".extern .shared .align 1024 .b8 moe_smem[]; .visible .entry moe_k_gemm1( .param .align 8 .b8 p[176] )\n"
+".extern .shared .align 1024 .b8 moe_smem[]; .visible .entry moe_k_gemm1( .param .align 8 .b8 p[224] )\n"
 ".maxntid 128,1,1 .minnctapersm 2 { .reg .pred %p<419>; .reg .b16 %rs<20>; .reg .f32 %f<3475>;\n"
 ".reg .b32 %r<3247>; .reg .b64 %rd<846>; mov.b64 %rd107,p; mov.u64 %rd108,%rd107;\n"
 "add.s64 %rd1,%rd108,144; ld.param.u32 %r1,[p+144]; add.s32 %r701,%r1,63; shr.u32 %r2,%r701,6;\n"
@@ -27345,22 +28319,22 @@ static const char *const moe__ptx_4[] = {
 "add.s32 %r752,%r749,6144; cvt.u64.u32 %rd29,%r752; add.s32 %r753,%r749,8192; cvt.u64.u32 %rd30,%r753;\n",
 "add.s32 %r754,%r749,10240; cvt.u64.u32 %rd31,%r754; add.s32 %r755,%r749,12288;\n"
 "cvt.u64.u32 %rd32,%r755; add.s32 %r756,%r749,14336; cvt.u64.u32 %rd33,%r756; mov.u32 %r2958,0; $53:\n"
-"shl.b32 %r773,%r2958,14; cvt.u64.u32 %rd150,%r773; mul.lo.s32 %r774,%r2958,24576;\n"
-"cvt.u64.u32 %rd151,%r774; add.s64 %rd152,%rd26,%rd151; add.s64 %rd142,%rd843,%rd150;\n"
+"mul.lo.s32 %r773,%r2958,24576; cvt.u64.u32 %rd150,%r773; shl.b32 %r774,%r2958,14;\n"
+"cvt.u64.u32 %rd151,%r774; add.s64 %rd152,%rd26,%rd150; add.s64 %rd142,%rd843,%rd151;\n"
 "mov.u64 %rd153,moe_smem; add.s64 %rd154,%rd153,%rd152; cvt.u32.u64 %r757,%rd154; mov.u32 %r772,16;\n"
-"cp.async.cg.shared.global [%r757],[%rd142],16,%r772; add.s64 %rd155,%rd27,%rd151;\n"
+"cp.async.cg.shared.global [%r757],[%rd142],16,%r772; add.s64 %rd155,%rd27,%rd150;\n"
 "add.s64 %rd143,%rd142,2048; add.s64 %rd156,%rd153,%rd155; cvt.u32.u64 %r759,%rd156;\n"
-"cp.async.cg.shared.global [%r759],[%rd143],16,%r772; add.s64 %rd157,%rd28,%rd151;\n"
+"cp.async.cg.shared.global [%r759],[%rd143],16,%r772; add.s64 %rd157,%rd28,%rd150;\n"
 "add.s64 %rd144,%rd142,4096; add.s64 %rd158,%rd153,%rd157; cvt.u32.u64 %r761,%rd158;\n"
-"cp.async.cg.shared.global [%r761],[%rd144],16,%r772; add.s64 %rd159,%rd29,%rd151;\n"
+"cp.async.cg.shared.global [%r761],[%rd144],16,%r772; add.s64 %rd159,%rd29,%rd150;\n"
 "add.s64 %rd145,%rd142,6144; add.s64 %rd160,%rd153,%rd159; cvt.u32.u64 %r763,%rd160;\n"
-"cp.async.cg.shared.global [%r763],[%rd145],16,%r772; add.s64 %rd161,%rd30,%rd151;\n"
+"cp.async.cg.shared.global [%r763],[%rd145],16,%r772; add.s64 %rd161,%rd30,%rd150;\n"
 "add.s64 %rd146,%rd142,8192; add.s64 %rd162,%rd153,%rd161; cvt.u32.u64 %r765,%rd162;\n"
-"cp.async.cg.shared.global [%r765],[%rd146],16,%r772; add.s64 %rd163,%rd31,%rd151;\n"
+"cp.async.cg.shared.global [%r765],[%rd146],16,%r772; add.s64 %rd163,%rd31,%rd150;\n"
 "add.s64 %rd147,%rd142,10240; add.s64 %rd164,%rd153,%rd163; cvt.u32.u64 %r767,%rd164;\n"
-"cp.async.cg.shared.global [%r767],[%rd147],16,%r772; add.s64 %rd165,%rd32,%rd151;\n"
+"cp.async.cg.shared.global [%r767],[%rd147],16,%r772; add.s64 %rd165,%rd32,%rd150;\n"
 "add.s64 %rd148,%rd142,12288; add.s64 %rd166,%rd153,%rd165; cvt.u32.u64 %r769,%rd166;\n"
-"cp.async.cg.shared.global [%r769],[%rd148],16,%r772; add.s64 %rd167,%rd33,%rd151;\n"
+"cp.async.cg.shared.global [%r769],[%rd148],16,%r772; add.s64 %rd167,%rd33,%rd150;\n"
 "add.s64 %rd149,%rd142,14336; add.s64 %rd168,%rd153,%rd167; cvt.u32.u64 %r771,%rd168;\n"
 "cp.async.cg.shared.global [%r771],[%rd149],16,%r772; add.s32 %r2958,%r2958,1;\n"
 "setp.lt.u32 %p55,%r2958,3; setp.lt.u32 %p56,%r2958,%r2; and.pred %p57,%p55,%p56; @%p57 bra $53; $54:\n"
@@ -27439,7 +28413,7 @@ static const char *const moe__ptx_4[] = {
 "sub.s32 %r813,%r812,%r811; mov.u32 %r814,1; shl.b32 %r815,%r814,%r813; selp.b32 %r111,8,%r815,%p65;\n"
 "shr.u32 %r817,%r15,3; setp.ge.u32 %p66,%r817,%r111; @%p66 bra $115; setp.lt.s32 %p67,%r3061,0;\n",
 "shl.b32 %r827,%r15,3; and.b32 %r828,%r827,56; shl.b32 %r829,%r3241,6; or.b32 %r830,%r829,%r828;\n"
-"setp.ge.u32 %p68,%r830,%r86; mov.u32 %r2991,0; or.pred %p69,%p67,%p68; mov.u32 %r2992,%r2991;\n"
+"setp.le.u32 %p68,%r86,%r830; mov.u32 %r2991,0; or.pred %p69,%p67,%p68; mov.u32 %r2992,%r2991;\n"
 "mov.u32 %r2993,%r2991; mov.u32 %r2994,%r2991; mov.u32 %r2995,%r2991; mov.u32 %r2996,%r2991;\n"
 "mov.u32 %r2997,%r2991; mov.u32 %r2998,%r2991; @%p69 bra $73; setp.eq.s64 %p70,%rd209,0;\n"
 "cvt.s64.s32 %rd214,%r3061; mul.lo.s64 %rd215,%rd34,%rd214; cvt.u64.u32 %rd216,%r830;\n"
@@ -27508,9 +28482,10 @@ static const char *const moe__ptx_4[] = {
 "mul.rn.f32 %f667,%f3126,%f666; mov.b32 %r3009,%f667; mov.b32 %f668,%r3008;\n"
 "mul.rn.f32 %f669,%f3126,%f668; mov.b32 %r3008,%f669; $85: mov.b32 %f670,%r3014; mov.b32 %f671,%r3015;\n"
 "mov.b32 %f672,%r3012; mov.b32 %f673,%r3013; mov.b32 %f674,%r3010; mov.b32 %f675,%r3011;\n"
-"mov.b32 %f676,%r3008; mov.b32 %f677,%r3009; add.s32 %r908,%r859,2048; cvt.u64.u32 %rd255,%r908;\n"
-"add.s64 %rd257,%rd230,%rd255; add.s64 %rd258,%rd257,16384; or.b64 %rd260,%rd258,%rd233;\n"
-"add.s64 %rd262,%rd235,%rd260; cvt.rn.bf16x2.f32 %r904,%f676,%f677;\n"
+"mov.b32 %f676,%r3008; mov.b32 %f677,%r3009; shl.b32 %r908,%r864,7; cvt.u64.u32 %rd255,%r908;\n"
+"add.s64 %rd257,%rd230,%rd255; add.s64 %rd258,%rd257,16384; xor.b32 %r910,%r864,%r15;\n"
+"shl.b32 %r911,%r910,4; and.b32 %r912,%r911,112; cvt.u64.u32 %rd259,%r912;\n"
+"or.b64 %rd260,%rd258,%rd259; add.s64 %rd262,%rd235,%rd260; cvt.rn.bf16x2.f32 %r904,%f676,%f677;\n"
 "cvt.rn.bf16x2.f32 %r903,%f674,%f675; cvt.rn.bf16x2.f32 %r902,%f672,%f673;\n"
 "cvt.rn.bf16x2.f32 %r901,%f670,%f671; st.shared.v4.u32 [%rd262],{%r901,%r902,%r903,%r904};\n"
 "add.s32 %r913,%r817,32; setp.ge.u32 %p82,%r913,%r111; @%p82 bra $115; setp.lt.s32 %p84,%r3057,0;\n"
@@ -27527,8 +28502,8 @@ static const char *const moe__ptx_4[] = {
 "and.b32 %r3031,%r936,-65536; and.b32 %r3021,%r937,65535; and.b32 %r3029,%r937,-65536;\n"
 "and.b32 %r3019,%r938,65535; and.b32 %r3027,%r938,-65536; and.b32 %r3017,%r939,65535;\n"
 "and.b32 %r3025,%r939,-65536; $90: shl.b32 %r3032,%r3023,16; shl.b32 %r3030,%r3021,16;\n"
-"shl.b32 %r3028,%r3019,16; shl.b32 %r3026,%r3017,16; setp.eq.s64 %p87,%rd36,0; @%p87 bra $97;\n"
-"setp.eq.s32 %p88,%r85,1; add.s32 %r946,%r3079,%r817; add.s32 %r947,%r946,32;\n",
+"shl.b32 %r3028,%r3019,16; shl.b32 %r3026,%r3017,16; setp.eq.s64 %p87,%rd36,0; @%p87 bra $97;\n",
+"setp.eq.s32 %p88,%r85,1; add.s32 %r946,%r3079,%r817; add.s32 %r947,%r946,32;\n"
 "cvta.to.global.u64 %rd272,%rd38; mul.wide.u32 %rd273,%r947,4; add.s64 %rd274,%rd272,%rd273;\n"
 "ld.global.s32 %rd50,[%rd274]; @%p88 bra $95; bra.uni $92; $95: cvta.to.global.u64 %rd278,%rd36;\n"
 "shl.b64 %rd279,%rd50,2; add.s64 %rd280,%rd278,%rd279; ld.global.f32 %f3127,[%rd280]; bra.uni $96;\n"
@@ -27544,9 +28519,10 @@ static const char *const moe__ptx_4[] = {
 "mul.rn.f32 %f692,%f3127,%f691; mov.b32 %r3026,%f692; mov.b32 %f693,%r3025;\n"
 "mul.rn.f32 %f694,%f3127,%f693; mov.b32 %r3025,%f694; $97: mov.b32 %f695,%r3031; mov.b32 %f696,%r3032;\n"
 "mov.b32 %f697,%r3029; mov.b32 %f698,%r3030; mov.b32 %f699,%r3027; mov.b32 %f700,%r3028;\n"
-"mov.b32 %f701,%r3025; mov.b32 %f702,%r3026; add.s32 %r957,%r859,4096; cvt.u64.u32 %rd281,%r957;\n"
-"add.s64 %rd283,%rd230,%rd281; add.s64 %rd284,%rd283,16384; or.b64 %rd286,%rd284,%rd233;\n"
-"add.s64 %rd288,%rd235,%rd286; cvt.rn.bf16x2.f32 %r953,%f701,%f702;\n"
+"mov.b32 %f701,%r3025; mov.b32 %f702,%r3026; shl.b32 %r957,%r913,7; cvt.u64.u32 %rd281,%r957;\n"
+"add.s64 %rd283,%rd230,%rd281; add.s64 %rd284,%rd283,16384; xor.b32 %r959,%r913,%r15;\n"
+"shl.b32 %r960,%r959,4; and.b32 %r961,%r960,112; cvt.u64.u32 %rd285,%r961;\n"
+"or.b64 %rd286,%rd284,%rd285; add.s64 %rd288,%rd235,%rd286; cvt.rn.bf16x2.f32 %r953,%f701,%f702;\n"
 "cvt.rn.bf16x2.f32 %r952,%f699,%f700; cvt.rn.bf16x2.f32 %r951,%f697,%f698;\n"
 "cvt.rn.bf16x2.f32 %r950,%f695,%f696; st.shared.v4.u32 [%rd288],{%r950,%r951,%r952,%r953};\n"
 "add.s32 %r962,%r817,48; setp.ge.u32 %p90,%r962,%r111; @%p90 bra $115; setp.lt.s32 %p92,%r3055,0;\n"
@@ -27571,8 +28547,8 @@ static const char *const moe__ptx_4[] = {
 "$104: setp.eq.s32 %p97,%r85,2; cvta.to.global.u64 %rd301,%rd36; shl.b64 %rd302,%rd52,1;\n"
 "add.s64 %rd303,%rd301,%rd302; ld.global.u16 %rs4,[%rd303]; @%p97 bra $106; bra.uni $105; $106:\n"
 "cvt.u32.u16 %r997,%rs4; shl.b32 %r998,%r997,16; mov.b32 %f3128,%r998; bra.uni $108; $105:\n"
-"cvt.f32.f16 %f3128,%rs4; $108: mov.b32 %f704,%r3049; mul.rn.f32 %f705,%f3128,%f704;\n"
-"mov.b32 %r3049,%f705; mov.b32 %f706,%r3048; mul.rn.f32 %f707,%f3128,%f706; mov.b32 %r3048,%f707;\n",
+"cvt.f32.f16 %f3128,%rs4; $108: mov.b32 %f704,%r3049; mul.rn.f32 %f705,%f3128,%f704;\n",
+"mov.b32 %r3049,%f705; mov.b32 %f706,%r3048; mul.rn.f32 %f707,%f3128,%f706; mov.b32 %r3048,%f707;\n"
 "mov.b32 %f708,%r3047; mul.rn.f32 %f709,%f3128,%f708; mov.b32 %r3047,%f709; mov.b32 %f710,%r3046;\n"
 "mul.rn.f32 %f711,%f3128,%f710; mov.b32 %r3046,%f711; mov.b32 %f712,%r3045;\n"
 "mul.rn.f32 %f713,%f3128,%f712; mov.b32 %r3045,%f713; mov.b32 %f714,%r3044;\n"
@@ -27580,13 +28556,15 @@ static const char *const moe__ptx_4[] = {
 "mul.rn.f32 %f717,%f3128,%f716; mov.b32 %r3043,%f717; mov.b32 %f718,%r3042;\n"
 "mul.rn.f32 %f719,%f3128,%f718; mov.b32 %r3042,%f719; $109: mov.b32 %f720,%r3048;\n"
 "mov.b32 %f721,%r3049; mov.b32 %f722,%r3046; mov.b32 %f723,%r3047; mov.b32 %f724,%r3044;\n"
-"mov.b32 %f725,%r3045; mov.b32 %f726,%r3042; mov.b32 %f727,%r3043; add.s32 %r1006,%r859,6144;\n"
+"mov.b32 %f725,%r3045; mov.b32 %f726,%r3042; mov.b32 %f727,%r3043; shl.b32 %r1006,%r962,7;\n"
 "cvt.u64.u32 %rd307,%r1006; add.s64 %rd309,%rd230,%rd307; add.s64 %rd310,%rd309,16384;\n"
-"or.b64 %rd312,%rd310,%rd233; add.s64 %rd314,%rd235,%rd312; cvt.rn.bf16x2.f32 %r1002,%f726,%f727;\n"
-"cvt.rn.bf16x2.f32 %r1001,%f724,%f725; cvt.rn.bf16x2.f32 %r1000,%f722,%f723;\n"
-"cvt.rn.bf16x2.f32 %r999,%f720,%f721; st.shared.v4.u32 [%rd314],{%r999,%r1000,%r1001,%r1002}; $115:\n"
-"add.s64 %rd843,%rd843,16384; add.s32 %r1077,%r777,63; shr.u32 %r1078,%r1077,6;\n"
-"add.s32 %r3241,%r3241,1; setp.ne.s32 %p111,%r3241,%r1078; mov.u32 %r3078,%r90; @%p111 bra $145; $117:\n"
+"xor.b32 %r1008,%r962,%r15; shl.b32 %r1009,%r1008,4; and.b32 %r1010,%r1009,112;\n"
+"cvt.u64.u32 %rd311,%r1010; or.b64 %rd312,%rd310,%rd311; add.s64 %rd314,%rd235,%rd312;\n"
+"cvt.rn.bf16x2.f32 %r1002,%f726,%f727; cvt.rn.bf16x2.f32 %r1001,%f724,%f725;\n"
+"cvt.rn.bf16x2.f32 %r1000,%f722,%f723; cvt.rn.bf16x2.f32 %r999,%f720,%f721;\n"
+"st.shared.v4.u32 [%rd314],{%r999,%r1000,%r1001,%r1002}; $115: add.s64 %rd843,%rd843,16384;\n"
+"add.s32 %r1077,%r777,63; shr.u32 %r1078,%r1077,6; add.s32 %r3241,%r3241,1;\n"
+"setp.ne.s32 %p111,%r3241,%r1078; mov.u32 %r3078,%r90; @%p111 bra $145; $117:\n"
 "add.s32 %r3080,%r3080,%r18; setp.le.u32 %p112,%r307,%r3080; mov.u32 %r3241,0; mov.u32 %r3079,%r3241;\n"
 "mov.u32 %r3070,%r3241; mov.u32 %r3077,%r3241; mov.u32 %r3076,%r3241; @%p112 bra $131;\n"
 "setp.eq.s64 %p113,%rd38,0; shr.u32 %r3065,%r706,6; mov.u32 %r3066,0; mov.u32 %r3077,%r3066;\n"
@@ -27615,9 +28593,9 @@ static const char *const moe__ptx_4[] = {
 "add.s32 %r1115,%r86,63; shr.u32 %r1116,%r1115,6; mul.wide.u32 %rd390,%r3076,%r1116;\n"
 "shl.b64 %rd391,%rd390,14; shl.b32 %r1118,%r15,4; cvt.u64.u32 %rd392,%r1118;\n"
 "add.s64 %rd393,%rd43,%rd392; add.s64 %rd394,%rd393,%rd391; add.s64 %rd843,%rd55,%rd394;\n"
-"shr.u32 %r1119,%r15,3; setp.ge.u32 %p127,%r1119,%r3070; mov.u32 %r3059,-1; mov.u32 %r3061,%r3059;\n"
+"shr.u32 %r1119,%r15,3; setp.ge.u32 %p127,%r1119,%r3070; mov.u32 %r3059,-1; mov.u32 %r3061,%r3059;\n",
 "@%p127 bra $136; setp.eq.s64 %p128,%rd38,0; add.s32 %r3061,%r3079,%r1119; @%p128 bra $136;\n"
-"cvta.to.global.u64 %rd395,%rd38; mul.wide.u32 %rd396,%r3061,4; add.s64 %rd397,%rd395,%rd396;\n",
+"cvta.to.global.u64 %rd395,%rd38; mul.wide.u32 %rd396,%r3061,4; add.s64 %rd397,%rd395,%rd396;\n"
 "ld.global.u32 %r1122,[%rd397]; div.u32 %r3061,%r1122,%r87; $136: add.s32 %r1126,%r1119,16;\n"
 "setp.ge.u32 %p129,%r1126,%r3070; @%p129 bra $139; setp.eq.s64 %p130,%rd38,0;\n"
 "add.s32 %r1129,%r3079,%r1119; add.s32 %r3059,%r1129,16; @%p130 bra $139;\n"
@@ -27659,9 +28637,9 @@ static const char *const moe__ptx_4[] = {
 "mov.f32 %f3446,%f3193; mov.f32 %f3447,%f3193; mov.f32 %f3448,%f3193; mov.f32 %f3449,%f3193;\n"
 "mov.f32 %f3450,%f3193; mov.f32 %f3451,%f3193; mov.f32 %f3452,%f3193; mov.f32 %f3453,%f3193;\n"
 "mov.f32 %f3454,%f3193; mov.f32 %f462,%f3193; mov.f32 %f463,%f3193; mov.f32 %f464,%f3193;\n"
-"mov.f32 %f465,%f3193; mov.f32 %f3459,%f3193; mov.f32 %f3460,%f3193; mov.f32 %f3461,%f3193;\n"
+"mov.f32 %f465,%f3193; mov.f32 %f3459,%f3193; mov.f32 %f3460,%f3193; mov.f32 %f3461,%f3193;\n",
 "mov.f32 %f3462,%f3193; mov.f32 %f3463,%f3193; mov.f32 %f3464,%f3193; mov.f32 %f3465,%f3193;\n"
-"mov.f32 %f3466,%f3193; mov.f32 %f3467,%f3193; mov.f32 %f3468,%f3193; mov.f32 %f3469,%f3193;\n",
+"mov.f32 %f3466,%f3193; mov.f32 %f3467,%f3193; mov.f32 %f3468,%f3193; mov.f32 %f3469,%f3193;\n"
 "mov.f32 %f3470,%f3193; mov.f32 %f474,%f3193; mov.f32 %f475,%f3193; mov.f32 %f476,%f3193;\n"
 "mov.f32 %f477,%f3193; $150: setp.ne.s32 %p412,%r15,0; add.s32 %r1185,%r3120,-1;\n"
 "setp.eq.s32 %p142,%r3120,0; selp.b32 %r404,3,%r1185,%p142; @%p412 bra $152;\n"
@@ -27708,9 +28686,9 @@ static const char *const moe__ptx_4[] = {
 "shl.b64 %rd544,%rd543,1; add.s64 %rd535,%rd80,%rd544; add.s64 %rd546,%rd408,%rd539;\n"
 "cvt.u32.u64 %r1385,%rd546; selp.b32 %r1386,16,0,%p15;\n"
 "cp.async.cg.shared.global [%r1385],[%rd535],16,%r1386; setp.gt.s32 %p183,%r3059,-1;\n"
-"and.pred %p16,%p183,%p178; add.s32 %r1393,%r1384,16; setp.ge.u32 %p184,%r1393,%r592; @%p184 bra $208;\n"
+"and.pred %p16,%p183,%p178; add.s32 %r1393,%r1384,16; setp.ge.u32 %p184,%r1393,%r592; @%p184 bra $208;\n",
 "add.s32 %r1399,%r1389,2048; cvt.u64.u32 %rd548,%r1399; add.s64 %rd549,%rd60,%rd548;\n"
-"add.s64 %rd551,%rd549,%rd538; cvt.s64.s32 %rd552,%r3059; mul.lo.s64 %rd553,%rd61,%rd552;\n",
+"add.s64 %rd551,%rd549,%rd538; cvt.s64.s32 %rd552,%r3059; mul.lo.s64 %rd553,%rd61,%rd552;\n"
 "add.s64 %rd554,%rd553,%rd81; selp.b64 %rd555,%rd554,0,%p16; shl.b64 %rd556,%rd555,1;\n"
 "add.s64 %rd547,%rd80,%rd556; add.s64 %rd558,%rd408,%rd551; cvt.u32.u64 %r1394,%rd558;\n"
 "selp.b32 %r1395,16,0,%p16; cp.async.cg.shared.global [%r1394],[%rd547],16,%r1395;\n"
@@ -27731,7 +28709,7 @@ static const char *const moe__ptx_4[] = {
 "sub.s32 %r1219,%r1218,%r1217; mov.u32 %r1220,1; shl.b32 %r1221,%r1220,%r1219;\n"
 "setp.lt.u32 %p145,%r3078,9; selp.b32 %r406,8,%r1221,%p145; shr.u32 %r1223,%r15,3;\n"
 "setp.ge.u32 %p146,%r1223,%r406; @%p146 bra $208; setp.lt.s32 %p147,%r3061,0;\n"
-"ld.param.u32 %r1232,[%rd1]; setp.ge.u32 %p148,%r405,%r1232; mov.u32 %r3135,0;\n"
+"ld.param.u32 %r1232,[%rd1]; setp.le.u32 %p148,%r1232,%r405; mov.u32 %r3135,0;\n"
 "or.pred %p149,%p147,%p148; mov.u32 %r3136,%r3135; mov.u32 %r3137,%r3135; mov.u32 %r3138,%r3135;\n"
 "mov.u32 %r3139,%r3135; mov.u32 %r3140,%r3135; mov.u32 %r3141,%r3135; mov.u32 %r3142,%r3135;\n"
 "@%p149 bra $166; setp.eq.s64 %p150,%rd62,0; ld.param.u64 %rd452,[%rd1+-80];\n"
@@ -27754,9 +28732,9 @@ static const char *const moe__ptx_4[] = {
 "ld.global.f32 %f3257,[%rd465]; bra.uni $165; $161: shl.b64 %rd462,%rd67,1;\n"
 "add.s64 %rd463,%rd66,%rd462; ld.global.u16 %rs5,[%rd463]; setp.eq.s32 %p153,%r435,2; @%p153 bra $163;\n"
 "bra.uni $162; $163: cvt.u32.u16 %r1248,%rs5; shl.b32 %r1249,%r1248,16; mov.b32 %f3257,%r1249;\n"
-"bra.uni $165; $162: cvt.f32.f16 %f3257,%rs5; $165: mov.b32 %f794,%r3142;\n"
+"bra.uni $165; $162: cvt.f32.f16 %f3257,%rs5; $165: mov.b32 %f794,%r3142;\n",
 "mul.rn.f32 %f795,%f3257,%f794; mov.b32 %r3142,%f795; mov.b32 %f796,%r3141;\n"
-"mul.rn.f32 %f797,%f3257,%f796; mov.b32 %r3141,%f797; mov.b32 %f798,%r3140;\n",
+"mul.rn.f32 %f797,%f3257,%f796; mov.b32 %r3141,%f797; mov.b32 %f798,%r3140;\n"
 "mul.rn.f32 %f799,%f3257,%f798; mov.b32 %r3140,%f799; mov.b32 %f800,%r3139;\n"
 "mul.rn.f32 %f801,%f3257,%f800; mov.b32 %r3139,%f801; mov.b32 %f802,%r3138;\n"
 "mul.rn.f32 %f803,%f3257,%f802; mov.b32 %r3138,%f803; mov.b32 %f804,%r3137;\n"
@@ -27771,7 +28749,7 @@ static const char *const moe__ptx_4[] = {
 "cvt.rn.bf16x2.f32 %r1252,%f814,%f815; cvt.rn.bf16x2.f32 %r1251,%f812,%f813;\n"
 "cvt.rn.bf16x2.f32 %r1250,%f810,%f811; st.shared.v4.u32 [%rd471],{%r1250,%r1251,%r1252,%r1253};\n"
 "add.s32 %r1260,%r1223,16; setp.ge.u32 %p154,%r1260,%r406; @%p154 bra $208;\n"
-"setp.lt.s32 %p155,%r3059,0; ld.param.u32 %r1269,[%rd1]; setp.ge.u32 %p156,%r405,%r1269;\n"
+"setp.lt.s32 %p155,%r3059,0; ld.param.u32 %r1269,[%rd1]; setp.le.u32 %p156,%r1269,%r405;\n"
 "mov.u32 %r3152,0; or.pred %p157,%p155,%p156; mov.u32 %r3153,%r3152; mov.u32 %r3154,%r3152;\n"
 "mov.u32 %r3155,%r3152; mov.u32 %r3156,%r3152; mov.u32 %r3157,%r3152; mov.u32 %r3158,%r3152;\n"
 "mov.u32 %r3159,%r3152; @%p157 bra $178; setp.eq.s64 %p158,%rd62,0; ld.param.u64 %rd472,[%rd1+-80];\n"
@@ -27801,17 +28779,18 @@ static const char *const moe__ptx_4[] = {
 "mul.rn.f32 %f824,%f3258,%f823; mov.b32 %r3157,%f824; mov.b32 %f825,%r3156;\n"
 "mul.rn.f32 %f826,%f3258,%f825; mov.b32 %r3156,%f826; mov.b32 %f827,%r3155;\n"
 "mul.rn.f32 %f828,%f3258,%f827; mov.b32 %r3155,%f828; mov.b32 %f829,%r3154;\n"
-"mul.rn.f32 %f830,%f3258,%f829; mov.b32 %r3154,%f830; mov.b32 %f831,%r3153;\n"
+"mul.rn.f32 %f830,%f3258,%f829; mov.b32 %r3154,%f830; mov.b32 %f831,%r3153;\n",
 "mul.rn.f32 %f832,%f3258,%f831; mov.b32 %r3153,%f832; mov.b32 %f833,%r3152;\n"
-"mul.rn.f32 %f834,%f3258,%f833; mov.b32 %r3152,%f834; $178: mov.b32 %f835,%r3158;\n",
+"mul.rn.f32 %f834,%f3258,%f833; mov.b32 %r3152,%f834; $178: mov.b32 %f835,%r3158;\n"
 "mov.b32 %f836,%r3159; mov.b32 %f837,%r3156; mov.b32 %f838,%r3157; mov.b32 %f839,%r3154;\n"
-"mov.b32 %f840,%r3155; mov.b32 %f841,%r3152; mov.b32 %f842,%r3153; add.s32 %r1295,%r1256,2048;\n"
-"cvt.u64.u32 %rd487,%r1295; add.s64 %rd488,%rd60,%rd487; add.s64 %rd490,%rd488,%rd468;\n"
-"add.s64 %rd492,%rd408,%rd490; cvt.rn.bf16x2.f32 %r1291,%f841,%f842;\n"
+"mov.b32 %f840,%r3155; mov.b32 %f841,%r3152; mov.b32 %f842,%r3153; shl.b32 %r1295,%r1260,7;\n"
+"cvt.u64.u32 %rd487,%r1295; add.s64 %rd488,%rd60,%rd487; xor.b32 %r1296,%r1260,%r15;\n"
+"shl.b32 %r1297,%r1296,4; and.b32 %r1298,%r1297,112; cvt.u64.u32 %rd489,%r1298;\n"
+"add.s64 %rd490,%rd488,%rd489; add.s64 %rd492,%rd408,%rd490; cvt.rn.bf16x2.f32 %r1291,%f841,%f842;\n"
 "cvt.rn.bf16x2.f32 %r1290,%f839,%f840; cvt.rn.bf16x2.f32 %r1289,%f837,%f838;\n"
 "cvt.rn.bf16x2.f32 %r1288,%f835,%f836; st.shared.v4.u32 [%rd492],{%r1288,%r1289,%r1290,%r1291};\n"
 "add.s32 %r1299,%r1223,32; setp.ge.u32 %p162,%r1299,%r406; @%p162 bra $208;\n"
-"setp.lt.s32 %p163,%r3057,0; ld.param.u32 %r1308,[%rd1]; setp.ge.u32 %p164,%r405,%r1308;\n"
+"setp.lt.s32 %p163,%r3057,0; ld.param.u32 %r1308,[%rd1]; setp.le.u32 %p164,%r1308,%r405;\n"
 "mov.u32 %r3169,0; or.pred %p165,%p163,%p164; mov.u32 %r3170,%r3169; mov.u32 %r3171,%r3169;\n"
 "mov.u32 %r3172,%r3169; mov.u32 %r3173,%r3169; mov.u32 %r3174,%r3169; mov.u32 %r3175,%r3169;\n"
 "mov.u32 %r3176,%r3169; @%p165 bra $190; setp.eq.s64 %p166,%rd62,0; ld.param.u64 %rd493,[%rd1+-80];\n"
@@ -27845,13 +28824,14 @@ static const char *const moe__ptx_4[] = {
 "mul.rn.f32 %f857,%f3259,%f856; mov.b32 %r3170,%f857; mov.b32 %f858,%r3169;\n"
 "mul.rn.f32 %f859,%f3259,%f858; mov.b32 %r3169,%f859; $190: mov.b32 %f860,%r3175;\n"
 "mov.b32 %f861,%r3176; mov.b32 %f862,%r3173; mov.b32 %f863,%r3174; mov.b32 %f864,%r3171;\n"
-"mov.b32 %f865,%r3172; mov.b32 %f866,%r3169; mov.b32 %f867,%r3170; add.s32 %r1334,%r1256,4096;\n"
-"cvt.u64.u32 %rd508,%r1334; add.s64 %rd509,%rd60,%rd508; add.s64 %rd511,%rd509,%rd468;\n"
-"add.s64 %rd513,%rd408,%rd511; cvt.rn.bf16x2.f32 %r1330,%f866,%f867;\n"
+"mov.b32 %f865,%r3172; mov.b32 %f866,%r3169; mov.b32 %f867,%r3170; shl.b32 %r1334,%r1299,7;\n"
+"cvt.u64.u32 %rd508,%r1334; add.s64 %rd509,%rd60,%rd508; xor.b32 %r1335,%r1299,%r15;\n"
+"shl.b32 %r1336,%r1335,4; and.b32 %r1337,%r1336,112; cvt.u64.u32 %rd510,%r1337;\n",
+"add.s64 %rd511,%rd509,%rd510; add.s64 %rd513,%rd408,%rd511; cvt.rn.bf16x2.f32 %r1330,%f866,%f867;\n"
 "cvt.rn.bf16x2.f32 %r1329,%f864,%f865; cvt.rn.bf16x2.f32 %r1328,%f862,%f863;\n"
 "cvt.rn.bf16x2.f32 %r1327,%f860,%f861; st.shared.v4.u32 [%rd513],{%r1327,%r1328,%r1329,%r1330};\n"
-"add.s32 %r1338,%r1223,48; setp.ge.u32 %p170,%r1338,%r406; @%p170 bra $208;\n",
-"setp.lt.s32 %p171,%r3055,0; ld.param.u32 %r1347,[%rd1]; setp.ge.u32 %p172,%r405,%r1347;\n"
+"add.s32 %r1338,%r1223,48; setp.ge.u32 %p170,%r1338,%r406; @%p170 bra $208;\n"
+"setp.lt.s32 %p171,%r3055,0; ld.param.u32 %r1347,[%rd1]; setp.le.u32 %p172,%r1347,%r405;\n"
 "mov.u32 %r3186,0; or.pred %p173,%p171,%p172; mov.u32 %r3187,%r3186; mov.u32 %r3188,%r3186;\n"
 "mov.u32 %r3189,%r3186; mov.u32 %r3190,%r3186; mov.u32 %r3191,%r3186; mov.u32 %r3192,%r3186;\n"
 "mov.u32 %r3193,%r3186; @%p173 bra $202; setp.eq.s64 %p174,%rd62,0; ld.param.u64 %rd514,[%rd1+-80];\n"
@@ -27885,18 +28865,19 @@ static const char *const moe__ptx_4[] = {
 "mul.rn.f32 %f882,%f3260,%f881; mov.b32 %r3187,%f882; mov.b32 %f883,%r3186;\n"
 "mul.rn.f32 %f884,%f3260,%f883; mov.b32 %r3186,%f884; $202: mov.b32 %f885,%r3192;\n"
 "mov.b32 %f886,%r3193; mov.b32 %f887,%r3190; mov.b32 %f888,%r3191; mov.b32 %f889,%r3188;\n"
-"mov.b32 %f890,%r3189; mov.b32 %f891,%r3186; mov.b32 %f892,%r3187; add.s32 %r1373,%r1256,6144;\n"
-"cvt.u64.u32 %rd529,%r1373; add.s64 %rd530,%rd60,%rd529; add.s64 %rd532,%rd530,%rd468;\n"
-"add.s64 %rd534,%rd408,%rd532; cvt.rn.bf16x2.f32 %r1369,%f891,%f892;\n"
+"mov.b32 %f890,%r3189; mov.b32 %f891,%r3186; mov.b32 %f892,%r3187; shl.b32 %r1373,%r1338,7;\n"
+"cvt.u64.u32 %rd529,%r1373; add.s64 %rd530,%rd60,%rd529; xor.b32 %r1374,%r1338,%r15;\n"
+"shl.b32 %r1375,%r1374,4; and.b32 %r1376,%r1375,112; cvt.u64.u32 %rd531,%r1376;\n"
+"add.s64 %rd532,%rd530,%rd531; add.s64 %rd534,%rd408,%rd532; cvt.rn.bf16x2.f32 %r1369,%f891,%f892;\n"
 "cvt.rn.bf16x2.f32 %r1368,%f889,%f890; cvt.rn.bf16x2.f32 %r1367,%f887,%f888;\n"
 "cvt.rn.bf16x2.f32 %r1366,%f885,%f886; st.shared.v4.u32 [%rd534],{%r1366,%r1367,%r1368,%r1369}; $208:\n"
 "add.s64 %rd843,%rd843,16384; ld.param.u32 %r1423,[%rd1]; add.s32 %r1424,%r1423,63;\n"
-"shr.u32 %r1425,%r1424,6; add.s32 %r3241,%r3241,1; setp.ne.s32 %p191,%r3241,%r1425;\n"
+"shr.u32 %r1425,%r1424,6; add.s32 %r3241,%r3241,1; setp.ne.s32 %p191,%r3241,%r1425;\n",
 "mov.u32 %r3222,%r3078; @%p191 bra $238; add.s32 %r2933,%r2936,63; ld.param.u32 %r1426,[%rd1+4];\n"
 "add.s32 %r1427,%r1426,63; shr.u32 %r606,%r1427,6; ld.param.u64 %rd83,[%rd1+-144];\n"
 "setp.ne.s64 %p192,%rd83,0; shr.u32 %r1429,%r2933,6; selp.b32 %r607,%r2936,%r1429,%p192;\n"
 "mul.lo.s32 %r608,%r607,%r606; ld.param.u64 %rd583,[%rd1+-136]; cvta.to.global.u64 %rd84,%rd583;\n"
-"ld.param.u64 %rd584,[%rd1+-112]; cvta.to.global.u64 %rd85,%rd584; ld.param.u64 %rd585,[%rd1+-128];\n",
+"ld.param.u64 %rd584,[%rd1+-112]; cvta.to.global.u64 %rd85,%rd584; ld.param.u64 %rd585,[%rd1+-128];\n"
 "cvta.to.global.u64 %rd86,%rd585; $210: mov.u32 %r2934,%nctaid.x; add.s32 %r3080,%r3080,%r2934;\n"
 "setp.le.u32 %p193,%r608,%r3080; mov.u32 %r3241,0; mov.u32 %r3079,%r3241; mov.u32 %r3214,%r3241;\n"
 "mov.u32 %r3077,%r3241; mov.u32 %r3076,%r3241; @%p193 bra $224; setp.eq.s64 %p194,%rd83,0;\n"
@@ -27935,12 +28916,12 @@ static const char *const moe__ptx_4[] = {
 "cvta.to.global.u64 %rd608,%rd90; mul.wide.u32 %rd609,%r3059,4; add.s64 %rd610,%rd608,%rd609;\n"
 "ld.param.u32 %r1479,[%rd1+-92]; ld.global.u32 %r1480,[%rd610]; div.u32 %r3059,%r1480,%r1479; $232:\n"
 "add.s32 %r1484,%r1467,32; setp.ge.u32 %p212,%r1484,%r3214; mov.u32 %r3055,-1; mov.u32 %r3057,%r3055;\n"
-"@%p212 bra $235; add.s32 %r1487,%r3079,%r1467; add.s32 %r3057,%r1487,32;\n"
+"@%p212 bra $235; add.s32 %r1487,%r3079,%r1467; add.s32 %r3057,%r1487,32;\n",
 "ld.param.u64 %rd91,[%rd1+-144]; setp.eq.s64 %p213,%rd91,0; @%p213 bra $235;\n"
 "cvta.to.global.u64 %rd611,%rd91; mul.wide.u32 %rd612,%r3057,4; add.s64 %rd613,%rd611,%rd612;\n"
 "ld.param.u32 %r1488,[%rd1+-92]; ld.global.u32 %r1489,[%rd613]; div.u32 %r3057,%r1489,%r1488; $235:\n"
 "add.s32 %r1497,%r1467,48; setp.ge.u32 %p214,%r1497,%r3214; mov.u32 %r3222,%r3214; @%p214 bra $238;\n"
-"add.s32 %r1501,%r3079,%r1467; add.s32 %r3055,%r1501,48; ld.param.u64 %rd92,[%rd1+-144];\n",
+"add.s32 %r1501,%r3079,%r1467; add.s32 %r3055,%r1501,48; ld.param.u64 %rd92,[%rd1+-144];\n"
 "setp.eq.s64 %p215,%rd92,0; mov.u32 %r3222,%r3214; @%p215 bra $238; cvta.to.global.u64 %rd614,%rd92;\n"
 "mul.wide.u32 %rd615,%r3055,4; add.s64 %rd616,%rd614,%rd615; ld.param.u32 %r1503,[%rd1+-92];\n"
 "ld.global.u32 %r1504,[%rd616]; div.u32 %r3055,%r1504,%r1503; mov.u32 %r3222,%r3214; $238:\n"
@@ -27979,10 +28960,10 @@ static const char *const moe__ptx_4[] = {
 "xor.b32 %r1709,%r1705,32; cvt.u64.u32 %rd642,%r1709; add.s64 %rd643,%rd642,%rd94;\n"
 "add.s64 %rd644,%rd408,%rd643; cvt.u32.u64 %r1574,%rd644;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1570,%r1571,%r1572,%r1573},[%r1574];\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f477,%f476,%f475,%f474},{%r1555,%r1556,%r1557,%r1558},{%r1528,%r1529},{%f477,%f476,%f475,%f474};\n"
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f477,%f476,%f475,%f474},{%r1555,%r1556,%r1557,%r1558},{%r1528,%r1529},{%f477,%f476,%f475,%f474};\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f465,%f464,%f463,%f462},{%r1560,%r1561,%r1562,%r1563},{%r1528,%r1529},{%f465,%f464,%f463,%f462};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3224,%f3223,%f3222,%f3221},{%r1565,%r1566,%r1567,%r1568},{%r1528,%r1529},{%f3224,%f3223,%f3222,%f3221};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3208,%f3207,%f3206,%f3205},{%r1570,%r1571,%r1572,%r1573},{%r1528,%r1529},{%f3208,%f3207,%f3206,%f3205};\n",
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3208,%f3207,%f3206,%f3205},{%r1570,%r1571,%r1572,%r1573},{%r1528,%r1529},{%f3208,%f3207,%f3206,%f3205};\n"
 "xor.b32 %r1710,%r1702,64; cvt.u64.u32 %rd645,%r1710; add.s64 %rd646,%rd645,%rd94;\n"
 "add.s64 %rd647,%rd408,%rd646; cvt.u32.u64 %r1603,%rd647;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1599,%r1600,%r1601,%r1602},[%r1603];\n"
@@ -28020,12 +29001,12 @@ static const char *const moe__ptx_4[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3208,%f3207,%f3206,%f3205},{%r1663,%r1664,%r1665,%r1666},{%r1621,%r1622},{%f3208,%f3207,%f3206,%f3205};\n"
 "bra.uni $244; $243: shl.b32 %r2545,%r15,4; and.b32 %r2546,%r2545,112; and.b32 %r2547,%r15,16;\n"
 "xor.b32 %r2548,%r2546,%r2547; shr.u32 %r2549,%r15,5; and.b32 %r2550,%r2549,1; and.b32 %r2551,%r15,15;\n"
-"bfi.b32 %r2552,%r2550,%r2551,6,1; shl.b32 %r2553,%r2552,7; or.b32 %r2554,%r2553,%r2548;\n"
+"bfi.b32 %r2552,%r2550,%r2551,6,1; shl.b32 %r2553,%r2552,7; or.b32 %r2554,%r2553,%r2548;\n",
 "cvt.u64.u32 %rd733,%r2554; add.s64 %rd734,%rd733,%rd94; add.s64 %rd736,%rd408,%rd734;\ncvt.u32.u64 %r2044,%rd736;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2040,%r2041,%r2042,%r2043},[%r2044];\n"
 "add.s32 %r2555,%r2554,2048; cvt.u64.u32 %rd737,%r2555; add.s64 %rd738,%rd737,%rd94;\n"
 "add.s64 %rd739,%rd408,%rd738; cvt.u32.u64 %r2049,%rd739;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2045,%r2046,%r2047,%r2048},[%r2049];\n",
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2045,%r2046,%r2047,%r2048},[%r2049];\n"
 "add.s32 %r2556,%r2554,4096; cvt.u64.u32 %rd740,%r2556; add.s64 %rd741,%rd740,%rd94;\n"
 "add.s64 %rd742,%rd408,%rd741; cvt.u32.u64 %r2054,%rd742;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2050,%r2051,%r2052,%r2053},[%r2054];\n"
@@ -28054,13 +29035,13 @@ static const char *const moe__ptx_4[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3212,%f3211,%f3210,%f3209},{%r2050,%r2051,%r2052,%r2053},{%r2115,%r2116},{%f3212,%f3211,%f3210,%f3209};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3196,%f3195,%f3194,%f3193},{%r2055,%r2056,%r2057,%r2058},{%r2115,%r2116},{%f3196,%f3195,%f3194,%f3193};\n"
 "xor.b32 %r2559,%r2554,32; cvt.u64.u32 %rd752,%r2559; add.s64 %rd753,%rd752,%rd94;\n"
-"add.s64 %rd754,%rd408,%rd753; cvt.u32.u64 %r2170,%rd754;\n"
+"add.s64 %rd754,%rd408,%rd753; cvt.u32.u64 %r2170,%rd754;\n",
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2166,%r2167,%r2168,%r2169},[%r2170];\n"
 "xor.b32 %r2560,%r2555,32; cvt.u64.u32 %rd755,%r2560; add.s64 %rd756,%rd755,%rd94;\n"
 "add.s64 %rd757,%rd408,%rd756; cvt.u32.u64 %r2175,%rd757;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2171,%r2172,%r2173,%r2174},[%r2175];\n"
 "xor.b32 %r2561,%r2556,32; cvt.u64.u32 %rd758,%r2561; add.s64 %rd759,%rd758,%rd94;\n"
-"add.s64 %rd760,%rd408,%rd759; cvt.u32.u64 %r2180,%rd760;\n",
+"add.s64 %rd760,%rd408,%rd759; cvt.u32.u64 %r2180,%rd760;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2176,%r2177,%r2178,%r2179},[%r2180];\n"
 "xor.b32 %r2562,%r2557,32; cvt.u64.u32 %rd761,%r2562; add.s64 %rd762,%rd761,%rd94;\n"
 "add.s64 %rd763,%rd408,%rd762; cvt.u32.u64 %r2185,%rd763;\n"
@@ -28089,13 +29070,13 @@ static const char *const moe__ptx_4[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3196,%f3195,%f3194,%f3193},{%r2181,%r2182,%r2183,%r2184},{%r2241,%r2242},{%f3196,%f3195,%f3194,%f3193};\n"
 "xor.b32 %r2565,%r2554,64; cvt.u64.u32 %rd770,%r2565; add.s64 %rd771,%rd770,%rd94;\n"
 "add.s64 %rd772,%rd408,%rd771; cvt.u32.u64 %r2296,%rd772;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2292,%r2293,%r2294,%r2295},[%r2296];\n"
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2292,%r2293,%r2294,%r2295},[%r2296];\n",
 "xor.b32 %r2566,%r2555,64; cvt.u64.u32 %rd773,%r2566; add.s64 %rd774,%rd773,%rd94;\n"
 "add.s64 %rd775,%rd408,%rd774; cvt.u32.u64 %r2301,%rd775;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2297,%r2298,%r2299,%r2300},[%r2301];\n"
 "xor.b32 %r2567,%r2556,64; cvt.u64.u32 %rd776,%r2567; add.s64 %rd777,%rd776,%rd94;\n"
 "add.s64 %rd778,%rd408,%rd777; cvt.u32.u64 %r2306,%rd778;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2302,%r2303,%r2304,%r2305},[%r2306];\n",
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2302,%r2303,%r2304,%r2305},[%r2306];\n"
 "xor.b32 %r2568,%r2557,64; cvt.u64.u32 %rd779,%r2568; add.s64 %rd780,%rd779,%rd94;\n"
 "add.s64 %rd781,%rd408,%rd780; cvt.u32.u64 %r2311,%rd781;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2307,%r2308,%r2309,%r2310},[%r2311];\n"
@@ -28125,13 +29106,13 @@ static const char *const moe__ptx_4[] = {
 "add.s64 %rd790,%rd408,%rd789; cvt.u32.u64 %r2422,%rd790;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2418,%r2419,%r2420,%r2421},[%r2422];\n"
 "xor.b32 %r2572,%r2555,96; cvt.u64.u32 %rd791,%r2572; add.s64 %rd792,%rd791,%rd94;\n"
-"add.s64 %rd793,%rd408,%rd792; cvt.u32.u64 %r2427,%rd793;\n"
+"add.s64 %rd793,%rd408,%rd792; cvt.u32.u64 %r2427,%rd793;\n",
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2423,%r2424,%r2425,%r2426},[%r2427];\n"
 "xor.b32 %r2573,%r2556,96; cvt.u64.u32 %rd794,%r2573; add.s64 %rd795,%rd794,%rd94;\n"
 "add.s64 %rd796,%rd408,%rd795; cvt.u32.u64 %r2432,%rd796;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2428,%r2429,%r2430,%r2431},[%r2432];\n"
 "xor.b32 %r2574,%r2557,96; cvt.u64.u32 %rd797,%r2574; add.s64 %rd798,%rd797,%rd94;\n"
-"add.s64 %rd799,%rd408,%rd798; cvt.u32.u64 %r2437,%rd799;\n",
+"add.s64 %rd799,%rd408,%rd798; cvt.u32.u64 %r2437,%rd799;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2433,%r2434,%r2435,%r2436},[%r2437];\n"
 "xor.b32 %r2575,%r3125,96; cvt.u64.u32 %rd800,%r2575; add.s64 %rd801,%rd800,%rd94;\n"
 "add.s64 %rd802,%rd408,%rd801; cvt.u32.u64 %r2442,%rd802;\n"
@@ -28159,13 +29140,13 @@ static const char *const moe__ptx_4[] = {
 "xor.b32 %r2015,%r2013,%r2014; shr.u32 %r2016,%r15,5; and.b32 %r2017,%r2016,1; and.b32 %r2018,%r15,15;\n"
 "bfi.b32 %r2019,%r2017,%r2018,6,1; shl.b32 %r2020,%r2019,7; or.b32 %r2021,%r2020,%r2015;\n"
 "cvt.u64.u32 %rd672,%r2021; add.s64 %rd673,%rd672,%rd94; add.s64 %rd675,%rd408,%rd673;\ncvt.u32.u64 %r1723,%rd675;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1719,%r1720,%r1721,%r1722},[%r1723];\n"
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1719,%r1720,%r1721,%r1722},[%r1723];\n",
 "add.s32 %r2022,%r2021,2048; cvt.u64.u32 %rd676,%r2022; add.s64 %rd677,%rd676,%rd94;\n"
 "add.s64 %rd678,%rd408,%rd677; cvt.u32.u64 %r1728,%rd678;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1724,%r1725,%r1726,%r1727},[%r1728];\n"
 "add.s32 %r2023,%r2021,4096; cvt.u64.u32 %rd679,%r2023; add.s64 %rd680,%rd679,%rd94;\n"
 "add.s64 %rd681,%rd408,%rd680; cvt.u32.u64 %r1733,%rd681;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1729,%r1730,%r1731,%r1732},[%r1733];\n",
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1729,%r1730,%r1731,%r1732},[%r1733];\n"
 "add.s32 %r2024,%r2021,6144; cvt.u64.u32 %rd682,%r2024; add.s64 %rd683,%rd682,%rd94;\n"
 "add.s64 %rd684,%rd408,%rd683; cvt.u32.u64 %r1738,%rd684;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1734,%r1735,%r1736,%r1737},[%r1738];\n"
@@ -28198,9 +29179,9 @@ static const char *const moe__ptx_4[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f465,%f464,%f463,%f462},{%r1797,%r1798,%r1799,%r1800},{%r1812,%r1813},{%f465,%f464,%f463,%f462};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3224,%f3223,%f3222,%f3221},{%r1802,%r1803,%r1804,%r1805},{%r1812,%r1813},{%f3224,%f3223,%f3222,%f3221};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3208,%f3207,%f3206,%f3205},{%r1807,%r1808,%r1809,%r1810},{%r1812,%r1813},{%f3208,%f3207,%f3206,%f3205};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3470,%f3469,%f3468,%f3467},{%r1792,%r1793,%r1794,%r1795},{%r1814,%r1815},{%f3470,%f3469,%f3468,%f3467};\n"
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3470,%f3469,%f3468,%f3467},{%r1792,%r1793,%r1794,%r1795},{%r1814,%r1815},{%f3470,%f3469,%f3468,%f3467};\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3454,%f3453,%f3452,%f3451},{%r1797,%r1798,%r1799,%r1800},{%r1814,%r1815},{%f3454,%f3453,%f3452,%f3451};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3220,%f3219,%f3218,%f3217},{%r1802,%r1803,%r1804,%r1805},{%r1814,%r1815},{%f3220,%f3219,%f3218,%f3217};\n",
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3220,%f3219,%f3218,%f3217},{%r1802,%r1803,%r1804,%r1805},{%r1814,%r1815},{%f3220,%f3219,%f3218,%f3217};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3204,%f3203,%f3202,%f3201},{%r1807,%r1808,%r1809,%r1810},{%r1814,%r1815},{%f3204,%f3203,%f3202,%f3201};\n"
 "xor.b32 %r2030,%r2021,64; cvt.u64.u32 %rd703,%r2030; add.s64 %rd704,%rd703,%rd94;\n"
 "add.s64 %rd705,%rd408,%rd704; cvt.u32.u64 %r1869,%rd705;\n"
@@ -28239,9 +29220,9 @@ static const char *const moe__ptx_4[] = {
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1953,%r1954,%r1955,%r1956},[%r1957];\n"
 "xor.b32 %r2039,%r3125,96; cvt.u64.u32 %rd730,%r2039; add.s64 %rd731,%rd730,%rd94;\n"
 "add.s64 %rd732,%rd408,%rd731; cvt.u32.u64 %r1962,%rd732;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1958,%r1959,%r1960,%r1961},[%r1962];\n"
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1958,%r1959,%r1960,%r1961},[%r1962];\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f477,%f476,%f475,%f474},{%r1938,%r1939,%r1940,%r1941},{%r1958,%r1959},{%f477,%f476,%f475,%f474};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f465,%f464,%f463,%f462},{%r1943,%r1944,%r1945,%r1946},{%r1958,%r1959},{%f465,%f464,%f463,%f462};\n",
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f465,%f464,%f463,%f462},{%r1943,%r1944,%r1945,%r1946},{%r1958,%r1959},{%f465,%f464,%f463,%f462};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3224,%f3223,%f3222,%f3221},{%r1948,%r1949,%r1950,%r1951},{%r1958,%r1959},{%f3224,%f3223,%f3222,%f3221};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3208,%f3207,%f3206,%f3205},{%r1953,%r1954,%r1955,%r1956},{%r1958,%r1959},{%f3208,%f3207,%f3206,%f3205};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3470,%f3469,%f3468,%f3467},{%r1938,%r1939,%r1940,%r1941},{%r1960,%r1961},{%f3470,%f3469,%f3468,%f3467};\n"
@@ -28277,11 +29258,11 @@ static const char *const moe__ptx_4[] = {
 "ld.param.u64 %rd818,[%rd1+-112]; cvta.to.global.u64 %rd819,%rd818; mul.wide.u32 %rd820,%r2591,8;\n"
 "add.s64 %rd821,%rd819,%rd820; ld.global.u64 %rd822,[%rd821]; add.s64 %rd823,%rd102,%rd822;\n"
 "mul.wide.u32 %rd824,%r690,4; add.s64 %rd825,%rd823,%rd824; ld.v2.f32 {%f1791,%f1792},[%rd825];\n"
-"shl.b64 %rd826,%rd101,2; add.s64 %rd827,%rd825,%rd826; ld.v2.f32 {%f1795,%f1796},[%rd827];\n"
+"shl.b64 %rd826,%rd101,2; add.s64 %rd827,%rd825,%rd826; ld.v2.f32 {%f1795,%f1796},[%rd827];\n",
 "add.rn.f32 %f477,%f1791,%f477; add.rn.f32 %f475,%f1792,%f475; add.rn.f32 %f465,%f1795,%f465;\n"
 "add.rn.f32 %f463,%f1796,%f463; add.rn.f32 %f476,%f1791,%f476; add.rn.f32 %f474,%f1792,%f474;\n"
 "add.rn.f32 %f464,%f1795,%f464; add.rn.f32 %f462,%f1796,%f462; add.rn.f32 %f3470,%f1791,%f3470;\n"
-"add.rn.f32 %f3468,%f1792,%f3468; add.rn.f32 %f3454,%f1795,%f3454; add.rn.f32 %f3452,%f1796,%f3452;\n",
+"add.rn.f32 %f3468,%f1792,%f3468; add.rn.f32 %f3454,%f1795,%f3454; add.rn.f32 %f3452,%f1796,%f3452;\n"
 "add.rn.f32 %f3469,%f1791,%f3469; add.rn.f32 %f3467,%f1792,%f3467; add.rn.f32 %f3453,%f1795,%f3453;\n"
 "add.rn.f32 %f3451,%f1796,%f3451; add.rn.f32 %f3466,%f1791,%f3466; add.rn.f32 %f3464,%f1792,%f3464;\n"
 "add.rn.f32 %f3450,%f1795,%f3450; add.rn.f32 %f3448,%f1796,%f3448; add.rn.f32 %f3465,%f1791,%f3465;\n"
@@ -28322,12 +29303,12 @@ static const char *const moe__ptx_4[] = {
 "mov.b32 %r2708,%f2266; setp.eq.s32 %p276,%r2708,1073741823; selp.f32 %f2277,0f3F000001,%f2276,%p276;\n"
 "setp.lt.f32 %p277,%f477,0f00000000; selp.f32 %f2278,%f2265,0f3F800000,%p277;\n"
 "mul.rn.f32 %f2279,%f2278,%f2277; fma.rn.f32 %f2280,%f2272,%f2279,%f2278;\n"
-"fma.rn.f32 %f2281,%f2280,%f2277,%f2279; fma.rn.f32 %f2282,%f2272,%f2281,%f2278;\n"
+"fma.rn.f32 %f2281,%f2280,%f2277,%f2279; fma.rn.f32 %f2282,%f2272,%f2281,%f2278;\n",
 "fma.rn.f32 %f2283,%f2282,%f2277,%f2281; mul.rn.f32 %f2284,%f477,%f2283;\n"
 "setp.gt.f32 %p278,%f2284,%f3327; and.pred %p279,%p273,%p278; selp.f32 %f2285,%f3327,%f2284,%p279;\n"
 "neg.f32 %f2286,%f3327; setp.lt.f32 %p280,%f465,%f2286; and.pred %p281,%p273,%p280;\n"
 "setp.gt.f32 %p282,%f465,%f3327; and.pred %p283,%p273,%p282; selp.f32 %f2287,%f3327,%f465,%p283;\n"
-"selp.f32 %f2288,%f2286,%f2287,%p281; mul.rn.f32 %f3442,%f2288,%f2285; mov.b32 %r2709,%f476;\n",
+"selp.f32 %f2288,%f2286,%f2287,%p281; mul.rn.f32 %f3442,%f2288,%f2285; mov.b32 %r2709,%f476;\n"
 "and.b32 %r2710,%r2709,2147483647; mov.b32 %f2289,%r2710; neg.f32 %f2290,%f2289;\n"
 "setp.gt.f32 %p284,%f2289,0f42D00000; selp.f32 %f2291,0fC2D00000,%f2290,%p284;\n"
 "setp.gt.f32 %p285,%f2291,0f42B20000; selp.f32 %f2292,0f42B20000,%f2291,%p285;\n"
@@ -28369,12 +29350,12 @@ static const char *const moe__ptx_4[] = {
 "neg.f32 %f2349,%f2346; fma.rn.f32 %f2350,%f2349,%f2348,%f2261;\n"
 "fma.rn.f32 %f2351,%f2348,%f2350,%f2348; fma.rn.f32 %f2352,%f2349,%f2351,%f2261;\n"
 "fma.rn.f32 %f2353,%f2351,%f2352,%f2351; mov.b32 %r2730,%f2346; setp.eq.s32 %p296,%r2730,1073741823;\n"
-"selp.f32 %f2354,0f3F000001,%f2353,%p296; setp.lt.f32 %p297,%f475,0f00000000;\n"
+"selp.f32 %f2354,0f3F000001,%f2353,%p296; setp.lt.f32 %p297,%f475,0f00000000;\n",
 "selp.f32 %f2355,%f2345,0f3F800000,%p297; mul.rn.f32 %f2356,%f2355,%f2354;\n"
 "fma.rn.f32 %f2357,%f2349,%f2356,%f2355; fma.rn.f32 %f2358,%f2357,%f2354,%f2356;\n"
 "fma.rn.f32 %f2359,%f2349,%f2358,%f2355; fma.rn.f32 %f2360,%f2359,%f2354,%f2358;\n"
 "mul.rn.f32 %f2361,%f475,%f2360; setp.gt.f32 %p298,%f2361,%f3327; and.pred %p299,%p273,%p298;\n"
-"selp.f32 %f2362,%f3327,%f2361,%p299; setp.lt.f32 %p300,%f463,%f2286; and.pred %p301,%p273,%p300;\n",
+"selp.f32 %f2362,%f3327,%f2361,%p299; setp.lt.f32 %p300,%f463,%f2286; and.pred %p301,%p273,%p300;\n"
 "setp.gt.f32 %p302,%f463,%f3327; and.pred %p303,%p273,%p302; selp.f32 %f2363,%f3327,%f463,%p303;\n"
 "selp.f32 %f2364,%f2286,%f2363,%p301; mul.rn.f32 %f3440,%f2364,%f2362; mov.b32 %r2731,%f474;\n"
 "and.b32 %r2732,%r2731,2147483647; mov.b32 %f2365,%r2732; neg.f32 %f2366,%f2365;\n"
@@ -28416,13 +29397,13 @@ static const char *const moe__ptx_4[] = {
 "mul.rn.f32 %f2404,%f3325,%f2403; mov.b32 %r2742,%f2404; and.b32 %r2743,%r2742,2147483647;\n"
 "mov.b32 %f2405,%r2743; neg.f32 %f2406,%f2405; setp.gt.f32 %p317,%f2405,0f42D00000;\n"
 "selp.f32 %f2407,0fC2D00000,%f2406,%p317; setp.gt.f32 %p318,%f2407,0f42B20000;\n"
-"selp.f32 %f2408,0f42B20000,%f2407,%p318; mov.f32 %f2409,0f4B400000; mov.f32 %f2410,0f3FB8AA3B;\n"
+"selp.f32 %f2408,0f42B20000,%f2407,%p318; mov.f32 %f2409,0f4B400000; mov.f32 %f2410,0f3FB8AA3B;\n",
 "fma.rn.f32 %f2411,%f2408,%f2410,%f2409; mov.b32 %r2744,%f2411; add.s32 %r2745,%r2744,-1262485504;\n"
 "add.rn.f32 %f2412,%f2411,0fCB400000; mov.f32 %f2413,0fBF317218;\n"
 "fma.rn.f32 %f2414,%f2412,%f2413,%f2408; mov.f32 %f2415,0f3102E308;\n"
 "fma.rn.f32 %f2416,%f2412,%f2415,%f2414; mov.f32 %f2417,0f3C091D69; mov.f32 %f2418,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2419,%f2418,%f2416,%f2417; mov.f32 %f2420,0f3D2AAA64;\n"
-"fma.rn.f32 %f2421,%f2419,%f2416,%f2420; mov.f32 %f2422,0f3E2AAA48;\n",
+"fma.rn.f32 %f2421,%f2419,%f2416,%f2420; mov.f32 %f2422,0f3E2AAA48;\n"
 "fma.rn.f32 %f2423,%f2421,%f2416,%f2422; mov.f32 %f2424,0f3F000000;\n"
 "fma.rn.f32 %f2425,%f2423,%f2416,%f2424; mul.rn.f32 %f2426,%f2416,%f2416;\n"
 "fma.rn.f32 %f2427,%f2426,%f2425,%f2416; add.rn.f32 %f2428,%f2427,0f3F800000;\n"
@@ -28463,12 +29444,12 @@ static const char *const moe__ptx_4[] = {
 "setp.lt.f32 %p330,%f2458,0f00000000; selp.f32 %f2487,%f2477,0f3F800000,%p330;\n"
 "mul.rn.f32 %f2488,%f2487,%f2486; fma.rn.f32 %f2489,%f2481,%f2488,%f2487;\n"
 "fma.rn.f32 %f2490,%f2489,%f2486,%f2488; fma.rn.f32 %f2491,%f2481,%f2490,%f2487;\n"
-"fma.rn.f32 %f2492,%f2491,%f2486,%f2490; mul.rn.f32 %f2493,%f2457,%f2492;\n"
+"fma.rn.f32 %f2492,%f2491,%f2486,%f2490; mul.rn.f32 %f2493,%f2457,%f2492;\n",
 "setp.lt.f32 %p331,%f464,%f2453; and.pred %p332,%p314,%p331; setp.gt.f32 %p333,%f464,%f3327;\n"
 "and.pred %p334,%p314,%p333; selp.f32 %f2494,%f3327,%f464,%p334; selp.f32 %f2495,%f2453,%f2494,%p332;\n"
 "add.rn.f32 %f2496,%f3326,%f2495; mul.rn.f32 %f3441,%f2496,%f2493; setp.gt.f32 %p335,%f475,%f3327;\n"
 "and.pred %p336,%p314,%p335; selp.f32 %f2497,%f3327,%f475,%p336; mul.rn.f32 %f2498,%f3325,%f2497;\n"
-"mov.b32 %r2764,%f2498; and.b32 %r2765,%r2764,2147483647; mov.b32 %f2499,%r2765;\n",
+"mov.b32 %r2764,%f2498; and.b32 %r2765,%r2764,2147483647; mov.b32 %f2499,%r2765;\n"
 "neg.f32 %f2500,%f2499; setp.gt.f32 %p337,%f2499,0f42D00000; selp.f32 %f2501,0fC2D00000,%f2500,%p337;\n"
 "setp.gt.f32 %p338,%f2501,0f42B20000; selp.f32 %f2502,0f42B20000,%f2501,%p338;\n"
 "fma.rn.f32 %f2503,%f2502,%f2410,%f2409; mov.b32 %r2766,%f2503; add.s32 %r2767,%r2766,-1262485504;\n"
@@ -28509,13 +29490,13 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f2560,%f2558,%f2559,%f2438; neg.f32 %f2561,%f2558;\n"
 "fma.rn.f32 %f2562,%f2561,%f2560,%f2429; fma.rn.f32 %f2563,%f2560,%f2562,%f2560;\n"
 "fma.rn.f32 %f2564,%f2561,%f2563,%f2429; fma.rn.f32 %f2565,%f2563,%f2564,%f2563;\n"
-"mov.b32 %r2785,%f2558; setp.eq.s32 %p349,%r2785,1073741823; selp.f32 %f2566,0f3F000001,%f2565,%p349;\n"
+"mov.b32 %r2785,%f2558; setp.eq.s32 %p349,%r2785,1073741823; selp.f32 %f2566,0f3F000001,%f2565,%p349;\n",
 "setp.lt.f32 %p350,%f2538,0f00000000; selp.f32 %f2567,%f2557,0f3F800000,%p350;\n"
 "mul.rn.f32 %f2568,%f2567,%f2566; fma.rn.f32 %f2569,%f2561,%f2568,%f2567;\n"
 "fma.rn.f32 %f2570,%f2569,%f2566,%f2568; fma.rn.f32 %f2571,%f2561,%f2570,%f2567;\n"
 "fma.rn.f32 %f2572,%f2571,%f2566,%f2570; mul.rn.f32 %f2573,%f2537,%f2572;\n"
 "setp.lt.f32 %p351,%f462,%f2453; and.pred %p352,%p314,%p351; setp.gt.f32 %p353,%f462,%f3327;\n"
-"and.pred %p354,%p314,%p353; selp.f32 %f2574,%f3327,%f462,%p354; selp.f32 %f2575,%f2453,%f2574,%p352;\n",
+"and.pred %p354,%p314,%p353; selp.f32 %f2574,%f3327,%f462,%p354; selp.f32 %f2575,%f2453,%f2574,%p352;\n"
 "add.rn.f32 %f2576,%f3326,%f2575; mul.rn.f32 %f3439,%f2576,%f2573; bra.uni $327; $279:\n"
 "mul.rn.f32 %f505,%f477,0f3F3504F3; mov.b32 %r2658,%f505; and.b32 %r2659,%r2658,2147483647;\n"
 "mov.b32 %f506,%r2659; setp.lt.f32 %p253,%f506,0f3F6B851F; @%p253 bra $281; bra.uni $280; $281:\n"
@@ -28559,13 +29540,13 @@ static const char *const moe__ptx_4[] = {
 "and.b32 %r2629,%r2628,2147483647; mov.b32 %f485,%r2629; setp.lt.f32 %p241,%f485,0f3F19999A;\n"
 "@%p241 bra $271; bra.uni $270; $271: mul.rn.f32 %f1882,%f484,%f484; mov.f32 %f1883,0f3CAA61E1;\n"
 "mov.f32 %f1884,0fBBC143BB; fma.rn.f32 %f1885,%f1884,%f1882,%f1883; mov.f32 %f1886,0fBD5C4D5D;\n"
-"fma.rn.f32 %f1887,%f1885,%f1882,%f1886; mov.f32 %f1888,0f3E0884DF;\n"
+"fma.rn.f32 %f1887,%f1885,%f1882,%f1886; mov.f32 %f1888,0f3E0884DF;\n",
 "fma.rn.f32 %f1889,%f1887,%f1882,%f1888; mov.f32 %f1890,0fBEAAAA9F;\n"
 "fma.rn.f32 %f1891,%f1889,%f1882,%f1890; mul.rn.f32 %f1892,%f484,%f1882;\n"
 "fma.rn.f32 %f3420,%f1892,%f1891,%f484; bra.uni $272; $280: setp.gt.f32 %p254,%f506,0f40800000;\n"
 "selp.f32 %f1992,0f40800000,%f506,%p254; mov.f32 %f1993,0fB9A6C58A; mov.f32 %f1994,0f3734A0DE;\n"
 "fma.rn.f32 %f1995,%f1994,%f1992,%f1993; mov.f32 %f1996,0f3B6D70B4;\n"
-"fma.rn.f32 %f1997,%f1995,%f1992,%f1996; mov.f32 %f1998,0fBCC2516C;\n",
+"fma.rn.f32 %f1997,%f1995,%f1992,%f1996; mov.f32 %f1998,0fBCC2516C;\n"
 "fma.rn.f32 %f1999,%f1997,%f1992,%f1998; mov.f32 %f2000,0f3DD9790F;\n"
 "fma.rn.f32 %f2001,%f1999,%f1992,%f2000; mov.f32 %f2002,0f3F229B3E;\n"
 "fma.rn.f32 %f2003,%f2001,%f1992,%f2002; mov.f32 %f2004,0f3F90774F;\n"
@@ -28608,13 +29589,13 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f1868,%f1866,%f1861,%f1867; mov.f32 %f1869,0f3F000000;\n"
 "fma.rn.f32 %f1870,%f1868,%f1861,%f1869; mul.rn.f32 %f1871,%f1861,%f1861;\n"
 "fma.rn.f32 %f1872,%f1871,%f1870,%f1861; add.rn.f32 %f1873,%f1872,0f3F800000; shr.u32 %r2632,%r2631,1;\n"
-"shl.b32 %r2633,%r2632,23; add.s32 %r2634,%r2633,1065353216; mov.b32 %f1874,%r2634;\n"
+"shl.b32 %r2633,%r2632,23; add.s32 %r2634,%r2633,1065353216; mov.b32 %f1874,%r2634;\n",
 "mul.rn.f32 %f1875,%f1873,%f1874; sub.s32 %r2635,%r2631,%r2632; shl.b32 %r2636,%r2635,23;\n"
 "add.s32 %r2637,%r2636,1065353216; mov.b32 %f1876,%r2637; mul.rn.f32 %f1877,%f1875,%f1876;\n"
 "add.rn.f32 %f1878,%f1877,0f3F800000; div.rn.f32 %f1879,%f1851,%f1878;\n"
 "add.rn.f32 %f1880,%f1879,0f3F800000; neg.f32 %f1881,%f1880; setp.lt.f32 %p244,%f484,0f00000000;\n"
 "selp.f32 %f3420,%f1881,%f1880,%p244; $272: add.rn.f32 %f1893,%f3420,0f3F800000;\n"
-"mul.rn.f32 %f1894,%f476,0f3F000000; mul.rn.f32 %f489,%f1894,%f1893;\n",
+"mul.rn.f32 %f1894,%f476,0f3F000000; mul.rn.f32 %f489,%f1894,%f1893;\n"
 "mul.rn.f32 %f1895,%f475,0f3D372713; mul.rn.f32 %f1896,%f475,%f1895;\n"
 "fma.rn.f32 %f1897,%f1896,%f475,%f475; mul.rn.f32 %f490,%f1897,0f3F4C422A; mov.b32 %r2638,%f490;\n"
 "and.b32 %r2639,%r2638,2147483647; mov.b32 %f491,%r2639; setp.lt.f32 %p245,%f491,0f3F19999A;\n"
@@ -28656,13 +29637,13 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f2166,%f2164,%f2159,%f2165; mov.f32 %f2167,0f3DE716B2;\n"
 "fma.rn.f32 %f2168,%f2166,%f2159,%f2167; mov.f32 %f2169,0fBEC093A0;\n"
 "fma.rn.f32 %f2170,%f2168,%f2159,%f2169; mov.f32 %f2171,0f3E0375D4;\n"
-"fma.rn.f32 %f2172,%f2170,%f2159,%f2171; fma.rn.f32 %f3425,%f517,%f2172,%f517; bra.uni $288; $273:\n"
+"fma.rn.f32 %f2172,%f2170,%f2159,%f2171; fma.rn.f32 %f3425,%f517,%f2172,%f517; bra.uni $288; $273:\n",
 "add.rn.f32 %f1898,%f491,%f491; mov.f32 %f1899,0fC0000000; setp.lt.f32 %p246,%f1898,0fC2D00000;\n"
 "selp.f32 %f1900,0fC2D00000,%f1898,%p246; setp.gt.f32 %p247,%f1900,0f42B20000;\n"
 "selp.f32 %f1901,0f42B20000,%f1900,%p247; mov.f32 %f1902,0f4B400000; mov.f32 %f1903,0f3FB8AA3B;\n"
 "fma.rn.f32 %f1904,%f1901,%f1903,%f1902; mov.b32 %r2640,%f1904; add.s32 %r2641,%r2640,-1262485504;\n"
 "add.rn.f32 %f1905,%f1904,0fCB400000; mov.f32 %f1906,0fBF317218;\n"
-"fma.rn.f32 %f1907,%f1905,%f1906,%f1901; mov.f32 %f1908,0f3102E308;\n",
+"fma.rn.f32 %f1907,%f1905,%f1906,%f1901; mov.f32 %f1908,0f3102E308;\n"
 "fma.rn.f32 %f1909,%f1905,%f1908,%f1907; mov.f32 %f1910,0f3C091D69; mov.f32 %f1911,0f3AB6B8F1;\n"
 "fma.rn.f32 %f1912,%f1911,%f1909,%f1910; mov.f32 %f1913,0f3D2AAA64;\n"
 "fma.rn.f32 %f1914,%f1912,%f1909,%f1913; mov.f32 %f1915,0f3E2AAA48;\n"
@@ -28705,13 +29686,13 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f2150,%f2149,%f2148,%f2139; add.rn.f32 %f2151,%f2150,0f3F800000;\n"
 "mov.f32 %f2152,0f3F800000; shr.u32 %r2682,%r2681,1; shl.b32 %r2683,%r2682,23;\n"
 "add.s32 %r2684,%r2683,1065353216; mov.b32 %f2153,%r2684; mul.rn.f32 %f2154,%f2151,%f2153;\n"
-"sub.s32 %r2685,%r2681,%r2682; shl.b32 %r2686,%r2685,23; add.s32 %r2687,%r2686,1065353216;\n"
+"sub.s32 %r2685,%r2681,%r2682; shl.b32 %r2686,%r2685,23; add.s32 %r2687,%r2686,1065353216;\n",
 "mov.b32 %f2155,%r2687; mul.rn.f32 %f2156,%f2154,%f2155; sub.rn.f32 %f2157,%f2152,%f2156;\n"
 "neg.f32 %f2158,%f2157; setp.lt.f32 %p267,%f517,0f00000000; selp.f32 %f3425,%f2158,%f2157,%p267; $288:\n"
 "add.rn.f32 %f2173,%f3425,0f3F800000; mul.rn.f32 %f2174,%f475,0f3F000000;\n"
 "mul.rn.f32 %f522,%f2174,%f2173; mul.rn.f32 %f523,%f474,0f3F3504F3; mov.b32 %r2688,%f523;\n"
 "and.b32 %r2689,%r2688,2147483647; mov.b32 %f524,%r2689; setp.lt.f32 %p268,%f524,0f3F6B851F;\n"
-"@%p268 bra $290; bra.uni $289; $290: mul.rn.f32 %f2220,%f523,%f523; mov.f32 %f2221,0fBA5300E8;\n",
+"@%p268 bra $290; bra.uni $289; $290: mul.rn.f32 %f2220,%f523,%f523; mov.f32 %f2221,0fBA5300E8;\n"
 "mov.f32 %f2222,0f38A79D61; fma.rn.f32 %f2223,%f2222,%f2220,%f2221; mov.f32 %f2224,0f3BAA24D0;\n"
 "fma.rn.f32 %f2225,%f2223,%f2220,%f2224; mov.f32 %f2226,0fBCDC008B;\n"
 "fma.rn.f32 %f2227,%f2225,%f2220,%f2226; mov.f32 %f2228,0f3DE716B2;\n"
@@ -28753,13 +29734,13 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f2200,%f2196,%f2199,%f2198; mov.f32 %f2201,0f3C091D69; mov.f32 %f2202,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2203,%f2202,%f2200,%f2201; mov.f32 %f2204,0f3D2AAA64;\n"
 "fma.rn.f32 %f2205,%f2203,%f2200,%f2204; mov.f32 %f2206,0f3E2AAA48;\n"
-"fma.rn.f32 %f2207,%f2205,%f2200,%f2206; mov.f32 %f2208,0f3F000000;\n"
+"fma.rn.f32 %f2207,%f2205,%f2200,%f2206; mov.f32 %f2208,0f3F000000;\n",
 "fma.rn.f32 %f2209,%f2207,%f2200,%f2208; mul.rn.f32 %f2210,%f2200,%f2200;\n"
 "fma.rn.f32 %f2211,%f2210,%f2209,%f2200; add.rn.f32 %f2212,%f2211,0f3F800000;\n"
 "mov.f32 %f2213,0f3F800000; shr.u32 %r2692,%r2691,1; shl.b32 %r2693,%r2692,23;\n"
 "add.s32 %r2694,%r2693,1065353216; mov.b32 %f2214,%r2694; mul.rn.f32 %f2215,%f2212,%f2214;\n"
 "sub.s32 %r2695,%r2691,%r2692; shl.b32 %r2696,%r2695,23; add.s32 %r2697,%r2696,1065353216;\n"
-"mov.b32 %f2216,%r2697; mul.rn.f32 %f2217,%f2215,%f2216; sub.rn.f32 %f2218,%f2213,%f2217;\n",
+"mov.b32 %f2216,%r2697; mul.rn.f32 %f2217,%f2215,%f2216; sub.rn.f32 %f2218,%f2213,%f2217;\n"
 "neg.f32 %f2219,%f2218; setp.lt.f32 %p272,%f523,0f00000000; selp.f32 %f3426,%f2219,%f2218,%p272; $291:\n"
 "add.rn.f32 %f2234,%f3426,0f3F800000; mul.rn.f32 %f2235,%f474,0f3F000000;\n"
 "mul.rn.f32 %f2236,%f2235,%f2234; mul.rn.f32 %f3439,%f462,%f2236; mul.rn.f32 %f3441,%f464,%f516;\n"
@@ -28802,12 +29783,12 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f2638,%f2636,%f2631,%f2637; mov.f32 %f2639,0f3F000000;\n"
 "fma.rn.f32 %f2640,%f2638,%f2631,%f2639; mul.rn.f32 %f2641,%f2631,%f2631;\n"
 "fma.rn.f32 %f2642,%f2641,%f2640,%f2631; add.rn.f32 %f2643,%f2642,0f3F800000; shr.u32 %r2800,%r2799,1;\n"
-"shl.b32 %r2801,%r2800,23; add.s32 %r2802,%r2801,1065353216; mov.b32 %f2644,%r2802;\n"
+"shl.b32 %r2801,%r2800,23; add.s32 %r2802,%r2801,1065353216; mov.b32 %f2644,%r2802;\n",
 "mul.rn.f32 %f2645,%f2643,%f2644; sub.s32 %r2803,%r2799,%r2800; shl.b32 %r2804,%r2803,23;\n"
 "add.s32 %r2805,%r2804,1065353216; mov.b32 %f2646,%r2805; mul.rn.f32 %f2647,%f2645,%f2646;\n"
 "add.rn.f32 %f2648,%f2647,0f3F800000; div.rn.f32 %f2649,%f2621,%f2648;\n"
 "add.rn.f32 %f2650,%f2649,0f3F800000; neg.f32 %f2651,%f2650; setp.lt.f32 %p363,%f547,0f00000000;\n"
-"selp.f32 %f3429,%f2651,%f2650,%p363; $302: mov.b32 %r2806,%f477; and.b32 %r2807,%r2806,2147483647;\n",
+"selp.f32 %f3429,%f2651,%f2650,%p363; $302: mov.b32 %r2806,%f477; and.b32 %r2807,%r2806,2147483647;\n"
 "mov.b32 %f2663,%r2807; neg.f32 %f2664,%f2663; setp.gt.f32 %p364,%f2663,0f42D00000;\n"
 "selp.f32 %f2665,0fC2D00000,%f2664,%p364; setp.gt.f32 %p365,%f2665,0f42B20000;\n"
 "selp.f32 %f2666,0f42B20000,%f2665,%p365; mov.f32 %f2667,0f4B400000; mov.f32 %f2668,0f3FB8AA3B;\n"
@@ -28851,12 +29832,12 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f2723,%f2719,%f2722,%f2721; mov.f32 %f2724,0f3C091D69; mov.f32 %f2725,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2726,%f2725,%f2723,%f2724; mov.f32 %f2727,0f3D2AAA64;\n"
 "fma.rn.f32 %f2728,%f2726,%f2723,%f2727; mov.f32 %f2729,0f3E2AAA48;\n"
-"fma.rn.f32 %f2730,%f2728,%f2723,%f2729; mov.f32 %f2731,0f3F000000;\n"
+"fma.rn.f32 %f2730,%f2728,%f2723,%f2729; mov.f32 %f2731,0f3F000000;\n",
 "fma.rn.f32 %f2732,%f2730,%f2723,%f2731; mul.rn.f32 %f2733,%f2723,%f2723;\n"
 "fma.rn.f32 %f2734,%f2733,%f2732,%f2723; add.rn.f32 %f2735,%f2734,0f3F800000; shr.u32 %r2821,%r2820,1;\n"
 "shl.b32 %r2822,%r2821,23; add.s32 %r2823,%r2822,1065353216; mov.b32 %f2736,%r2823;\n"
 "mul.rn.f32 %f2737,%f2735,%f2736; sub.s32 %r2824,%r2820,%r2821; shl.b32 %r2825,%r2824,23;\n"
-"add.s32 %r2826,%r2825,1065353216; mov.b32 %f2738,%r2826; mul.rn.f32 %f2739,%f2737,%f2738;\n",
+"add.s32 %r2826,%r2825,1065353216; mov.b32 %f2738,%r2826; mul.rn.f32 %f2739,%f2737,%f2738;\n"
 "add.rn.f32 %f2740,%f2739,0f3F800000; div.rn.f32 %f2741,%f2713,%f2740;\n"
 "add.rn.f32 %f2742,%f2741,0f3F800000; neg.f32 %f2743,%f2742; setp.lt.f32 %p372,%f553,0f00000000;\n"
 "selp.f32 %f3430,%f2743,%f2742,%p372; $306: mul.rn.f32 %f464,%f3326,%f3430; $307:\n"
@@ -28900,12 +29881,12 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f2820,%f2819,%f2818,%f2809; add.rn.f32 %f2821,%f2820,0f3F800000;\n"
 "mov.f32 %f2822,0f3F800000; shr.u32 %r2841,%r2840,1; shl.b32 %r2842,%r2841,23;\n"
 "add.s32 %r2843,%r2842,1065353216; mov.b32 %f2823,%r2843; mul.rn.f32 %f2824,%f2821,%f2823;\n"
-"sub.s32 %r2844,%r2840,%r2841; shl.b32 %r2845,%r2844,23; add.s32 %r2846,%r2845,1065353216;\n"
+"sub.s32 %r2844,%r2840,%r2841; shl.b32 %r2845,%r2844,23; add.s32 %r2846,%r2845,1065353216;\n",
 "mov.b32 %f2825,%r2846; mul.rn.f32 %f2826,%f2824,%f2825; add.rn.f32 %f2827,%f2826,0f3F800000;\n"
 "mov.f32 %f2828,0fBFBA2E8C; mov.f32 %f2829,0f3EA57EB5; fma.rn.f32 %f2830,%f2827,%f2829,%f2828;\n"
 "mov.f32 %f2831,0f4007C1F0; fma.rn.f32 %f2832,%f2827,%f2830,%f2831; neg.f32 %f2833,%f2827;\n"
 "fma.rn.f32 %f2834,%f2833,%f2832,%f2822; fma.rn.f32 %f2835,%f2832,%f2834,%f2832;\n"
-"fma.rn.f32 %f2836,%f2833,%f2835,%f2822; fma.rn.f32 %f2837,%f2835,%f2836,%f2835;\n",
+"fma.rn.f32 %f2836,%f2833,%f2835,%f2822; fma.rn.f32 %f2837,%f2835,%f2836,%f2835;\n"
 "mov.b32 %r2847,%f2827; setp.eq.s32 %p379,%r2847,1073741823; selp.f32 %f2838,0f3F000001,%f2837,%p379;\n"
 "setp.lt.f32 %p380,%f476,0f00000000; selp.f32 %f2839,%f2826,0f3F800000,%p380;\n"
 "mul.rn.f32 %f2840,%f2839,%f2838; fma.rn.f32 %f2841,%f2833,%f2840,%f2839;\n"
@@ -28949,13 +29930,13 @@ static const char *const moe__ptx_4[] = {
 "mov.f32 %f2891,0fC0000000; setp.lt.f32 %p387,%f2890,0fC2D00000;\n"
 "selp.f32 %f2892,0fC2D00000,%f2890,%p387; setp.gt.f32 %p388,%f2892,0f42B20000;\n"
 "selp.f32 %f2893,0f42B20000,%f2892,%p388; mov.f32 %f2894,0f4B400000; mov.f32 %f2895,0f3FB8AA3B;\n"
-"fma.rn.f32 %f2896,%f2893,%f2895,%f2894; mov.b32 %r2860,%f2896; add.s32 %r2861,%r2860,-1262485504;\n"
+"fma.rn.f32 %f2896,%f2893,%f2895,%f2894; mov.b32 %r2860,%f2896; add.s32 %r2861,%r2860,-1262485504;\n",
 "add.rn.f32 %f2897,%f2896,0fCB400000; mov.f32 %f2898,0fBF317218;\n"
 "fma.rn.f32 %f2899,%f2897,%f2898,%f2893; mov.f32 %f2900,0f3102E308;\n"
 "fma.rn.f32 %f2901,%f2897,%f2900,%f2899; mov.f32 %f2902,0f3C091D69; mov.f32 %f2903,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2904,%f2903,%f2901,%f2902; mov.f32 %f2905,0f3D2AAA64;\n"
 "fma.rn.f32 %f2906,%f2904,%f2901,%f2905; mov.f32 %f2907,0f3E2AAA48;\n"
-"fma.rn.f32 %f2908,%f2906,%f2901,%f2907; mov.f32 %f2909,0f3F000000;\n",
+"fma.rn.f32 %f2908,%f2906,%f2901,%f2907; mov.f32 %f2909,0f3F000000;\n"
 "fma.rn.f32 %f2910,%f2908,%f2901,%f2909; mul.rn.f32 %f2911,%f2901,%f2901;\n"
 "fma.rn.f32 %f2912,%f2911,%f2910,%f2901; add.rn.f32 %f2913,%f2912,0f3F800000; shr.u32 %r2862,%r2861,1;\n"
 "shl.b32 %r2863,%r2862,23; add.s32 %r2864,%r2863,1065353216; mov.b32 %f2914,%r2864;\n"
@@ -28998,12 +29979,12 @@ static const char *const moe__ptx_4[] = {
 "fma.rn.f32 %f3021,%f3019,%f3014,%f3020; mov.f32 %f3022,0fBEAAAA9F;\n"
 "fma.rn.f32 %f3023,%f3021,%f3014,%f3022; mul.rn.f32 %f3024,%f579,%f3014;\n"
 "fma.rn.f32 %f3436,%f3024,%f3023,%f579; bra.uni $322; $320: add.rn.f32 %f2982,%f580,%f580;\n"
-"mov.f32 %f2983,0fC0000000; setp.lt.f32 %p396,%f2982,0fC2D00000;\n"
+"mov.f32 %f2983,0fC0000000; setp.lt.f32 %p396,%f2982,0fC2D00000;\n",
 "selp.f32 %f2984,0fC2D00000,%f2982,%p396; setp.gt.f32 %p397,%f2984,0f42B20000;\n"
 "selp.f32 %f2985,0f42B20000,%f2984,%p397; mov.f32 %f2986,0f4B400000; mov.f32 %f2987,0f3FB8AA3B;\n"
 "fma.rn.f32 %f2988,%f2985,%f2987,%f2986; mov.b32 %r2881,%f2988; add.s32 %r2882,%r2881,-1262485504;\n"
 "add.rn.f32 %f2989,%f2988,0fCB400000; mov.f32 %f2990,0fBF317218;\n"
-"fma.rn.f32 %f2991,%f2989,%f2990,%f2985; mov.f32 %f2992,0f3102E308;\n",
+"fma.rn.f32 %f2991,%f2989,%f2990,%f2985; mov.f32 %f2992,0f3102E308;\n"
 "fma.rn.f32 %f2993,%f2989,%f2992,%f2991; mov.f32 %f2994,0f3C091D69; mov.f32 %f2995,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2996,%f2995,%f2993,%f2994; mov.f32 %f2997,0f3D2AAA64;\n"
 "fma.rn.f32 %f2998,%f2996,%f2993,%f2997; mov.f32 %f2999,0f3E2AAA48;\n"
@@ -29047,12 +30028,12 @@ static const char *const moe__ptx_4[] = {
 "selp.f32 %f3071,0f42B20000,%f3070,%p404; mov.f32 %f3072,0f4B400000; mov.f32 %f3073,0f3FB8AA3B;\n"
 "fma.rn.f32 %f3074,%f3071,%f3073,%f3072; mov.b32 %r2901,%f3074; add.s32 %r2902,%r2901,-1262485504;\n"
 "add.rn.f32 %f3075,%f3074,0fCB400000; mov.f32 %f3076,0fBF317218;\n"
-"fma.rn.f32 %f3077,%f3075,%f3076,%f3071; mov.f32 %f3078,0f3102E308;\n"
+"fma.rn.f32 %f3077,%f3075,%f3076,%f3071; mov.f32 %f3078,0f3102E308;\n",
 "fma.rn.f32 %f3079,%f3075,%f3078,%f3077; mov.f32 %f3080,0f3C091D69; mov.f32 %f3081,0f3AB6B8F1;\n"
 "fma.rn.f32 %f3082,%f3081,%f3079,%f3080; mov.f32 %f3083,0f3D2AAA64;\n"
 "fma.rn.f32 %f3084,%f3082,%f3079,%f3083; mov.f32 %f3085,0f3E2AAA48;\n"
 "fma.rn.f32 %f3086,%f3084,%f3079,%f3085; mov.f32 %f3087,0f3F000000;\n"
-"fma.rn.f32 %f3088,%f3086,%f3079,%f3087; mul.rn.f32 %f3089,%f3079,%f3079;\n",
+"fma.rn.f32 %f3088,%f3086,%f3079,%f3087; mul.rn.f32 %f3089,%f3079,%f3079;\n"
 "fma.rn.f32 %f3090,%f3089,%f3088,%f3079; add.rn.f32 %f3091,%f3090,0f3F800000;\n"
 "mov.f32 %f3092,0f3F800000; shr.u32 %r2903,%r2902,1; shl.b32 %r2904,%r2903,23;\n"
 "add.s32 %r2905,%r2904,1065353216; mov.b32 %f3093,%r2905; mul.rn.f32 %f3094,%f3091,%f3093;\n"
@@ -29117,7 +30098,7 @@ static const char *const moe__ptx_5[] = {
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_41d102e72nv6target5sm_87E =87;\n"
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_41d102e72nv6target5sm_89E =89;\n"
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_41d102e72nv6target5sm_90E =90;\n"
-".extern .shared .align 1024 .b8 moe_smem[]; .visible .entry moe_k_gemm2( .param .align 8 .b8 p[112] )\n"
+".extern .shared .align 1024 .b8 moe_smem[]; .visible .entry moe_k_gemm2( .param .align 8 .b8 p[160] )\n"
 ".maxntid 128,1,1 .minnctapersm 2 { .reg .pred %p<206>; .reg .b16 %rs<4>; .reg .f32 %f<1930>;\n"
 ".reg .b32 %r<1894>; .reg .b64 %rd<693>; mov.b64 %rd95,p; mov.u64 %rd96,%rd95; add.s64 %rd1,%rd96,100;\n"
 "ld.param.u32 %r1,[p+100]; add.s32 %r215,%r1,63; shr.u32 %r2,%r215,6; ld.param.u64 %rd97,[p];\n"
@@ -29188,22 +30169,22 @@ static const char *const moe__ptx_5[] = {
 "cvt.u64.u32 %rd27,%r267; add.s32 %r268,%r264,8192; cvt.u64.u32 %rd28,%r268;\n"
 "add.s32 %r269,%r264,10240; cvt.u64.u32 %rd29,%r269; add.s32 %r270,%r264,12288;\n"
 "cvt.u64.u32 %rd30,%r270; add.s32 %r271,%r264,14336; cvt.u64.u32 %rd31,%r271; mov.u32 %r1837,0; $50:\n"
-"shl.b32 %r288,%r1837,14; cvt.u64.u32 %rd145,%r288; mul.lo.s32 %r289,%r1837,24576;\n"
-"cvt.u64.u32 %rd146,%r289; add.s64 %rd147,%rd24,%rd146; add.s64 %rd137,%rd690,%rd145;\n"
+"mul.lo.s32 %r288,%r1837,24576; cvt.u64.u32 %rd145,%r288; shl.b32 %r289,%r1837,14;\n"
+"cvt.u64.u32 %rd146,%r289; add.s64 %rd147,%rd24,%rd145; add.s64 %rd137,%rd690,%rd146;\n"
 "mov.u64 %rd148,moe_smem; add.s64 %rd149,%rd148,%rd147; cvt.u32.u64 %r272,%rd149; mov.u32 %r287,16;\n"
-"cp.async.cg.shared.global [%r272],[%rd137],16,%r287; add.s64 %rd150,%rd25,%rd146;\n"
+"cp.async.cg.shared.global [%r272],[%rd137],16,%r287; add.s64 %rd150,%rd25,%rd145;\n"
 "add.s64 %rd138,%rd137,2048; add.s64 %rd151,%rd148,%rd150; cvt.u32.u64 %r274,%rd151;\n"
-"cp.async.cg.shared.global [%r274],[%rd138],16,%r287; add.s64 %rd152,%rd26,%rd146;\n"
+"cp.async.cg.shared.global [%r274],[%rd138],16,%r287; add.s64 %rd152,%rd26,%rd145;\n"
 "add.s64 %rd139,%rd137,4096; add.s64 %rd153,%rd148,%rd152; cvt.u32.u64 %r276,%rd153;\n"
-"cp.async.cg.shared.global [%r276],[%rd139],16,%r287; add.s64 %rd154,%rd27,%rd146;\n"
+"cp.async.cg.shared.global [%r276],[%rd139],16,%r287; add.s64 %rd154,%rd27,%rd145;\n"
 "add.s64 %rd140,%rd137,6144; add.s64 %rd155,%rd148,%rd154; cvt.u32.u64 %r278,%rd155;\n"
-"cp.async.cg.shared.global [%r278],[%rd140],16,%r287; add.s64 %rd156,%rd28,%rd146;\n"
+"cp.async.cg.shared.global [%r278],[%rd140],16,%r287; add.s64 %rd156,%rd28,%rd145;\n"
 "add.s64 %rd141,%rd137,8192; add.s64 %rd157,%rd148,%rd156; cvt.u32.u64 %r280,%rd157;\n"
-"cp.async.cg.shared.global [%r280],[%rd141],16,%r287; add.s64 %rd158,%rd29,%rd146;\n"
+"cp.async.cg.shared.global [%r280],[%rd141],16,%r287; add.s64 %rd158,%rd29,%rd145;\n"
 "add.s64 %rd142,%rd137,10240; add.s64 %rd159,%rd148,%rd158; cvt.u32.u64 %r282,%rd159;\n"
-"cp.async.cg.shared.global [%r282],[%rd142],16,%r287; add.s64 %rd160,%rd30,%rd146;\n"
+"cp.async.cg.shared.global [%r282],[%rd142],16,%r287; add.s64 %rd160,%rd30,%rd145;\n"
 "add.s64 %rd143,%rd137,12288; add.s64 %rd161,%rd148,%rd160; cvt.u32.u64 %r284,%rd161;\n"
-"cp.async.cg.shared.global [%r284],[%rd143],16,%r287; add.s64 %rd162,%rd31,%rd146;\n"
+"cp.async.cg.shared.global [%r284],[%rd143],16,%r287; add.s64 %rd162,%rd31,%rd145;\n"
 "add.s64 %rd144,%rd137,14336; add.s64 %rd163,%rd148,%rd162; cvt.u32.u64 %r286,%rd163;\n"
 "cp.async.cg.shared.global [%r286],[%rd144],16,%r287; add.s32 %r1837,%r1837,1;\n"
 "setp.lt.u32 %p43,%r1837,3; setp.lt.u32 %p44,%r1837,%r2; and.pred %p45,%p43,%p44; @%p45 bra $50; $51:\n"
@@ -31058,7 +32039,7 @@ static const char *const moe__ptx_8[] = {
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_d8d8535d2nv6target5sm_87E =87;\n"
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_d8d8535d2nv6target5sm_89E =89;\n"
 ".global .align 8 .u64 _ZN33_INTERNAL_00000000_3_moe_d8d8535d2nv6target5sm_90E =90;\n"
-".extern .shared .align 1024 .b8 moe_smem[]; .visible .entry moe_k_gemm1( .param .align 8 .b8 p[176] )\n"
+".extern .shared .align 1024 .b8 moe_smem[]; .visible .entry moe_k_gemm1( .param .align 8 .b8 p[224] )\n"
 ".maxntid 128,1,1 .minnctapersm 2 { .reg .pred %p<431>; .reg .b16 %rs<20>; .reg .f32 %f<3779>;\n"
 ".reg .b32 %r<3324>; .reg .b64 %rd<872>; mov.b64 %rd103,p; mov.u64 %rd104,%rd103;\n"
 "add.s64 %rd1,%rd104,144; ld.param.u32 %r1,[p+144]; add.s32 %r702,%r1,63; shr.u32 %r2,%r702,6;\n"
@@ -31126,22 +32107,22 @@ static const char *const moe__ptx_8[] = {
 "add.s32 %r753,%r750,6144; cvt.u64.u32 %rd29,%r753; add.s32 %r754,%r750,8192; cvt.u64.u32 %rd30,%r754;\n",
 "add.s32 %r755,%r750,10240; cvt.u64.u32 %rd31,%r755; add.s32 %r756,%r750,12288;\n"
 "cvt.u64.u32 %rd32,%r756; add.s32 %r757,%r750,14336; cvt.u64.u32 %rd33,%r757; mov.u32 %r3035,0; $53:\n"
-"shl.b32 %r774,%r3035,14; cvt.u64.u32 %rd146,%r774; mul.lo.s32 %r775,%r3035,24576;\n"
-"cvt.u64.u32 %rd147,%r775; add.s64 %rd148,%rd26,%rd147; add.s64 %rd138,%rd869,%rd146;\n"
+"mul.lo.s32 %r774,%r3035,24576; cvt.u64.u32 %rd146,%r774; shl.b32 %r775,%r3035,14;\n"
+"cvt.u64.u32 %rd147,%r775; add.s64 %rd148,%rd26,%rd146; add.s64 %rd138,%rd869,%rd147;\n"
 "mov.u64 %rd149,moe_smem; add.s64 %rd150,%rd149,%rd148; cvt.u32.u64 %r758,%rd150; mov.u32 %r773,16;\n"
-"cp.async.cg.shared.global [%r758],[%rd138],16,%r773; add.s64 %rd151,%rd27,%rd147;\n"
+"cp.async.cg.shared.global [%r758],[%rd138],16,%r773; add.s64 %rd151,%rd27,%rd146;\n"
 "add.s64 %rd139,%rd138,2048; add.s64 %rd152,%rd149,%rd151; cvt.u32.u64 %r760,%rd152;\n"
-"cp.async.cg.shared.global [%r760],[%rd139],16,%r773; add.s64 %rd153,%rd28,%rd147;\n"
+"cp.async.cg.shared.global [%r760],[%rd139],16,%r773; add.s64 %rd153,%rd28,%rd146;\n"
 "add.s64 %rd140,%rd138,4096; add.s64 %rd154,%rd149,%rd153; cvt.u32.u64 %r762,%rd154;\n"
-"cp.async.cg.shared.global [%r762],[%rd140],16,%r773; add.s64 %rd155,%rd29,%rd147;\n"
+"cp.async.cg.shared.global [%r762],[%rd140],16,%r773; add.s64 %rd155,%rd29,%rd146;\n"
 "add.s64 %rd141,%rd138,6144; add.s64 %rd156,%rd149,%rd155; cvt.u32.u64 %r764,%rd156;\n"
-"cp.async.cg.shared.global [%r764],[%rd141],16,%r773; add.s64 %rd157,%rd30,%rd147;\n"
+"cp.async.cg.shared.global [%r764],[%rd141],16,%r773; add.s64 %rd157,%rd30,%rd146;\n"
 "add.s64 %rd142,%rd138,8192; add.s64 %rd158,%rd149,%rd157; cvt.u32.u64 %r766,%rd158;\n"
-"cp.async.cg.shared.global [%r766],[%rd142],16,%r773; add.s64 %rd159,%rd31,%rd147;\n"
+"cp.async.cg.shared.global [%r766],[%rd142],16,%r773; add.s64 %rd159,%rd31,%rd146;\n"
 "add.s64 %rd143,%rd138,10240; add.s64 %rd160,%rd149,%rd159; cvt.u32.u64 %r768,%rd160;\n"
-"cp.async.cg.shared.global [%r768],[%rd143],16,%r773; add.s64 %rd161,%rd32,%rd147;\n"
+"cp.async.cg.shared.global [%r768],[%rd143],16,%r773; add.s64 %rd161,%rd32,%rd146;\n"
 "add.s64 %rd144,%rd138,12288; add.s64 %rd162,%rd149,%rd161; cvt.u32.u64 %r770,%rd162;\n"
-"cp.async.cg.shared.global [%r770],[%rd144],16,%r773; add.s64 %rd163,%rd33,%rd147;\n"
+"cp.async.cg.shared.global [%r770],[%rd144],16,%r773; add.s64 %rd163,%rd33,%rd146;\n"
 "add.s64 %rd145,%rd138,14336; add.s64 %rd164,%rd149,%rd163; cvt.u32.u64 %r772,%rd164;\n"
 "cp.async.cg.shared.global [%r772],[%rd145],16,%r773; add.s32 %r3035,%r3035,1;\n"
 "setp.lt.u32 %p55,%r3035,3; setp.lt.u32 %p56,%r3035,%r2; and.pred %p57,%p55,%p56; @%p57 bra $53; $54:\n"
@@ -31220,7 +32201,7 @@ static const char *const moe__ptx_8[] = {
 "sub.s32 %r814,%r813,%r812; mov.u32 %r815,1; shl.b32 %r816,%r815,%r814; selp.b32 %r111,8,%r816,%p65;\n"
 "shr.u32 %r818,%r15,3; setp.ge.u32 %p66,%r818,%r111; @%p66 bra $115; setp.lt.s32 %p67,%r3138,0;\n",
 "shl.b32 %r828,%r15,3; and.b32 %r829,%r828,56; shl.b32 %r830,%r3318,6; or.b32 %r831,%r830,%r829;\n"
-"setp.ge.u32 %p68,%r831,%r86; mov.u32 %r3068,0; or.pred %p69,%p67,%p68; mov.u32 %r3069,%r3068;\n"
+"setp.le.u32 %p68,%r86,%r831; mov.u32 %r3068,0; or.pred %p69,%p67,%p68; mov.u32 %r3069,%r3068;\n"
 "mov.u32 %r3070,%r3068; mov.u32 %r3071,%r3068; mov.u32 %r3072,%r3068; mov.u32 %r3073,%r3068;\n"
 "mov.u32 %r3074,%r3068; mov.u32 %r3075,%r3068; @%p69 bra $73; setp.eq.s64 %p70,%rd205,0;\n"
 "cvt.s64.s32 %rd210,%r3138; mul.lo.s64 %rd211,%rd34,%rd210; cvt.u64.u32 %rd212,%r831;\n"
@@ -31289,9 +32270,10 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f751,%f3414,%f750; mov.b32 %r3086,%f751; mov.b32 %f752,%r3085;\n"
 "mul.rn.f32 %f753,%f3414,%f752; mov.b32 %r3085,%f753; $85: mov.b32 %f754,%r3091; mov.b32 %f755,%r3092;\n"
 "mov.b32 %f756,%r3089; mov.b32 %f757,%r3090; mov.b32 %f758,%r3087; mov.b32 %f759,%r3088;\n"
-"mov.b32 %f760,%r3085; mov.b32 %f761,%r3086; add.s32 %r909,%r860,2048; cvt.u64.u32 %rd251,%r909;\n"
-"add.s64 %rd253,%rd226,%rd251; add.s64 %rd254,%rd253,16384; or.b64 %rd256,%rd254,%rd229;\n"
-"add.s64 %rd258,%rd231,%rd256; cvt.rn.bf16x2.f32 %r905,%f760,%f761;\n"
+"mov.b32 %f760,%r3085; mov.b32 %f761,%r3086; shl.b32 %r909,%r865,7; cvt.u64.u32 %rd251,%r909;\n"
+"add.s64 %rd253,%rd226,%rd251; add.s64 %rd254,%rd253,16384; xor.b32 %r911,%r865,%r15;\n"
+"shl.b32 %r912,%r911,4; and.b32 %r913,%r912,112; cvt.u64.u32 %rd255,%r913;\n"
+"or.b64 %rd256,%rd254,%rd255; add.s64 %rd258,%rd231,%rd256; cvt.rn.bf16x2.f32 %r905,%f760,%f761;\n"
 "cvt.rn.bf16x2.f32 %r904,%f758,%f759; cvt.rn.bf16x2.f32 %r903,%f756,%f757;\n"
 "cvt.rn.bf16x2.f32 %r902,%f754,%f755; st.shared.v4.u32 [%rd258],{%r902,%r903,%r904,%r905};\n"
 "add.s32 %r914,%r818,32; setp.ge.u32 %p82,%r914,%r111; @%p82 bra $115; setp.lt.s32 %p84,%r3134,0;\n"
@@ -31308,8 +32290,8 @@ static const char *const moe__ptx_8[] = {
 "and.b32 %r3108,%r937,-65536; and.b32 %r3098,%r938,65535; and.b32 %r3106,%r938,-65536;\n"
 "and.b32 %r3096,%r939,65535; and.b32 %r3104,%r939,-65536; and.b32 %r3094,%r940,65535;\n"
 "and.b32 %r3102,%r940,-65536; $90: shl.b32 %r3109,%r3100,16; shl.b32 %r3107,%r3098,16;\n"
-"shl.b32 %r3105,%r3096,16; shl.b32 %r3103,%r3094,16; setp.eq.s64 %p87,%rd36,0; @%p87 bra $97;\n"
-"setp.eq.s32 %p88,%r85,1; add.s32 %r947,%r3156,%r818; add.s32 %r948,%r947,32;\n",
+"shl.b32 %r3105,%r3096,16; shl.b32 %r3103,%r3094,16; setp.eq.s64 %p87,%rd36,0; @%p87 bra $97;\n",
+"setp.eq.s32 %p88,%r85,1; add.s32 %r947,%r3156,%r818; add.s32 %r948,%r947,32;\n"
 "cvta.to.global.u64 %rd268,%rd38; mul.wide.u32 %rd269,%r948,4; add.s64 %rd270,%rd268,%rd269;\n"
 "ld.global.s32 %rd50,[%rd270]; @%p88 bra $95; bra.uni $92; $95: cvta.to.global.u64 %rd274,%rd36;\n"
 "shl.b64 %rd275,%rd50,2; add.s64 %rd276,%rd274,%rd275; ld.global.f32 %f3415,[%rd276]; bra.uni $96;\n"
@@ -31325,9 +32307,10 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f776,%f3415,%f775; mov.b32 %r3103,%f776; mov.b32 %f777,%r3102;\n"
 "mul.rn.f32 %f778,%f3415,%f777; mov.b32 %r3102,%f778; $97: mov.b32 %f779,%r3108; mov.b32 %f780,%r3109;\n"
 "mov.b32 %f781,%r3106; mov.b32 %f782,%r3107; mov.b32 %f783,%r3104; mov.b32 %f784,%r3105;\n"
-"mov.b32 %f785,%r3102; mov.b32 %f786,%r3103; add.s32 %r958,%r860,4096; cvt.u64.u32 %rd277,%r958;\n"
-"add.s64 %rd279,%rd226,%rd277; add.s64 %rd280,%rd279,16384; or.b64 %rd282,%rd280,%rd229;\n"
-"add.s64 %rd284,%rd231,%rd282; cvt.rn.bf16x2.f32 %r954,%f785,%f786;\n"
+"mov.b32 %f785,%r3102; mov.b32 %f786,%r3103; shl.b32 %r958,%r914,7; cvt.u64.u32 %rd277,%r958;\n"
+"add.s64 %rd279,%rd226,%rd277; add.s64 %rd280,%rd279,16384; xor.b32 %r960,%r914,%r15;\n"
+"shl.b32 %r961,%r960,4; and.b32 %r962,%r961,112; cvt.u64.u32 %rd281,%r962;\n"
+"or.b64 %rd282,%rd280,%rd281; add.s64 %rd284,%rd231,%rd282; cvt.rn.bf16x2.f32 %r954,%f785,%f786;\n"
 "cvt.rn.bf16x2.f32 %r953,%f783,%f784; cvt.rn.bf16x2.f32 %r952,%f781,%f782;\n"
 "cvt.rn.bf16x2.f32 %r951,%f779,%f780; st.shared.v4.u32 [%rd284],{%r951,%r952,%r953,%r954};\n"
 "add.s32 %r963,%r818,48; setp.ge.u32 %p90,%r963,%r111; @%p90 bra $115; setp.lt.s32 %p92,%r3132,0;\n"
@@ -31352,8 +32335,8 @@ static const char *const moe__ptx_8[] = {
 "$104: setp.eq.s32 %p97,%r85,2; cvta.to.global.u64 %rd297,%rd36; shl.b64 %rd298,%rd52,1;\n"
 "add.s64 %rd299,%rd297,%rd298; ld.global.u16 %rs4,[%rd299]; @%p97 bra $106; bra.uni $105; $106:\n"
 "cvt.u32.u16 %r998,%rs4; shl.b32 %r999,%r998,16; mov.b32 %f3416,%r999; bra.uni $108; $105:\n"
-"cvt.f32.f16 %f3416,%rs4; $108: mov.b32 %f788,%r3126; mul.rn.f32 %f789,%f3416,%f788;\n"
-"mov.b32 %r3126,%f789; mov.b32 %f790,%r3125; mul.rn.f32 %f791,%f3416,%f790; mov.b32 %r3125,%f791;\n",
+"cvt.f32.f16 %f3416,%rs4; $108: mov.b32 %f788,%r3126; mul.rn.f32 %f789,%f3416,%f788;\n",
+"mov.b32 %r3126,%f789; mov.b32 %f790,%r3125; mul.rn.f32 %f791,%f3416,%f790; mov.b32 %r3125,%f791;\n"
 "mov.b32 %f792,%r3124; mul.rn.f32 %f793,%f3416,%f792; mov.b32 %r3124,%f793; mov.b32 %f794,%r3123;\n"
 "mul.rn.f32 %f795,%f3416,%f794; mov.b32 %r3123,%f795; mov.b32 %f796,%r3122;\n"
 "mul.rn.f32 %f797,%f3416,%f796; mov.b32 %r3122,%f797; mov.b32 %f798,%r3121;\n"
@@ -31361,13 +32344,15 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f801,%f3416,%f800; mov.b32 %r3120,%f801; mov.b32 %f802,%r3119;\n"
 "mul.rn.f32 %f803,%f3416,%f802; mov.b32 %r3119,%f803; $109: mov.b32 %f804,%r3125;\n"
 "mov.b32 %f805,%r3126; mov.b32 %f806,%r3123; mov.b32 %f807,%r3124; mov.b32 %f808,%r3121;\n"
-"mov.b32 %f809,%r3122; mov.b32 %f810,%r3119; mov.b32 %f811,%r3120; add.s32 %r1007,%r860,6144;\n"
+"mov.b32 %f809,%r3122; mov.b32 %f810,%r3119; mov.b32 %f811,%r3120; shl.b32 %r1007,%r963,7;\n"
 "cvt.u64.u32 %rd303,%r1007; add.s64 %rd305,%rd226,%rd303; add.s64 %rd306,%rd305,16384;\n"
-"or.b64 %rd308,%rd306,%rd229; add.s64 %rd310,%rd231,%rd308; cvt.rn.bf16x2.f32 %r1003,%f810,%f811;\n"
-"cvt.rn.bf16x2.f32 %r1002,%f808,%f809; cvt.rn.bf16x2.f32 %r1001,%f806,%f807;\n"
-"cvt.rn.bf16x2.f32 %r1000,%f804,%f805; st.shared.v4.u32 [%rd310],{%r1000,%r1001,%r1002,%r1003}; $115:\n"
-"add.s64 %rd869,%rd869,16384; add.s32 %r1078,%r778,63; shr.u32 %r1079,%r1078,6;\n"
-"add.s32 %r3318,%r3318,1; setp.ne.s32 %p111,%r3318,%r1079; mov.u32 %r3155,%r90; @%p111 bra $145; $117:\n"
+"xor.b32 %r1009,%r963,%r15; shl.b32 %r1010,%r1009,4; and.b32 %r1011,%r1010,112;\n"
+"cvt.u64.u32 %rd307,%r1011; or.b64 %rd308,%rd306,%rd307; add.s64 %rd310,%rd231,%rd308;\n"
+"cvt.rn.bf16x2.f32 %r1003,%f810,%f811; cvt.rn.bf16x2.f32 %r1002,%f808,%f809;\n"
+"cvt.rn.bf16x2.f32 %r1001,%f806,%f807; cvt.rn.bf16x2.f32 %r1000,%f804,%f805;\n"
+"st.shared.v4.u32 [%rd310],{%r1000,%r1001,%r1002,%r1003}; $115: add.s64 %rd869,%rd869,16384;\n"
+"add.s32 %r1078,%r778,63; shr.u32 %r1079,%r1078,6; add.s32 %r3318,%r3318,1;\n"
+"setp.ne.s32 %p111,%r3318,%r1079; mov.u32 %r3155,%r90; @%p111 bra $145; $117:\n"
 "add.s32 %r3157,%r3157,%r18; setp.le.u32 %p112,%r307,%r3157; mov.u32 %r3318,0; mov.u32 %r3156,%r3318;\n"
 "mov.u32 %r3147,%r3318; mov.u32 %r3154,%r3318; mov.u32 %r3153,%r3318; @%p112 bra $131;\n"
 "setp.eq.s64 %p113,%rd38,0; shr.u32 %r3142,%r707,6; mov.u32 %r3143,0; mov.u32 %r3154,%r3143;\n"
@@ -31395,10 +32380,10 @@ static const char *const moe__ptx_8[] = {
 "setp.eq.b64 %p124,%rd385,1; mov.pred %p125,0; xor.pred %p126,%p124,%p125; @%p126 bra $117;\n"
 "add.s32 %r1116,%r86,63; shr.u32 %r1117,%r1116,6; mul.wide.u32 %rd386,%r3153,%r1117;\n"
 "shl.b64 %rd387,%rd386,14; shl.b32 %r1119,%r15,4; cvt.u64.u32 %rd388,%r1119;\n"
-"add.s64 %rd389,%rd43,%rd388; add.s64 %rd390,%rd389,%rd387; add.s64 %rd869,%rd55,%rd390;\n"
+"add.s64 %rd389,%rd43,%rd388; add.s64 %rd390,%rd389,%rd387; add.s64 %rd869,%rd55,%rd390;\n",
 "shr.u32 %r1120,%r15,3; setp.ge.u32 %p127,%r1120,%r3147; mov.u32 %r3136,-1; mov.u32 %r3138,%r3136;\n"
 "@%p127 bra $136; setp.eq.s64 %p128,%rd38,0; add.s32 %r3138,%r3156,%r1120; @%p128 bra $136;\n"
-"cvta.to.global.u64 %rd391,%rd38; mul.wide.u32 %rd392,%r3138,4; add.s64 %rd393,%rd391,%rd392;\n",
+"cvta.to.global.u64 %rd391,%rd38; mul.wide.u32 %rd392,%r3138,4; add.s64 %rd393,%rd391,%rd392;\n"
 "ld.global.u32 %r1123,[%rd393]; div.u32 %r3138,%r1123,%r87; $136: add.s32 %r1127,%r1120,16;\n"
 "setp.ge.u32 %p129,%r1127,%r3147; @%p129 bra $139; setp.eq.s64 %p130,%rd38,0;\n"
 "add.s32 %r1130,%r3156,%r1120; add.s32 %r3136,%r1130,16; @%p130 bra $139;\n"
@@ -31439,10 +32424,10 @@ static const char *const moe__ptx_8[] = {
 "mov.f32 %f3510,%f3481; mov.f32 %f3511,%f3481; mov.f32 %f3512,%f3481; mov.f32 %f3747,%f3481;\n"
 "mov.f32 %f3748,%f3481; mov.f32 %f3749,%f3481; mov.f32 %f3750,%f3481; mov.f32 %f3751,%f3481;\n"
 "mov.f32 %f3752,%f3481; mov.f32 %f3753,%f3481; mov.f32 %f3754,%f3481; mov.f32 %f3755,%f3481;\n"
-"mov.f32 %f3756,%f3481; mov.f32 %f3757,%f3481; mov.f32 %f3758,%f3481; mov.f32 %f3743,%f3481;\n"
+"mov.f32 %f3756,%f3481; mov.f32 %f3757,%f3481; mov.f32 %f3758,%f3481; mov.f32 %f3743,%f3481;\n",
 "mov.f32 %f3744,%f3481; mov.f32 %f3745,%f3481; mov.f32 %f3746,%f3481; mov.f32 %f3763,%f3481;\n"
 "mov.f32 %f3764,%f3481; mov.f32 %f3765,%f3481; mov.f32 %f3766,%f3481; mov.f32 %f3767,%f3481;\n"
-"mov.f32 %f3768,%f3481; mov.f32 %f3769,%f3481; mov.f32 %f3770,%f3481; mov.f32 %f3771,%f3481;\n",
+"mov.f32 %f3768,%f3481; mov.f32 %f3769,%f3481; mov.f32 %f3770,%f3481; mov.f32 %f3771,%f3481;\n"
 "mov.f32 %f3772,%f3481; mov.f32 %f3773,%f3481; mov.f32 %f3774,%f3481; mov.f32 %f3739,%f3481;\n"
 "mov.f32 %f3740,%f3481; mov.f32 %f3741,%f3481; mov.f32 %f3742,%f3481; $150: setp.ne.s32 %p424,%r15,0;\n"
 "add.s32 %r1186,%r3197,-1; setp.eq.s32 %p142,%r3197,0; selp.b32 %r404,3,%r1186,%p142; @%p424 bra $152;\n"
@@ -31487,10 +32472,10 @@ static const char *const moe__ptx_8[] = {
 "cvt.u64.u32 %rd556,%r1435; add.s64 %rd557,%rd555,%rd556; cvt.s64.s32 %rd558,%r3138;\n"
 "mul.lo.s64 %rd559,%rd61,%rd558; add.s64 %rd560,%rd559,%rd80; selp.b64 %rd561,%rd560,0,%p15;\n"
 "shl.b64 %rd562,%rd561,1; add.s64 %rd553,%rd79,%rd562; add.s64 %rd564,%rd404,%rd557;\n"
-"cvt.u32.u64 %r1428,%rd564; selp.b32 %r1429,16,0,%p15;\n"
+"cvt.u32.u64 %r1428,%rd564; selp.b32 %r1429,16,0,%p15;\n",
 "cp.async.cg.shared.global [%r1428],[%rd553],16,%r1429; setp.gt.s32 %p187,%r3136,-1;\n"
 "and.pred %p16,%p187,%p182; add.s32 %r1436,%r1427,16; setp.ge.u32 %p188,%r1436,%r592; @%p188 bra $208;\n"
-"add.s32 %r1442,%r1432,2048; cvt.u64.u32 %rd566,%r1442; add.s64 %rd567,%rd60,%rd566;\n",
+"add.s32 %r1442,%r1432,2048; cvt.u64.u32 %rd566,%r1442; add.s64 %rd567,%rd60,%rd566;\n"
 "add.s64 %rd569,%rd567,%rd556; cvt.s64.s32 %rd570,%r3136; mul.lo.s64 %rd571,%rd61,%rd570;\n"
 "add.s64 %rd572,%rd571,%rd80; selp.b64 %rd573,%rd572,0,%p16; shl.b64 %rd574,%rd573,1;\n"
 "add.s64 %rd565,%rd79,%rd574; add.s64 %rd576,%rd404,%rd569; cvt.u32.u64 %r1437,%rd576;\n"
@@ -31512,7 +32497,7 @@ static const char *const moe__ptx_8[] = {
 "mov.u32 %r1221,1; shl.b32 %r1222,%r1221,%r1220; setp.lt.u32 %p145,%r3155,9;\n"
 "selp.b32 %r406,8,%r1222,%p145; shr.u32 %r1224,%r15,3; setp.ge.u32 %p146,%r1224,%r406;\n"
 "@%p146 bra $208; setp.lt.s32 %p147,%r3138,0; ld.param.u32 %r1233,[%rd1];\n"
-"setp.ge.u32 %p148,%r405,%r1233; mov.u32 %r3212,0; or.pred %p149,%p147,%p148; mov.u32 %r3213,%r3212;\n"
+"setp.le.u32 %p148,%r1233,%r405; mov.u32 %r3212,0; or.pred %p149,%p147,%p148; mov.u32 %r3213,%r3212;\n"
 "mov.u32 %r3214,%r3212; mov.u32 %r3215,%r3212; mov.u32 %r3216,%r3212; mov.u32 %r3217,%r3212;\n"
 "mov.u32 %r3218,%r3212; mov.u32 %r3219,%r3212; @%p149 bra $166; setp.eq.s64 %p150,%rd63,0;\n"
 "ld.param.u64 %rd447,[%rd1+-80]; cvta.to.global.u64 %rd448,%rd447; cvt.s64.s32 %rd449,%r3138;\n"
@@ -31532,10 +32517,10 @@ static const char *const moe__ptx_8[] = {
 "add.s64 %rd457,%rd455,%rd456; ld.global.s32 %rd66,[%rd457]; ld.param.u32 %r435,[%rd1+8];\n"
 "setp.eq.s32 %p152,%r435,1; @%p152 bra $164; bra.uni $161; $164: cvta.to.global.u64 %rd461,%rd65;\n"
 "shl.b64 %rd462,%rd66,2; add.s64 %rd463,%rd461,%rd462; ld.global.f32 %f3545,[%rd463]; bra.uni $165;\n"
-"$161: cvta.to.global.u64 %rd458,%rd65; shl.b64 %rd459,%rd66,1; add.s64 %rd460,%rd458,%rd459;\n"
+"$161: cvta.to.global.u64 %rd458,%rd65; shl.b64 %rd459,%rd66,1; add.s64 %rd460,%rd458,%rd459;\n",
 "ld.global.u16 %rs5,[%rd460]; setp.eq.s32 %p153,%r435,2; @%p153 bra $163; bra.uni $162; $163:\n"
 "cvt.u32.u16 %r1249,%rs5; shl.b32 %r1250,%r1249,16; mov.b32 %f3545,%r1250; bra.uni $165; $162:\n"
-"cvt.f32.f16 %f3545,%rs5; $165: mov.b32 %f878,%r3219; mul.rn.f32 %f879,%f3545,%f878;\n",
+"cvt.f32.f16 %f3545,%rs5; $165: mov.b32 %f878,%r3219; mul.rn.f32 %f879,%f3545,%f878;\n"
 "mov.b32 %r3219,%f879; mov.b32 %f880,%r3218; mul.rn.f32 %f881,%f3545,%f880; mov.b32 %r3218,%f881;\n"
 "mov.b32 %f882,%r3217; mul.rn.f32 %f883,%f3545,%f882; mov.b32 %r3217,%f883; mov.b32 %f884,%r3216;\n"
 "mul.rn.f32 %f885,%f3545,%f884; mov.b32 %r3216,%f885; mov.b32 %f886,%r3215;\n"
@@ -31552,7 +32537,7 @@ static const char *const moe__ptx_8[] = {
 "cvt.rn.bf16x2.f32 %r1252,%f896,%f897; cvt.rn.bf16x2.f32 %r1251,%f894,%f895;\n"
 "st.shared.v4.u32 [%rd471],{%r1251,%r1252,%r1253,%r1254}; add.s32 %r1264,%r1224,16;\n"
 "setp.ge.u32 %p155,%r1264,%r406; @%p155 bra $208; setp.lt.s32 %p156,%r3136,0;\n"
-"ld.param.u32 %r1278,[%rd1]; setp.ge.u32 %p157,%r405,%r1278; mov.u32 %r3229,0;\n"
+"ld.param.u32 %r1278,[%rd1]; setp.le.u32 %p157,%r1278,%r405; mov.u32 %r3229,0;\n"
 "or.pred %p158,%p156,%p157; mov.u32 %r3230,%r3229; mov.u32 %r3231,%r3229; mov.u32 %r3232,%r3229;\n"
 "mov.u32 %r3233,%r3229; mov.u32 %r3234,%r3229; mov.u32 %r3235,%r3229; mov.u32 %r3236,%r3229;\n"
 "@%p158 bra $178; setp.eq.s64 %p159,%rd63,0; ld.param.u64 %rd475,[%rd1+-80];\n"
@@ -31578,24 +32563,26 @@ static const char *const moe__ptx_8[] = {
 "bra.uni $174; $175: cvt.u32.u16 %r1300,%rs6; shl.b32 %r1301,%r1300,16; mov.b32 %f3546,%r1301;\n"
 "bra.uni $177; $174: cvt.f32.f16 %f3546,%rs6; $177: mov.b32 %f903,%r3236;\n"
 "mul.rn.f32 %f904,%f3546,%f903; mov.b32 %r3236,%f904; mov.b32 %f905,%r3235;\n"
-"mul.rn.f32 %f906,%f3546,%f905; mov.b32 %r3235,%f906; mov.b32 %f907,%r3234;\n"
+"mul.rn.f32 %f906,%f3546,%f905; mov.b32 %r3235,%f906; mov.b32 %f907,%r3234;\n",
 "mul.rn.f32 %f908,%f3546,%f907; mov.b32 %r3234,%f908; mov.b32 %f909,%r3233;\n"
 "mul.rn.f32 %f910,%f3546,%f909; mov.b32 %r3233,%f910; mov.b32 %f911,%r3232;\n"
 "mul.rn.f32 %f912,%f3546,%f911; mov.b32 %r3232,%f912; mov.b32 %f913,%r3231;\n"
-"mul.rn.f32 %f914,%f3546,%f913; mov.b32 %r3231,%f914; mov.b32 %f915,%r3230;\n",
+"mul.rn.f32 %f914,%f3546,%f913; mov.b32 %r3231,%f914; mov.b32 %f915,%r3230;\n"
 "mul.rn.f32 %f916,%f3546,%f915; mov.b32 %r3230,%f916; mov.b32 %f917,%r3229;\n"
 "mul.rn.f32 %f918,%f3546,%f917; mov.b32 %r3229,%f918; $178: mov.b32 %f919,%r3235;\n"
 "mov.b32 %f920,%r3236; mov.b32 %f921,%r3233; mov.b32 %f922,%r3234; mov.b32 %f923,%r3231;\n"
-"mov.b32 %f924,%r3232; mov.b32 %f925,%r3229; mov.b32 %f926,%r3230; add.s32 %r1309,%r1257,2048;\n"
+"mov.b32 %f924,%r3232; mov.b32 %f925,%r3229; mov.b32 %f926,%r3230; shl.b32 %r1309,%r1264,7;\n"
 "cvt.u64.u32 %rd491,%r1309; add.s64 %rd493,%rd417,%rd491; add.s64 %rd494,%rd493,16384;\n"
-"or.b64 %rd496,%rd494,%rd468; add.s64 %rd498,%rd404,%rd496; cvt.rn.bf16x2.f32 %r1305,%f925,%f926;\n"
-"cvt.rn.bf16x2.f32 %r1304,%f923,%f924; cvt.rn.bf16x2.f32 %r1303,%f921,%f922;\n"
-"cvt.rn.bf16x2.f32 %r1302,%f919,%f920; st.shared.v4.u32 [%rd498],{%r1302,%r1303,%r1304,%r1305};\n"
-"add.s32 %r1316,%r1224,32; setp.ge.u32 %p164,%r1316,%r406; @%p164 bra $208;\n"
-"setp.lt.s32 %p165,%r3134,0; ld.param.u32 %r1330,[%rd1]; setp.ge.u32 %p166,%r405,%r1330;\n"
-"mov.u32 %r3246,0; or.pred %p167,%p165,%p166; mov.u32 %r3247,%r3246; mov.u32 %r3248,%r3246;\n"
-"mov.u32 %r3249,%r3246; mov.u32 %r3250,%r3246; mov.u32 %r3251,%r3246; mov.u32 %r3252,%r3246;\n"
-"mov.u32 %r3253,%r3246; @%p167 bra $190; setp.eq.s64 %p168,%rd63,0; ld.param.u64 %rd502,[%rd1+-80];\n"
+"xor.b32 %r1313,%r1264,%r15; shl.b32 %r1314,%r1313,4; and.b32 %r1315,%r1314,112;\n"
+"cvt.u64.u32 %rd495,%r1315; or.b64 %rd496,%rd494,%rd495; add.s64 %rd498,%rd404,%rd496;\n"
+"cvt.rn.bf16x2.f32 %r1305,%f925,%f926; cvt.rn.bf16x2.f32 %r1304,%f923,%f924;\n"
+"cvt.rn.bf16x2.f32 %r1303,%f921,%f922; cvt.rn.bf16x2.f32 %r1302,%f919,%f920;\n"
+"st.shared.v4.u32 [%rd498],{%r1302,%r1303,%r1304,%r1305}; add.s32 %r1316,%r1224,32;\n"
+"setp.ge.u32 %p164,%r1316,%r406; @%p164 bra $208; setp.lt.s32 %p165,%r3134,0;\n"
+"ld.param.u32 %r1330,[%rd1]; setp.le.u32 %p166,%r1330,%r405; mov.u32 %r3246,0;\n"
+"or.pred %p167,%p165,%p166; mov.u32 %r3247,%r3246; mov.u32 %r3248,%r3246; mov.u32 %r3249,%r3246;\n"
+"mov.u32 %r3250,%r3246; mov.u32 %r3251,%r3246; mov.u32 %r3252,%r3246; mov.u32 %r3253,%r3246;\n"
+"@%p167 bra $190; setp.eq.s64 %p168,%rd63,0; ld.param.u64 %rd502,[%rd1+-80];\n"
 "cvta.to.global.u64 %rd503,%rd502; ld.param.u64 %rd504,[%rd1+-24]; cvt.s64.s32 %rd505,%r3134;\n"
 "mul.lo.s64 %rd506,%rd504,%rd505; cvt.u64.u32 %rd507,%r405; add.s64 %rd508,%rd506,%rd507;\n"
 "shl.b64 %rd509,%rd508,1; add.s64 %rd71,%rd503,%rd509; @%p168 bra $182; ld.global.u16 %r3244,[%rd71];\n"
@@ -31624,18 +32611,20 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f937,%f3547,%f936; mov.b32 %r3249,%f937; mov.b32 %f938,%r3248;\n"
 "mul.rn.f32 %f939,%f3547,%f938; mov.b32 %r3248,%f939; mov.b32 %f940,%r3247;\n"
 "mul.rn.f32 %f941,%f3547,%f940; mov.b32 %r3247,%f941; mov.b32 %f942,%r3246;\n"
-"mul.rn.f32 %f943,%f3547,%f942; mov.b32 %r3246,%f943; $190: mov.b32 %f944,%r3252;\n"
+"mul.rn.f32 %f943,%f3547,%f942; mov.b32 %r3246,%f943; $190: mov.b32 %f944,%r3252;\n",
 "mov.b32 %f945,%r3253; mov.b32 %f946,%r3250; mov.b32 %f947,%r3251; mov.b32 %f948,%r3248;\n"
-"mov.b32 %f949,%r3249; mov.b32 %f950,%r3246; mov.b32 %f951,%r3247; add.s32 %r1361,%r1257,4096;\n"
+"mov.b32 %f949,%r3249; mov.b32 %f950,%r3246; mov.b32 %f951,%r3247; shl.b32 %r1361,%r1316,7;\n"
 "cvt.u64.u32 %rd518,%r1361; add.s64 %rd520,%rd417,%rd518; add.s64 %rd521,%rd520,16384;\n"
-"or.b64 %rd523,%rd521,%rd468; add.s64 %rd525,%rd404,%rd523; cvt.rn.bf16x2.f32 %r1357,%f950,%f951;\n",
-"cvt.rn.bf16x2.f32 %r1356,%f948,%f949; cvt.rn.bf16x2.f32 %r1355,%f946,%f947;\n"
-"cvt.rn.bf16x2.f32 %r1354,%f944,%f945; st.shared.v4.u32 [%rd525],{%r1354,%r1355,%r1356,%r1357};\n"
-"add.s32 %r1368,%r1224,48; setp.ge.u32 %p173,%r1368,%r406; @%p173 bra $208;\n"
-"setp.lt.s32 %p174,%r3132,0; ld.param.u32 %r1382,[%rd1]; setp.ge.u32 %p175,%r405,%r1382;\n"
-"mov.u32 %r3263,0; or.pred %p176,%p174,%p175; mov.u32 %r3264,%r3263; mov.u32 %r3265,%r3263;\n"
-"mov.u32 %r3266,%r3263; mov.u32 %r3267,%r3263; mov.u32 %r3268,%r3263; mov.u32 %r3269,%r3263;\n"
-"mov.u32 %r3270,%r3263; @%p176 bra $202; setp.eq.s64 %p177,%rd63,0; ld.param.u64 %rd529,[%rd1+-80];\n"
+"xor.b32 %r1365,%r1316,%r15; shl.b32 %r1366,%r1365,4; and.b32 %r1367,%r1366,112;\n"
+"cvt.u64.u32 %rd522,%r1367; or.b64 %rd523,%rd521,%rd522; add.s64 %rd525,%rd404,%rd523;\n"
+"cvt.rn.bf16x2.f32 %r1357,%f950,%f951; cvt.rn.bf16x2.f32 %r1356,%f948,%f949;\n"
+"cvt.rn.bf16x2.f32 %r1355,%f946,%f947; cvt.rn.bf16x2.f32 %r1354,%f944,%f945;\n"
+"st.shared.v4.u32 [%rd525],{%r1354,%r1355,%r1356,%r1357}; add.s32 %r1368,%r1224,48;\n"
+"setp.ge.u32 %p173,%r1368,%r406; @%p173 bra $208; setp.lt.s32 %p174,%r3132,0;\n"
+"ld.param.u32 %r1382,[%rd1]; setp.le.u32 %p175,%r1382,%r405; mov.u32 %r3263,0;\n"
+"or.pred %p176,%p174,%p175; mov.u32 %r3264,%r3263; mov.u32 %r3265,%r3263; mov.u32 %r3266,%r3263;\n"
+"mov.u32 %r3267,%r3263; mov.u32 %r3268,%r3263; mov.u32 %r3269,%r3263; mov.u32 %r3270,%r3263;\n"
+"@%p176 bra $202; setp.eq.s64 %p177,%rd63,0; ld.param.u64 %rd529,[%rd1+-80];\n"
 "cvta.to.global.u64 %rd530,%rd529; ld.param.u64 %rd531,[%rd1+-24]; cvt.s64.s32 %rd532,%r3132;\n"
 "mul.lo.s64 %rd533,%rd531,%rd532; cvt.u64.u32 %rd534,%r405; add.s64 %rd535,%rd533,%rd534;\n"
 "shl.b64 %rd536,%rd535,1; add.s64 %rd75,%rd530,%rd536; @%p177 bra $194; ld.global.u16 %r3261,[%rd75];\n"
@@ -31666,44 +32655,46 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f966,%f3548,%f965; mov.b32 %r3264,%f966; mov.b32 %f967,%r3263;\n"
 "mul.rn.f32 %f968,%f3548,%f967; mov.b32 %r3263,%f968; $202: mov.b32 %f969,%r3269;\n"
 "mov.b32 %f970,%r3270; mov.b32 %f971,%r3267; mov.b32 %f972,%r3268; mov.b32 %f973,%r3265;\n"
-"mov.b32 %f974,%r3266; mov.b32 %f975,%r3263; mov.b32 %f976,%r3264; add.s32 %r1413,%r1257,6144;\n"
+"mov.b32 %f974,%r3266; mov.b32 %f975,%r3263; mov.b32 %f976,%r3264; shl.b32 %r1413,%r1368,7;\n"
 "cvt.u64.u32 %rd545,%r1413; add.s64 %rd547,%rd417,%rd545; add.s64 %rd548,%rd547,16384;\n"
-"or.b64 %rd550,%rd548,%rd468; add.s64 %rd552,%rd404,%rd550; cvt.rn.bf16x2.f32 %r1409,%f975,%f976;\n"
-"cvt.rn.bf16x2.f32 %r1408,%f973,%f974; cvt.rn.bf16x2.f32 %r1407,%f971,%f972;\n"
-"cvt.rn.bf16x2.f32 %r1406,%f969,%f970; st.shared.v4.u32 [%rd552],{%r1406,%r1407,%r1408,%r1409}; $208:\n"
-"add.s64 %rd869,%rd869,16384; ld.param.u32 %r1466,[%rd1]; add.s32 %r1467,%r1466,63;\n"
-"shr.u32 %r1468,%r1467,6; add.s32 %r3318,%r3318,1; setp.ne.s32 %p195,%r3318,%r1468;\n"
-"mov.u32 %r3299,%r3155; @%p195 bra $238; add.s32 %r3010,%r3013,63; ld.param.u32 %r1469,[%rd1+4];\n"
-"add.s32 %r1470,%r1469,127; shr.u32 %r606,%r1470,7; ld.param.u64 %rd82,[%rd1+-144];\n",
-"setp.ne.s64 %p196,%rd82,0; shr.u32 %r1472,%r3010,6; selp.b32 %r607,%r3013,%r1472,%p196;\n"
-"mul.lo.s32 %r608,%r607,%r606; ld.param.u64 %rd601,[%rd1+-136]; cvta.to.global.u64 %rd83,%rd601;\n"
-"ld.param.u64 %rd602,[%rd1+-112]; cvta.to.global.u64 %rd84,%rd602; ld.param.u64 %rd603,[%rd1+-128];\n"
-"cvta.to.global.u64 %rd85,%rd603; $210: mov.u32 %r3011,%nctaid.x; add.s32 %r3157,%r3157,%r3011;\n"
-"setp.le.u32 %p197,%r608,%r3157; mov.u32 %r3318,0; mov.u32 %r3156,%r3318; mov.u32 %r3291,%r3318;\n"
-"mov.u32 %r3154,%r3318; mov.u32 %r3153,%r3318; @%p197 bra $224; setp.eq.s64 %p198,%rd82,0;\n"
-"mov.u32 %r3287,0; mov.u32 %r3286,%r1472; mov.u32 %r3154,%r3287; @%p198 bra $221;\n"
-"div.u32 %r613,%r3157,%r606; mul.wide.u32 %rd604,%r613,4; add.s64 %rd605,%rd83,%rd604;\n"
-"ld.global.u32 %r614,[%rd605]; mov.u32 %r3287,%r613; $213: setp.le.u32 %p200,%r3287,%r16;\n"
-"mov.pred %p429,-1; @%p200 bra $215; not.b32 %r1481,%r15; or.b32 %r1482,%r1481,-32;\n"
-"add.s32 %r1483,%r3287,%r1482; mul.wide.u32 %rd606,%r1483,4; add.s64 %rd607,%rd83,%rd606;\n"
-"ld.global.u32 %r1484,[%rd607]; setp.ne.s32 %p429,%r1484,%r614; $215: mov.u32 %r1485,-1;\n"
-"vote.sync.ballot.b32 %r1486,%p429,%r1485; setp.eq.s32 %p202,%r1486,0; brev.b32 %r1487,%r1486;\n"
-"bfind.shiftamt.u32 %r1488,%r1487; selp.b32 %r1489,32,%r1488,%p202; sub.s32 %r3287,%r3287,%r1489;\n"
-"@%p202 bra $213; add.s32 %r3286,%r613,1; $217: add.s32 %r619,%r3286,%r16;\n"
-"setp.ge.u32 %p204,%r619,%r607; mov.pred %p430,-1; @%p204 bra $219; mul.wide.u32 %rd608,%r619,4;\n"
-"add.s64 %rd609,%rd83,%rd608; ld.global.u32 %r1490,[%rd609]; setp.ne.s32 %p430,%r1490,%r614; $219:\n"
-"mov.u32 %r1491,-1; vote.sync.ballot.b32 %r1492,%p430,%r1491; setp.eq.s32 %p206,%r1492,0;\n"
-"brev.b32 %r1493,%r1492; bfind.shiftamt.u32 %r1494,%r1493; selp.b32 %r1495,32,%r1494,%p206;\n"
-"add.s32 %r3286,%r1495,%r3286; @%p206 bra $217; mul.wide.u32 %rd610,%r3287,4;\n"
-"add.s64 %rd611,%rd83,%rd610; ld.global.u32 %r3154,[%rd611]; $221: mul.lo.s32 %r1496,%r3287,%r606;\n"
-"sub.s32 %r1497,%r3157,%r1496; sub.s32 %r1498,%r3286,%r3287; div.u32 %r3153,%r1497,%r1498;\n"
-"mul.lo.s32 %r1499,%r3153,%r1498; sub.s32 %r1500,%r1497,%r1499; add.s32 %r625,%r1500,%r3287;\n"
-"mov.u32 %r3289,%r3013; @%p198 bra $223; mul.wide.u32 %rd612,%r625,4; add.s64 %rd613,%rd85,%rd612;\n"
-"ld.global.u32 %r3289,[%rd613]; $223: shl.b32 %r3156,%r625,6; sub.s32 %r1501,%r3289,%r3156;\n"
-"min.u32 %r3291,%r1501,64; $224: setp.eq.s32 %p208,%r3291,0; mov.u32 %r3299,%r3318; @%p208 bra $238;\n"
-"mul.wide.u32 %rd614,%r3154,8; add.s64 %rd615,%rd84,%rd614; ld.global.u64 %rd86,[%rd615];\n"
-"and.b64 %rd616,%rd86,1; setp.eq.b64 %p209,%rd616,1; mov.pred %p210,0; xor.pred %p211,%p209,%p210;\n"
-"@%p211 bra $210; ld.param.u32 %r1505,[%rd1]; add.s32 %r1506,%r1505,63; shr.u32 %r1507,%r1506,6;\n"
+"xor.b32 %r1417,%r1368,%r15; shl.b32 %r1418,%r1417,4; and.b32 %r1419,%r1418,112;\n"
+"cvt.u64.u32 %rd549,%r1419; or.b64 %rd550,%rd548,%rd549; add.s64 %rd552,%rd404,%rd550;\n",
+"cvt.rn.bf16x2.f32 %r1409,%f975,%f976; cvt.rn.bf16x2.f32 %r1408,%f973,%f974;\n"
+"cvt.rn.bf16x2.f32 %r1407,%f971,%f972; cvt.rn.bf16x2.f32 %r1406,%f969,%f970;\n"
+"st.shared.v4.u32 [%rd552],{%r1406,%r1407,%r1408,%r1409}; $208: add.s64 %rd869,%rd869,16384;\n"
+"ld.param.u32 %r1466,[%rd1]; add.s32 %r1467,%r1466,63; shr.u32 %r1468,%r1467,6;\n"
+"add.s32 %r3318,%r3318,1; setp.ne.s32 %p195,%r3318,%r1468; mov.u32 %r3299,%r3155; @%p195 bra $238;\n"
+"add.s32 %r3010,%r3013,63; ld.param.u32 %r1469,[%rd1+4]; add.s32 %r1470,%r1469,127;\n"
+"shr.u32 %r606,%r1470,7; ld.param.u64 %rd82,[%rd1+-144]; setp.ne.s64 %p196,%rd82,0;\n"
+"shr.u32 %r1472,%r3010,6; selp.b32 %r607,%r3013,%r1472,%p196; mul.lo.s32 %r608,%r607,%r606;\n"
+"ld.param.u64 %rd601,[%rd1+-136]; cvta.to.global.u64 %rd83,%rd601; ld.param.u64 %rd602,[%rd1+-112];\n"
+"cvta.to.global.u64 %rd84,%rd602; ld.param.u64 %rd603,[%rd1+-128]; cvta.to.global.u64 %rd85,%rd603;\n"
+"$210: mov.u32 %r3011,%nctaid.x; add.s32 %r3157,%r3157,%r3011; setp.le.u32 %p197,%r608,%r3157;\n"
+"mov.u32 %r3318,0; mov.u32 %r3156,%r3318; mov.u32 %r3291,%r3318; mov.u32 %r3154,%r3318;\n"
+"mov.u32 %r3153,%r3318; @%p197 bra $224; setp.eq.s64 %p198,%rd82,0; mov.u32 %r3287,0;\n"
+"mov.u32 %r3286,%r1472; mov.u32 %r3154,%r3287; @%p198 bra $221; div.u32 %r613,%r3157,%r606;\n"
+"mul.wide.u32 %rd604,%r613,4; add.s64 %rd605,%rd83,%rd604; ld.global.u32 %r614,[%rd605];\n"
+"mov.u32 %r3287,%r613; $213: setp.le.u32 %p200,%r3287,%r16; mov.pred %p429,-1; @%p200 bra $215;\n"
+"not.b32 %r1481,%r15; or.b32 %r1482,%r1481,-32; add.s32 %r1483,%r3287,%r1482;\n"
+"mul.wide.u32 %rd606,%r1483,4; add.s64 %rd607,%rd83,%rd606; ld.global.u32 %r1484,[%rd607];\n"
+"setp.ne.s32 %p429,%r1484,%r614; $215: mov.u32 %r1485,-1; vote.sync.ballot.b32 %r1486,%p429,%r1485;\n"
+"setp.eq.s32 %p202,%r1486,0; brev.b32 %r1487,%r1486; bfind.shiftamt.u32 %r1488,%r1487;\n"
+"selp.b32 %r1489,32,%r1488,%p202; sub.s32 %r3287,%r3287,%r1489; @%p202 bra $213;\n"
+"add.s32 %r3286,%r613,1; $217: add.s32 %r619,%r3286,%r16; setp.ge.u32 %p204,%r619,%r607;\n"
+"mov.pred %p430,-1; @%p204 bra $219; mul.wide.u32 %rd608,%r619,4; add.s64 %rd609,%rd83,%rd608;\n"
+"ld.global.u32 %r1490,[%rd609]; setp.ne.s32 %p430,%r1490,%r614; $219: mov.u32 %r1491,-1;\n"
+"vote.sync.ballot.b32 %r1492,%p430,%r1491; setp.eq.s32 %p206,%r1492,0; brev.b32 %r1493,%r1492;\n"
+"bfind.shiftamt.u32 %r1494,%r1493; selp.b32 %r1495,32,%r1494,%p206; add.s32 %r3286,%r1495,%r3286;\n"
+"@%p206 bra $217; mul.wide.u32 %rd610,%r3287,4; add.s64 %rd611,%rd83,%rd610;\n"
+"ld.global.u32 %r3154,[%rd611]; $221: mul.lo.s32 %r1496,%r3287,%r606; sub.s32 %r1497,%r3157,%r1496;\n"
+"sub.s32 %r1498,%r3286,%r3287; div.u32 %r3153,%r1497,%r1498; mul.lo.s32 %r1499,%r3153,%r1498;\n"
+"sub.s32 %r1500,%r1497,%r1499; add.s32 %r625,%r1500,%r3287; mov.u32 %r3289,%r3013; @%p198 bra $223;\n"
+"mul.wide.u32 %rd612,%r625,4; add.s64 %rd613,%rd85,%rd612; ld.global.u32 %r3289,[%rd613]; $223:\n"
+"shl.b32 %r3156,%r625,6; sub.s32 %r1501,%r3289,%r3156; min.u32 %r3291,%r1501,64; $224:\n"
+"setp.eq.s32 %p208,%r3291,0; mov.u32 %r3299,%r3318; @%p208 bra $238; mul.wide.u32 %rd614,%r3154,8;\n"
+"add.s64 %rd615,%rd84,%rd614; ld.global.u64 %rd86,[%rd615]; and.b64 %rd616,%rd86,1;\n"
+"setp.eq.b64 %p209,%rd616,1; mov.pred %p210,0; xor.pred %p211,%p209,%p210; @%p211 bra $210;\n"
+"ld.param.u32 %r1505,[%rd1]; add.s32 %r1506,%r1505,63; shr.u32 %r1507,%r1506,6;\n"
 "mul.wide.u32 %rd617,%r3153,%r1507; shl.b64 %rd618,%rd617,14; ld.param.u64 %rd620,[%rd1+-16];\n"
 "add.s64 %rd621,%rd620,%rd418; add.s64 %rd622,%rd621,%rd618; add.s64 %rd869,%rd86,%rd622;\n"
 "shr.u32 %r1510,%r15,3; setp.ge.u32 %p212,%r1510,%r3291; mov.u32 %r3136,-1; mov.u32 %r3138,%r3136;\n"
@@ -31711,14 +32702,14 @@ static const char *const moe__ptx_8[] = {
 "setp.eq.s64 %p213,%rd88,0; @%p213 bra $229; cvta.to.global.u64 %rd623,%rd88;\n"
 "mul.wide.u32 %rd624,%r3138,4; add.s64 %rd625,%rd623,%rd624; ld.param.u32 %r1513,[%rd1+-92];\n"
 "ld.global.u32 %r1514,[%rd625]; div.u32 %r3138,%r1514,%r1513; $229: add.s32 %r1518,%r1510,16;\n"
-"setp.ge.u32 %p214,%r1518,%r3291; @%p214 bra $232; add.s32 %r1521,%r3156,%r1510;\n"
+"setp.ge.u32 %p214,%r1518,%r3291; @%p214 bra $232; add.s32 %r1521,%r3156,%r1510;\n",
 "add.s32 %r3136,%r1521,16; ld.param.u64 %rd89,[%rd1+-144]; setp.eq.s64 %p215,%rd89,0; @%p215 bra $232;\n"
 "cvta.to.global.u64 %rd626,%rd89; mul.wide.u32 %rd627,%r3136,4; add.s64 %rd628,%rd626,%rd627;\n"
 "ld.param.u32 %r1522,[%rd1+-92]; ld.global.u32 %r1523,[%rd628]; div.u32 %r3136,%r1523,%r1522; $232:\n"
 "add.s32 %r1527,%r1510,32; setp.ge.u32 %p216,%r1527,%r3291; mov.u32 %r3132,-1; mov.u32 %r3134,%r3132;\n"
 "@%p216 bra $235; add.s32 %r1530,%r3156,%r1510; add.s32 %r3134,%r1530,32;\n"
 "ld.param.u64 %rd90,[%rd1+-144]; setp.eq.s64 %p217,%rd90,0; @%p217 bra $235;\n"
-"cvta.to.global.u64 %rd629,%rd90; mul.wide.u32 %rd630,%r3134,4; add.s64 %rd631,%rd629,%rd630;\n",
+"cvta.to.global.u64 %rd629,%rd90; mul.wide.u32 %rd630,%r3134,4; add.s64 %rd631,%rd629,%rd630;\n"
 "ld.param.u32 %r1531,[%rd1+-92]; ld.global.u32 %r1532,[%rd631]; div.u32 %r3134,%r1532,%r1531; $235:\n"
 "add.s32 %r1540,%r1510,48; setp.ge.u32 %p218,%r1540,%r3291; mov.u32 %r3299,%r3291; @%p218 bra $238;\n"
 "add.s32 %r1544,%r3156,%r1510; add.s32 %r3132,%r1544,48; ld.param.u64 %rd91,[%rd1+-144];\n"
@@ -31755,13 +32746,13 @@ static const char *const moe__ptx_8[] = {
 "add.s64 %rd656,%rd404,%rd655; cvt.u32.u64 %r1607,%rd656;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1603,%r1604,%r1605,%r1606},[%r1607];\n"
 "xor.b32 %r1751,%r1747,32; cvt.u64.u32 %rd657,%r1751; add.s64 %rd658,%rd657,%rd93;\n"
-"add.s64 %rd659,%rd404,%rd658; cvt.u32.u64 %r1612,%rd659;\n"
+"add.s64 %rd659,%rd404,%rd658; cvt.u32.u64 %r1612,%rd659;\n",
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1608,%r1609,%r1610,%r1611},[%r1612];\n"
 "xor.b32 %r1752,%r1748,32; cvt.u64.u32 %rd660,%r1752; add.s64 %rd661,%rd660,%rd93;\n"
 "add.s64 %rd662,%rd404,%rd661; cvt.u32.u64 %r1617,%rd662;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1613,%r1614,%r1615,%r1616},[%r1617];\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3742,%f3741,%f3740,%f3739},{%r1598,%r1599,%r1600,%r1601},{%r1571,%r1572},{%f3742,%f3741,%f3740,%f3739};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3746,%f3745,%f3744,%f3743},{%r1603,%r1604,%r1605,%r1606},{%r1571,%r1572},{%f3746,%f3745,%f3744,%f3743};\n",
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3746,%f3745,%f3744,%f3743},{%r1603,%r1604,%r1605,%r1606},{%r1571,%r1572},{%f3746,%f3745,%f3744,%f3743};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3512,%f3511,%f3510,%f3509},{%r1608,%r1609,%r1610,%r1611},{%r1571,%r1572},{%f3512,%f3511,%f3510,%f3509};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3496,%f3495,%f3494,%f3493},{%r1613,%r1614,%r1615,%r1616},{%r1571,%r1572},{%f3496,%f3495,%f3494,%f3493};\n"
 "xor.b32 %r1753,%r1745,64; cvt.u64.u32 %rd663,%r1753; add.s64 %rd664,%rd663,%rd93;\n"
@@ -31796,13 +32787,13 @@ static const char *const moe__ptx_8[] = {
 "add.s64 %rd689,%rd404,%rd688; cvt.u32.u64 %r1710,%rd689;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1706,%r1707,%r1708,%r1709},[%r1710];\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3742,%f3741,%f3740,%f3739},{%r1691,%r1692,%r1693,%r1694},{%r1664,%r1665},{%f3742,%f3741,%f3740,%f3739};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3746,%f3745,%f3744,%f3743},{%r1696,%r1697,%r1698,%r1699},{%r1664,%r1665},{%f3746,%f3745,%f3744,%f3743};\n"
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3746,%f3745,%f3744,%f3743},{%r1696,%r1697,%r1698,%r1699},{%r1664,%r1665},{%f3746,%f3745,%f3744,%f3743};\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3512,%f3511,%f3510,%f3509},{%r1701,%r1702,%r1703,%r1704},{%r1664,%r1665},{%f3512,%f3511,%f3510,%f3509};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3496,%f3495,%f3494,%f3493},{%r1706,%r1707,%r1708,%r1709},{%r1664,%r1665},{%f3496,%f3495,%f3494,%f3493};\n"
 "bra.uni $244; $243: shl.b32 %r2588,%r15,4; and.b32 %r2589,%r2588,112; and.b32 %r2590,%r15,16;\n"
 "xor.b32 %r2591,%r2589,%r2590; shr.u32 %r2592,%r15,5; and.b32 %r2593,%r2592,1; and.b32 %r2594,%r15,15;\n"
 "bfi.b32 %r2595,%r2593,%r2594,6,1; shl.b32 %r2596,%r2595,7; or.b32 %r2597,%r2596,%r2591;\n"
-"cvt.u64.u32 %rd751,%r2597; add.s64 %rd752,%rd751,%rd93; add.s64 %rd754,%rd404,%rd752;\ncvt.u32.u64 %r2087,%rd754;\n",
+"cvt.u64.u32 %rd751,%r2597; add.s64 %rd752,%rd751,%rd93; add.s64 %rd754,%rd404,%rd752;\ncvt.u32.u64 %r2087,%rd754;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2083,%r2084,%r2085,%r2086},[%r2087];\n"
 "add.s32 %r2598,%r2597,2048; cvt.u64.u32 %rd755,%r2598; add.s64 %rd756,%rd755,%rd93;\n"
 "add.s64 %rd757,%rd404,%rd756; cvt.u32.u64 %r2092,%rd757;\n"
@@ -31830,13 +32821,13 @@ static const char *const moe__ptx_8[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3754,%f3753,%f3752,%f3751},{%r2088,%r2089,%r2090,%r2091},{%r2156,%r2157},{%f3754,%f3753,%f3752,%f3751};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3504,%f3503,%f3502,%f3501},{%r2093,%r2094,%r2095,%r2096},{%r2156,%r2157},{%f3504,%f3503,%f3502,%f3501};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3488,%f3487,%f3486,%f3485},{%r2098,%r2099,%r2100,%r2101},{%r2156,%r2157},{%f3488,%f3487,%f3486,%f3485};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2083,%r2084,%r2085,%r2086},{%r2158,%r2159},{%f3766,%f3765,%f3764,%f3763};\n"
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2083,%r2084,%r2085,%r2086},{%r2158,%r2159},{%f3766,%f3765,%f3764,%f3763};\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3750,%f3749,%f3748,%f3747},{%r2088,%r2089,%r2090,%r2091},{%r2158,%r2159},{%f3750,%f3749,%f3748,%f3747};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3500,%f3499,%f3498,%f3497},{%r2093,%r2094,%r2095,%r2096},{%r2158,%r2159},{%f3500,%f3499,%f3498,%f3497};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3484,%f3483,%f3482,%f3481},{%r2098,%r2099,%r2100,%r2101},{%r2158,%r2159},{%f3484,%f3483,%f3482,%f3481};\n"
 "xor.b32 %r2602,%r2597,32; cvt.u64.u32 %rd770,%r2602; add.s64 %rd771,%rd770,%rd93;\n"
 "add.s64 %rd772,%rd404,%rd771; cvt.u32.u64 %r2213,%rd772;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2209,%r2210,%r2211,%r2212},[%r2213];\n",
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2209,%r2210,%r2211,%r2212},[%r2213];\n"
 "xor.b32 %r2603,%r2598,32; cvt.u64.u32 %rd773,%r2603; add.s64 %rd774,%rd773,%rd93;\n"
 "add.s64 %rd775,%rd404,%rd774; cvt.u32.u64 %r2218,%rd775;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2214,%r2215,%r2216,%r2217},[%r2218];\n"
@@ -31864,14 +32855,14 @@ static const char *const moe__ptx_8[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3754,%f3753,%f3752,%f3751},{%r2214,%r2215,%r2216,%r2217},{%r2282,%r2283},{%f3754,%f3753,%f3752,%f3751};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3504,%f3503,%f3502,%f3501},{%r2219,%r2220,%r2221,%r2222},{%r2282,%r2283},{%f3504,%f3503,%f3502,%f3501};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3488,%f3487,%f3486,%f3485},{%r2224,%r2225,%r2226,%r2227},{%r2282,%r2283},{%f3488,%f3487,%f3486,%f3485};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2209,%r2210,%r2211,%r2212},{%r2284,%r2285},{%f3766,%f3765,%f3764,%f3763};\n"
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2209,%r2210,%r2211,%r2212},{%r2284,%r2285},{%f3766,%f3765,%f3764,%f3763};\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3750,%f3749,%f3748,%f3747},{%r2214,%r2215,%r2216,%r2217},{%r2284,%r2285},{%f3750,%f3749,%f3748,%f3747};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3500,%f3499,%f3498,%f3497},{%r2219,%r2220,%r2221,%r2222},{%r2284,%r2285},{%f3500,%f3499,%f3498,%f3497};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3484,%f3483,%f3482,%f3481},{%r2224,%r2225,%r2226,%r2227},{%r2284,%r2285},{%f3484,%f3483,%f3482,%f3481};\n"
 "xor.b32 %r2608,%r2597,64; cvt.u64.u32 %rd788,%r2608; add.s64 %rd789,%rd788,%rd93;\n"
 "add.s64 %rd790,%rd404,%rd789; cvt.u32.u64 %r2339,%rd790;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2335,%r2336,%r2337,%r2338},[%r2339];\n"
-"xor.b32 %r2609,%r2598,64; cvt.u64.u32 %rd791,%r2609; add.s64 %rd792,%rd791,%rd93;\n",
+"xor.b32 %r2609,%r2598,64; cvt.u64.u32 %rd791,%r2609; add.s64 %rd792,%rd791,%rd93;\n"
 "add.s64 %rd793,%rd404,%rd792; cvt.u32.u64 %r2344,%rd793;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2340,%r2341,%r2342,%r2343},[%r2344];\n"
 "xor.b32 %r2610,%r2599,64; cvt.u64.u32 %rd794,%r2610; add.s64 %rd795,%rd794,%rd93;\n"
@@ -31898,7 +32889,7 @@ static const char *const moe__ptx_8[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3754,%f3753,%f3752,%f3751},{%r2340,%r2341,%r2342,%r2343},{%r2408,%r2409},{%f3754,%f3753,%f3752,%f3751};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3504,%f3503,%f3502,%f3501},{%r2345,%r2346,%r2347,%r2348},{%r2408,%r2409},{%f3504,%f3503,%f3502,%f3501};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3488,%f3487,%f3486,%f3485},{%r2350,%r2351,%r2352,%r2353},{%r2408,%r2409},{%f3488,%f3487,%f3486,%f3485};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2335,%r2336,%r2337,%r2338},{%r2410,%r2411},{%f3766,%f3765,%f3764,%f3763};\n"
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2335,%r2336,%r2337,%r2338},{%r2410,%r2411},{%f3766,%f3765,%f3764,%f3763};\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3750,%f3749,%f3748,%f3747},{%r2340,%r2341,%r2342,%r2343},{%r2410,%r2411},{%f3750,%f3749,%f3748,%f3747};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3500,%f3499,%f3498,%f3497},{%r2345,%r2346,%r2347,%r2348},{%r2410,%r2411},{%f3500,%f3499,%f3498,%f3497};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3484,%f3483,%f3482,%f3481},{%r2350,%r2351,%r2352,%r2353},{%r2410,%r2411},{%f3484,%f3483,%f3482,%f3481};\n"
@@ -31906,7 +32897,7 @@ static const char *const moe__ptx_8[] = {
 "add.s64 %rd808,%rd404,%rd807; cvt.u32.u64 %r2465,%rd808;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2461,%r2462,%r2463,%r2464},[%r2465];\n"
 "xor.b32 %r2615,%r2598,96; cvt.u64.u32 %rd809,%r2615; add.s64 %rd810,%rd809,%rd93;\n"
-"add.s64 %rd811,%rd404,%rd810; cvt.u32.u64 %r2470,%rd811;\n",
+"add.s64 %rd811,%rd404,%rd810; cvt.u32.u64 %r2470,%rd811;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2466,%r2467,%r2468,%r2469},[%r2470];\n"
 "xor.b32 %r2616,%r2599,96; cvt.u64.u32 %rd812,%r2616; add.s64 %rd813,%rd812,%rd93;\n"
 "add.s64 %rd814,%rd404,%rd813; cvt.u32.u64 %r2475,%rd814;\n"
@@ -31932,7 +32923,7 @@ static const char *const moe__ptx_8[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3754,%f3753,%f3752,%f3751},{%r2466,%r2467,%r2468,%r2469},{%r2534,%r2535},{%f3754,%f3753,%f3752,%f3751};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3504,%f3503,%f3502,%f3501},{%r2471,%r2472,%r2473,%r2474},{%r2534,%r2535},{%f3504,%f3503,%f3502,%f3501};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3488,%f3487,%f3486,%f3485},{%r2476,%r2477,%r2478,%r2479},{%r2534,%r2535},{%f3488,%f3487,%f3486,%f3485};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2461,%r2462,%r2463,%r2464},{%r2536,%r2537},{%f3766,%f3765,%f3764,%f3763};\n"
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3766,%f3765,%f3764,%f3763},{%r2461,%r2462,%r2463,%r2464},{%r2536,%r2537},{%f3766,%f3765,%f3764,%f3763};\n",
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3750,%f3749,%f3748,%f3747},{%r2466,%r2467,%r2468,%r2469},{%r2536,%r2537},{%f3750,%f3749,%f3748,%f3747};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3500,%f3499,%f3498,%f3497},{%r2471,%r2472,%r2473,%r2474},{%r2536,%r2537},{%f3500,%f3499,%f3498,%f3497};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3484,%f3483,%f3482,%f3481},{%r2476,%r2477,%r2478,%r2479},{%r2536,%r2537},{%f3484,%f3483,%f3482,%f3481};\n"
@@ -31940,7 +32931,7 @@ static const char *const moe__ptx_8[] = {
 "xor.b32 %r2058,%r2056,%r2057; shr.u32 %r2059,%r15,5; and.b32 %r2060,%r2059,1; and.b32 %r2061,%r15,15;\n"
 "bfi.b32 %r2062,%r2060,%r2061,6,1; shl.b32 %r2063,%r2062,7; or.b32 %r2064,%r2063,%r2058;\n"
 "cvt.u64.u32 %rd690,%r2064; add.s64 %rd691,%rd690,%rd93; add.s64 %rd693,%rd404,%rd691;\ncvt.u32.u64 %r1766,%rd693;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1762,%r1763,%r1764,%r1765},[%r1766];\n",
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1762,%r1763,%r1764,%r1765},[%r1766];\n"
 "add.s32 %r2065,%r2064,2048; cvt.u64.u32 %rd694,%r2065; add.s64 %rd695,%rd694,%rd93;\n"
 "add.s64 %rd696,%rd404,%rd695; cvt.u32.u64 %r1771,%rd696;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1767,%r1768,%r1769,%r1770},[%r1771];\n"
@@ -31971,14 +32962,14 @@ static const char *const moe__ptx_8[] = {
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1845,%r1846,%r1847,%r1848},[%r1849];\n"
 "xor.b32 %r2071,%r2067,32; cvt.u64.u32 %rd715,%r2071; add.s64 %rd716,%rd715,%rd93;\n"
 "add.s64 %rd717,%rd404,%rd716; cvt.u32.u64 %r1854,%rd717;\n"
-"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1850,%r1851,%r1852,%r1853},[%r1854];\n"
+"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1850,%r1851,%r1852,%r1853},[%r1854];\n",
 "xor.b32 %r2072,%r3202,32; cvt.u64.u32 %rd718,%r2072; add.s64 %rd719,%rd718,%rd93;\n"
 "add.s64 %rd720,%rd404,%rd719; cvt.u32.u64 %r1859,%rd720;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1855,%r1856,%r1857,%r1858},[%r1859];\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3742,%f3741,%f3740,%f3739},{%r1835,%r1836,%r1837,%r1838},{%r1855,%r1856},{%f3742,%f3741,%f3740,%f3739};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3746,%f3745,%f3744,%f3743},{%r1840,%r1841,%r1842,%r1843},{%r1855,%r1856},{%f3746,%f3745,%f3744,%f3743};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3512,%f3511,%f3510,%f3509},{%r1845,%r1846,%r1847,%r1848},{%r1855,%r1856},{%f3512,%f3511,%f3510,%f3509};\n"
-"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3496,%f3495,%f3494,%f3493},{%r1850,%r1851,%r1852,%r1853},{%r1855,%r1856},{%f3496,%f3495,%f3494,%f3493};\n",
+"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3496,%f3495,%f3494,%f3493},{%r1850,%r1851,%r1852,%r1853},{%r1855,%r1856},{%f3496,%f3495,%f3494,%f3493};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3774,%f3773,%f3772,%f3771},{%r1835,%r1836,%r1837,%r1838},{%r1857,%r1858},{%f3774,%f3773,%f3772,%f3771};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3758,%f3757,%f3756,%f3755},{%r1840,%r1841,%r1842,%r1843},{%r1857,%r1858},{%f3758,%f3757,%f3756,%f3755};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3508,%f3507,%f3506,%f3505},{%r1845,%r1846,%r1847,%r1848},{%r1857,%r1858},{%f3508,%f3507,%f3506,%f3505};\n"
@@ -32006,7 +32997,7 @@ static const char *const moe__ptx_8[] = {
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3758,%f3757,%f3756,%f3755},{%r1913,%r1914,%r1915,%r1916},{%r1930,%r1931},{%f3758,%f3757,%f3756,%f3755};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3508,%f3507,%f3506,%f3505},{%r1918,%r1919,%r1920,%r1921},{%r1930,%r1931},{%f3508,%f3507,%f3506,%f3505};\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3492,%f3491,%f3490,%f3489},{%r1923,%r1924,%r1925,%r1926},{%r1930,%r1931},{%f3492,%f3491,%f3490,%f3489};\n"
-"xor.b32 %r2078,%r2064,96; cvt.u64.u32 %rd736,%r2078; add.s64 %rd737,%rd736,%rd93;\n"
+"xor.b32 %r2078,%r2064,96; cvt.u64.u32 %rd736,%r2078; add.s64 %rd737,%rd736,%rd93;\n",
 "add.s64 %rd738,%rd404,%rd737; cvt.u32.u64 %r1985,%rd738;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1981,%r1982,%r1983,%r1984},[%r1985];\n"
 "xor.b32 %r2079,%r2065,96; cvt.u64.u32 %rd739,%r2079; add.s64 %rd740,%rd739,%rd93;\n"
@@ -32018,7 +33009,7 @@ static const char *const moe__ptx_8[] = {
 "xor.b32 %r2081,%r2067,96; cvt.u64.u32 %rd745,%r2081; add.s64 %rd746,%rd745,%rd93;\n"
 "add.s64 %rd747,%rd404,%rd746; cvt.u32.u64 %r2000,%rd747;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1996,%r1997,%r1998,%r1999},[%r2000];\n"
-"xor.b32 %r2082,%r3202,96; cvt.u64.u32 %rd748,%r2082; add.s64 %rd749,%rd748,%rd93;\n",
+"xor.b32 %r2082,%r3202,96; cvt.u64.u32 %rd748,%r2082; add.s64 %rd749,%rd748,%rd93;\n"
 "add.s64 %rd750,%rd404,%rd749; cvt.u32.u64 %r2005,%rd750;\n"
 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2001,%r2002,%r2003,%r2004},[%r2005];\n"
 "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f3742,%f3741,%f3740,%f3739},{%r1981,%r1982,%r1983,%r1984},{%r2001,%r2002},{%f3742,%f3741,%f3740,%f3739};\n"
@@ -32047,7 +33038,7 @@ static const char *const moe__ptx_8[] = {
 "ld.global.f32 %f3613,[%rd838]; $255: ld.shared.u32 %r686,[%rd826+98304]; mov.u32 %r3321,0; $256:\n"
 ".pragma \"nounroll\"; shl.b32 %r2644,%r15,1; and.b32 %r2645,%r2644,64; and.b32 %r2646,%r15,28;\n"
 "or.b32 %r2647,%r2645,%r2646; shl.b32 %r2648,%r2636,7; or.b32 %r2649,%r2647,%r2648;\n"
-"shl.b32 %r2650,%r3321,5; add.s32 %r688,%r2649,%r2650; shr.u32 %r2651,%r688,6;\n"
+"shl.b32 %r2650,%r3321,5; add.s32 %r688,%r2649,%r2650; shr.u32 %r2651,%r688,6;\n",
 "ld.param.u32 %r2652,[%rd1+-84]; mul.wide.u32 %rd99,%r2652,%r2651; ld.param.u32 %r689,[%rd1+4];\n"
 "add.s32 %r2653,%r689,63; shr.u32 %r2654,%r2653,6; setp.ge.u32 %p231,%r2651,%r2654; mov.u32 %r3323,-1;\n"
 "@%p231 bra $381; ld.param.u64 %rd100,[%rd1+-8]; setp.eq.s64 %p232,%rd100,-1;\n"
@@ -32057,7 +33048,7 @@ static const char *const moe__ptx_8[] = {
 "mul.wide.u32 %rd848,%r688,4; add.s64 %rd849,%rd847,%rd848; ld.v2.f32 {%f1875,%f1876},[%rd849];\n"
 "ld.v2.f32 {%f1879,%f1880},[%rd849+8]; add.rn.f32 %f3742,%f1875,%f3742;\n"
 "add.rn.f32 %f3740,%f1876,%f3740; add.rn.f32 %f3746,%f1879,%f3746; add.rn.f32 %f3744,%f1880,%f3744;\n"
-"add.rn.f32 %f3741,%f1875,%f3741; add.rn.f32 %f3739,%f1876,%f3739; add.rn.f32 %f3745,%f1879,%f3745;\n",
+"add.rn.f32 %f3741,%f1875,%f3741; add.rn.f32 %f3739,%f1876,%f3739; add.rn.f32 %f3745,%f1879,%f3745;\n"
 "add.rn.f32 %f3743,%f1880,%f3743; add.rn.f32 %f3774,%f1875,%f3774; add.rn.f32 %f3772,%f1876,%f3772;\n"
 "add.rn.f32 %f3758,%f1879,%f3758; add.rn.f32 %f3756,%f1880,%f3756; add.rn.f32 %f3773,%f1875,%f3773;\n"
 "add.rn.f32 %f3771,%f1876,%f3771; add.rn.f32 %f3757,%f1879,%f3757; add.rn.f32 %f3755,%f1880,%f3755;\n"
@@ -32091,7 +33082,7 @@ static const char *const moe__ptx_8[] = {
 "mov.b32 %r2659,%f477; and.b32 %r2660,%r2659,2147483647; mov.b32 %f478,%r2660;\n"
 "setp.lt.f32 %p245,%f478,0f3F19999A; @%p245 bra $271; bra.uni $270; $271:\n"
 "mul.rn.f32 %f1915,%f477,%f477; mov.f32 %f1916,0f3CAA61E1; mov.f32 %f1917,0fBBC143BB;\n"
-"fma.rn.f32 %f1918,%f1917,%f1915,%f1916; mov.f32 %f1919,0fBD5C4D5D;\n"
+"fma.rn.f32 %f1918,%f1917,%f1915,%f1916; mov.f32 %f1919,0fBD5C4D5D;\n",
 "fma.rn.f32 %f1920,%f1918,%f1915,%f1919; mov.f32 %f1921,0f3E0884DF;\n"
 "fma.rn.f32 %f1922,%f1920,%f1915,%f1921; mov.f32 %f1923,0fBEAAAA9F;\n"
 "fma.rn.f32 %f1924,%f1922,%f1915,%f1923; mul.rn.f32 %f1925,%f477,%f1915;\n"
@@ -32102,7 +33093,7 @@ static const char *const moe__ptx_8[] = {
 "mov.f32 %f2499,0f4B400000; mov.f32 %f2500,0f3FB8AA3B; fma.rn.f32 %f2501,%f2498,%f2500,%f2499;\n"
 "mov.b32 %r2781,%f2501; add.s32 %r2782,%r2781,-1262485504; add.rn.f32 %f2502,%f2501,0fCB400000;\n"
 "mov.f32 %f2503,0fBF317218; fma.rn.f32 %f2504,%f2502,%f2503,%f2498; mov.f32 %f2505,0f3102E308;\n"
-"fma.rn.f32 %f2506,%f2502,%f2505,%f2504; mov.f32 %f2507,0f3C091D69; mov.f32 %f2508,0f3AB6B8F1;\n",
+"fma.rn.f32 %f2506,%f2502,%f2505,%f2504; mov.f32 %f2507,0f3C091D69; mov.f32 %f2508,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2509,%f2508,%f2506,%f2507; mov.f32 %f2510,0f3D2AAA64;\n"
 "fma.rn.f32 %f2511,%f2509,%f2506,%f2510; mov.f32 %f2512,0f3E2AAA48;\n"
 "fma.rn.f32 %f2513,%f2511,%f2506,%f2512; mov.f32 %f2514,0f3F000000;\n"
@@ -32139,7 +33130,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2567,%f2564,%f2566,%f2519; fma.rn.f32 %f2568,%f2566,%f2567,%f2566;\n"
 "mov.b32 %r2800,%f2561; setp.eq.s32 %p317,%r2800,1073741823; selp.f32 %f2569,0f3F000001,%f2568,%p317;\n"
 "setp.lt.f32 %p318,%f3741,0f00000000; selp.f32 %f2570,%f2560,0f3F800000,%p318;\n"
-"mul.rn.f32 %f2571,%f2570,%f2569; fma.rn.f32 %f2572,%f2564,%f2571,%f2570;\n"
+"mul.rn.f32 %f2571,%f2570,%f2569; fma.rn.f32 %f2572,%f2564,%f2571,%f2570;\n",
 "fma.rn.f32 %f2573,%f2572,%f2569,%f2571; fma.rn.f32 %f2574,%f2564,%f2573,%f2570;\n"
 "fma.rn.f32 %f2575,%f2574,%f2569,%f2573; mul.rn.f32 %f3741,%f3741,%f2575; mov.b32 %r2801,%f3740;\n"
 "and.b32 %r2802,%r2801,2147483647; mov.b32 %f2576,%r2802; neg.f32 %f2577,%f2576;\n"
@@ -32150,7 +33141,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2583,%f2581,%f2505,%f2582; fma.rn.f32 %f2584,%f2508,%f2583,%f2507;\n"
 "fma.rn.f32 %f2585,%f2584,%f2583,%f2510; fma.rn.f32 %f2586,%f2585,%f2583,%f2512;\n"
 "fma.rn.f32 %f2587,%f2586,%f2583,%f2514; mul.rn.f32 %f2588,%f2583,%f2583;\n"
-"fma.rn.f32 %f2589,%f2588,%f2587,%f2583; add.rn.f32 %f2590,%f2589,0f3F800000; shr.u32 %r2805,%r2804,1;\n",
+"fma.rn.f32 %f2589,%f2588,%f2587,%f2583; add.rn.f32 %f2590,%f2589,0f3F800000; shr.u32 %r2805,%r2804,1;\n"
 "shl.b32 %r2806,%r2805,23; add.s32 %r2807,%r2806,1065353216; mov.b32 %f2591,%r2807;\n"
 "mul.rn.f32 %f2592,%f2590,%f2591; sub.s32 %r2808,%r2804,%r2805; shl.b32 %r2809,%r2808,23;\n"
 "add.s32 %r2810,%r2809,1065353216; mov.b32 %f2593,%r2810; mul.rn.f32 %f2594,%f2592,%f2593;\n"
@@ -32187,7 +33178,7 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f544,%f3742,0f3F3504F3; mov.b32 %r2739,%f544; and.b32 %r2740,%r2739,2147483647;\n"
 "mov.b32 %f545,%r2740; setp.lt.f32 %p291,%f545,0f3F6B851F; @%p291 bra $306; bra.uni $305; $306:\n"
 "mul.rn.f32 %f2296,%f544,%f544; mov.f32 %f2297,0fBA5300E8; mov.f32 %f2298,0f38A79D61;\n"
-"fma.rn.f32 %f2299,%f2298,%f2296,%f2297; mov.f32 %f2300,0f3BAA24D0;\n"
+"fma.rn.f32 %f2299,%f2298,%f2296,%f2297; mov.f32 %f2300,0f3BAA24D0;\n",
 "fma.rn.f32 %f2301,%f2299,%f2296,%f2300; mov.f32 %f2302,0fBCDC008B;\n"
 "fma.rn.f32 %f2303,%f2301,%f2296,%f2302; mov.f32 %f2304,0f3DE716B2;\n"
 "fma.rn.f32 %f2305,%f2303,%f2296,%f2304; mov.f32 %f2306,0fBEC093A0;\n"
@@ -32199,7 +33190,7 @@ static const char *const moe__ptx_8[] = {
 "setp.lt.f32 %p274,%f3739,0f00000000; selp.f32 %f3739,0f00000000,%f3739,%p274; bra.uni $318; $289:\n"
 "setp.lt.f32 %p267,%f3742,0f00000000; selp.f32 %f2055,0f00000000,%f3742,%p267;\n"
 "mul.rn.f32 %f3742,%f2055,%f2055; setp.lt.f32 %p268,%f3741,0f00000000;\n"
-"selp.f32 %f2056,0f00000000,%f3741,%p268; mul.rn.f32 %f3741,%f2056,%f2056;\n",
+"selp.f32 %f2056,0f00000000,%f3741,%p268; mul.rn.f32 %f3741,%f2056,%f2056;\n"
 "setp.lt.f32 %p269,%f3740,0f00000000; selp.f32 %f2057,0f00000000,%f3740,%p269;\n"
 "mul.rn.f32 %f3740,%f2057,%f2057; setp.lt.f32 %p270,%f3739,0f00000000;\n"
 "selp.f32 %f2058,0f00000000,%f3739,%p270; mul.rn.f32 %f3739,%f2058,%f2058; bra.uni $318; $292:\n"
@@ -32237,7 +33228,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2260,%f2258,%f2251,%f2259; mov.f32 %f2261,0f3F229B3E;\n"
 "fma.rn.f32 %f2262,%f2260,%f2251,%f2261; mov.f32 %f2263,0f3F90774F;\n"
 "fma.rn.f32 %f2264,%f2262,%f2251,%f2263; mul.rn.f32 %f2265,%f2251,%f2264; neg.f32 %f2266,%f2265;\n"
-"setp.gt.f32 %p293,%f2265,0f42D00000; selp.f32 %f2267,0fC2D00000,%f2266,%p293;\n"
+"setp.gt.f32 %p293,%f2265,0f42D00000; selp.f32 %f2267,0fC2D00000,%f2266,%p293;\n",
 "setp.gt.f32 %p294,%f2267,0f42B20000; selp.f32 %f2268,0f42B20000,%f2267,%p294;\n"
 "mov.f32 %f2269,0f4B400000; mov.f32 %f2270,0f3FB8AA3B; fma.rn.f32 %f2271,%f2268,%f2270,%f2269;\n"
 "mov.b32 %r2741,%f2271; add.s32 %r2742,%r2741,-1262485504; add.rn.f32 %f2272,%f2271,0fCB400000;\n"
@@ -32248,7 +33239,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2283,%f2281,%f2276,%f2282; mov.f32 %f2284,0f3F000000;\n"
 "fma.rn.f32 %f2285,%f2283,%f2276,%f2284; mul.rn.f32 %f2286,%f2276,%f2276;\n"
 "fma.rn.f32 %f2287,%f2286,%f2285,%f2276; add.rn.f32 %f2288,%f2287,0f3F800000;\n"
-"mov.f32 %f2289,0f3F800000; shr.u32 %r2743,%r2742,1; shl.b32 %r2744,%r2743,23;\n",
+"mov.f32 %f2289,0f3F800000; shr.u32 %r2743,%r2742,1; shl.b32 %r2744,%r2743,23;\n"
 "add.s32 %r2745,%r2744,1065353216; mov.b32 %f2290,%r2745; mul.rn.f32 %f2291,%f2288,%f2290;\n"
 "sub.s32 %r2746,%r2742,%r2743; shl.b32 %r2747,%r2746,23; add.s32 %r2748,%r2747,1065353216;\n"
 "mov.b32 %f2292,%r2748; mul.rn.f32 %f2293,%f2291,%f2292; sub.rn.f32 %f2294,%f2289,%f2293;\n"
@@ -32286,7 +33277,7 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f2186,%f530,%f530; mov.f32 %f2187,0f3CAA61E1; mov.f32 %f2188,0fBBC143BB;\n"
 "fma.rn.f32 %f2189,%f2188,%f2186,%f2187; mov.f32 %f2190,0fBD5C4D5D;\n"
 "fma.rn.f32 %f2191,%f2189,%f2186,%f2190; mov.f32 %f2192,0f3E0884DF;\n"
-"fma.rn.f32 %f2193,%f2191,%f2186,%f2192; mov.f32 %f2194,0fBEAAAA9F;\n"
+"fma.rn.f32 %f2193,%f2191,%f2186,%f2192; mov.f32 %f2194,0fBEAAAA9F;\n",
 "fma.rn.f32 %f2195,%f2193,%f2186,%f2194; mul.rn.f32 %f2196,%f530,%f2186;\n"
 "fma.rn.f32 %f3713,%f2196,%f2195,%f530; bra.uni $300; $308: setp.gt.f32 %p297,%f550,0f40800000;\n"
 "selp.f32 %f2310,0f40800000,%f550,%p297; mov.f32 %f2311,0fB9A6C58A; mov.f32 %f2312,0f3734A0DE;\n"
@@ -32297,7 +33288,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2321,%f2319,%f2310,%f2320; mov.f32 %f2322,0f3F90774F;\n"
 "fma.rn.f32 %f2323,%f2321,%f2310,%f2322; mul.rn.f32 %f2324,%f2310,%f2323; neg.f32 %f2325,%f2324;\n"
 "setp.gt.f32 %p298,%f2324,0f42D00000; selp.f32 %f2326,0fC2D00000,%f2325,%p298;\n"
-"setp.gt.f32 %p299,%f2326,0f42B20000; selp.f32 %f2327,0f42B20000,%f2326,%p299;\n",
+"setp.gt.f32 %p299,%f2326,0f42B20000; selp.f32 %f2327,0f42B20000,%f2326,%p299;\n"
 "mov.f32 %f2328,0f4B400000; mov.f32 %f2329,0f3FB8AA3B; fma.rn.f32 %f2330,%f2327,%f2329,%f2328;\n"
 "mov.b32 %r2751,%f2330; add.s32 %r2752,%r2751,-1262485504; add.rn.f32 %f2331,%f2330,0fCB400000;\n"
 "mov.f32 %f2332,0fBF317218; fma.rn.f32 %f2333,%f2331,%f2332,%f2327; mov.f32 %f2334,0f3102E308;\n"
@@ -32335,7 +33326,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2176,%f2175,%f2174,%f2165; add.rn.f32 %f2177,%f2176,0f3F800000; shr.u32 %r2723,%r2722,1;\n"
 "shl.b32 %r2724,%r2723,23; add.s32 %r2725,%r2724,1065353216; mov.b32 %f2178,%r2725;\n"
 "mul.rn.f32 %f2179,%f2177,%f2178; sub.s32 %r2726,%r2722,%r2723; shl.b32 %r2727,%r2726,23;\n"
-"add.s32 %r2728,%r2727,1065353216; mov.b32 %f2180,%r2728; mul.rn.f32 %f2181,%f2179,%f2180;\n"
+"add.s32 %r2728,%r2727,1065353216; mov.b32 %f2180,%r2728; mul.rn.f32 %f2181,%f2179,%f2180;\n",
 "add.rn.f32 %f2182,%f2181,0f3F800000; div.rn.f32 %f2183,%f2155,%f2182;\n"
 "add.rn.f32 %f2184,%f2183,0f3F800000; neg.f32 %f2185,%f2184; setp.lt.f32 %p286,%f530,0f00000000;\n"
 "selp.f32 %f3713,%f2185,%f2184,%p286; $300: mul.rn.f32 %f2197,%f3739,0f3D372713;\n"
@@ -32346,7 +33337,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2235,%f2234,%f2232,%f2233; mov.f32 %f2236,0fBD5C4D5D;\n"
 "fma.rn.f32 %f2237,%f2235,%f2232,%f2236; mov.f32 %f2238,0f3E0884DF;\n"
 "fma.rn.f32 %f2239,%f2237,%f2232,%f2238; mov.f32 %f2240,0fBEAAAA9F;\n"
-"fma.rn.f32 %f2241,%f2239,%f2232,%f2240; mul.rn.f32 %f2242,%f535,%f2232;\n",
+"fma.rn.f32 %f2241,%f2239,%f2232,%f2240; mul.rn.f32 %f2242,%f535,%f2232;\n"
 "fma.rn.f32 %f3714,%f2242,%f2241,%f535; bra.uni $303; $311: setp.gt.f32 %p302,%f555,0f40800000;\n"
 "selp.f32 %f2369,0f40800000,%f555,%p302; mov.f32 %f2370,0fB9A6C58A; mov.f32 %f2371,0f3734A0DE;\n"
 "fma.rn.f32 %f2372,%f2371,%f2369,%f2370; mov.f32 %f2373,0f3B6D70B4;\n"
@@ -32384,7 +33375,7 @@ static const char *const moe__ptx_8[] = {
 "selp.f32 %f2202,0fC2D00000,%f2200,%p288; setp.gt.f32 %p289,%f2202,0f42B20000;\n"
 "selp.f32 %f2203,0f42B20000,%f2202,%p289; mov.f32 %f2204,0f4B400000; mov.f32 %f2205,0f3FB8AA3B;\n"
 "fma.rn.f32 %f2206,%f2203,%f2205,%f2204; mov.b32 %r2731,%f2206; add.s32 %r2732,%r2731,-1262485504;\n"
-"add.rn.f32 %f2207,%f2206,0fCB400000; mov.f32 %f2208,0fBF317218;\n"
+"add.rn.f32 %f2207,%f2206,0fCB400000; mov.f32 %f2208,0fBF317218;\n",
 "fma.rn.f32 %f2209,%f2207,%f2208,%f2203; mov.f32 %f2210,0f3102E308;\n"
 "fma.rn.f32 %f2211,%f2207,%f2210,%f2209; mov.f32 %f2212,0f3C091D69; mov.f32 %f2213,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2214,%f2213,%f2211,%f2212; mov.f32 %f2215,0f3D2AAA64;\n"
@@ -32395,7 +33386,7 @@ static const char *const moe__ptx_8[] = {
 "shl.b32 %r2734,%r2733,23; add.s32 %r2735,%r2734,1065353216; mov.b32 %f2224,%r2735;\n"
 "mul.rn.f32 %f2225,%f2223,%f2224; sub.s32 %r2736,%r2732,%r2733; shl.b32 %r2737,%r2736,23;\n"
 "add.s32 %r2738,%r2737,1065353216; mov.b32 %f2226,%r2738; mul.rn.f32 %f2227,%f2225,%f2226;\n"
-"add.rn.f32 %f2228,%f2227,0f3F800000; div.rn.f32 %f2229,%f2201,%f2228;\n",
+"add.rn.f32 %f2228,%f2227,0f3F800000; div.rn.f32 %f2229,%f2201,%f2228;\n"
 "add.rn.f32 %f2230,%f2229,0f3F800000; neg.f32 %f2231,%f2230; setp.lt.f32 %p290,%f535,0f00000000;\n"
 "selp.f32 %f3714,%f2231,%f2230,%p290; $303: add.rn.f32 %f2243,%f3714,0f3F800000;\n"
 "mul.rn.f32 %f2244,%f3739,0f3F000000; mul.rn.f32 %f3739,%f2244,%f2243;\n"
@@ -32434,7 +33425,7 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f3742,%f2491,%f2492; mul.rn.f32 %f2493,%f3740,0f3F000000;\n"
 "add.rn.f32 %f2494,%f3717,0f3F800000; mul.rn.f32 %f3740,%f2493,%f2494; bra.uni $318; $270:\n"
 "add.rn.f32 %f1883,%f478,%f478; mov.f32 %f1884,0fC0000000; setp.lt.f32 %p246,%f1883,0fC2D00000;\n"
-"selp.f32 %f1885,0fC2D00000,%f1883,%p246; setp.gt.f32 %p247,%f1885,0f42B20000;\n"
+"selp.f32 %f1885,0fC2D00000,%f1883,%p246; setp.gt.f32 %p247,%f1885,0f42B20000;\n",
 "selp.f32 %f1886,0f42B20000,%f1885,%p247; mov.f32 %f1887,0f4B400000; mov.f32 %f1888,0f3FB8AA3B;\n"
 "fma.rn.f32 %f1889,%f1886,%f1888,%f1887; mov.b32 %r2661,%f1889; add.s32 %r2662,%r2661,-1262485504;\n"
 "add.rn.f32 %f1890,%f1889,0fCB400000; mov.f32 %f1891,0fBF317218;\n"
@@ -32445,7 +33436,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f1901,%f1899,%f1894,%f1900; mov.f32 %f1902,0f3F000000;\n"
 "fma.rn.f32 %f1903,%f1901,%f1894,%f1902; mul.rn.f32 %f1904,%f1894,%f1894;\n"
 "fma.rn.f32 %f1905,%f1904,%f1903,%f1894; add.rn.f32 %f1906,%f1905,0f3F800000; shr.u32 %r2663,%r2662,1;\n"
-"shl.b32 %r2664,%r2663,23; add.s32 %r2665,%r2664,1065353216; mov.b32 %f1907,%r2665;\n",
+"shl.b32 %r2664,%r2663,23; add.s32 %r2665,%r2664,1065353216; mov.b32 %f1907,%r2665;\n"
 "mul.rn.f32 %f1908,%f1906,%f1907; sub.s32 %r2666,%r2662,%r2663; shl.b32 %r2667,%r2666,23;\n"
 "add.s32 %r2668,%r2667,1065353216; mov.b32 %f1909,%r2668; mul.rn.f32 %f1910,%f1908,%f1909;\n"
 "add.rn.f32 %f1911,%f1910,0f3F800000; div.rn.f32 %f1912,%f1884,%f1911;\n"
@@ -32483,7 +33474,7 @@ static const char *const moe__ptx_8[] = {
 "mov.b32 %f494,%r2680; setp.lt.f32 %p257,%f494,0f3F19999A; @%p257 bra $281; bra.uni $280; $281:\n"
 "mul.rn.f32 %f2001,%f493,%f493; mov.f32 %f2002,0f3CAA61E1; mov.f32 %f2003,0fBBC143BB;\n"
 "fma.rn.f32 %f2004,%f2003,%f2001,%f2002; mov.f32 %f2005,0fBD5C4D5D;\n"
-"fma.rn.f32 %f2006,%f2004,%f2001,%f2005; mov.f32 %f2007,0f3E0884DF;\n"
+"fma.rn.f32 %f2006,%f2004,%f2001,%f2005; mov.f32 %f2007,0f3E0884DF;\n",
 "fma.rn.f32 %f2008,%f2006,%f2001,%f2007; mov.f32 %f2009,0fBEAAAA9F;\n"
 "fma.rn.f32 %f2010,%f2008,%f2001,%f2009; mul.rn.f32 %f2011,%f493,%f2001;\n"
 "fma.rn.f32 %f3707,%f2011,%f2010,%f493; bra.uni $282; $280: add.rn.f32 %f1969,%f494,%f494;\n"
@@ -32494,7 +33485,7 @@ static const char *const moe__ptx_8[] = {
 "add.rn.f32 %f1976,%f1975,0fCB400000; mov.f32 %f1977,0fBF317218;\n"
 "fma.rn.f32 %f1978,%f1976,%f1977,%f1972; mov.f32 %f1979,0f3102E308;\n"
 "fma.rn.f32 %f1980,%f1976,%f1979,%f1978; mov.f32 %f1981,0f3C091D69; mov.f32 %f1982,0f3AB6B8F1;\n"
-"fma.rn.f32 %f1983,%f1982,%f1980,%f1981; mov.f32 %f1984,0f3D2AAA64;\n",
+"fma.rn.f32 %f1983,%f1982,%f1980,%f1981; mov.f32 %f1984,0f3D2AAA64;\n"
 "fma.rn.f32 %f1985,%f1983,%f1980,%f1984; mov.f32 %f1986,0f3E2AAA48;\n"
 "fma.rn.f32 %f1987,%f1985,%f1980,%f1986; mov.f32 %f1988,0f3F000000;\n"
 "fma.rn.f32 %f1989,%f1987,%f1980,%f1988; mul.rn.f32 %f1990,%f1980,%f1980;\n"
@@ -32532,7 +33523,7 @@ static const char *const moe__ptx_8[] = {
 "add.rn.f32 %f2040,%f2039,0f3F800000; div.rn.f32 %f2041,%f2013,%f2040;\n"
 "add.rn.f32 %f2042,%f2041,0f3F800000; neg.f32 %f2043,%f2042; setp.lt.f32 %p266,%f501,0f00000000;\n"
 "selp.f32 %f3709,%f2043,%f2042,%p266; $287: mul.rn.f32 %f3710,%f3613,%f3709; $288:\n"
-"mul.rn.f32 %f3739,%f3710,%f3710; mul.rn.f32 %f3741,%f3706,%f3706; mul.rn.f32 %f3742,%f3704,%f3704;\n"
+"mul.rn.f32 %f3739,%f3710,%f3710; mul.rn.f32 %f3741,%f3706,%f3706; mul.rn.f32 %f3742,%f3704,%f3704;\n",
 "mul.rn.f32 %f3740,%f3708,%f3708; $318: setp.gt.s32 %p423,%r3320,34; @%p423 bra $322;\n"
 "setp.eq.s32 %p331,%r3320,32; @%p331 bra $374; setp.eq.s32 %p332,%r3320,33; @%p332 bra $361;\n"
 "setp.eq.s32 %p333,%r3320,34; @%p333 bra $348; bra.uni $375; $348:\n"
@@ -32543,7 +33534,7 @@ static const char *const moe__ptx_8[] = {
 "mov.f32 %f2857,0fBBC143BB; fma.rn.f32 %f2858,%f2857,%f2855,%f2856; mov.f32 %f2859,0fBD5C4D5D;\n"
 "fma.rn.f32 %f2860,%f2858,%f2855,%f2859; mov.f32 %f2861,0f3E0884DF;\n"
 "fma.rn.f32 %f2862,%f2860,%f2855,%f2861; mov.f32 %f2863,0fBEAAAA9F;\n"
-"fma.rn.f32 %f2864,%f2862,%f2855,%f2863; mul.rn.f32 %f2865,%f620,%f2855;\n",
+"fma.rn.f32 %f2864,%f2862,%f2855,%f2863; mul.rn.f32 %f2865,%f620,%f2855;\n"
 "fma.rn.f32 %f3731,%f2865,%f2864,%f620; bra.uni $351; $322: setp.eq.s32 %p328,%r3320,35;\n"
 "@%p328 bra $347; setp.eq.s32 %p329,%r3320,36; @%p329 bra $346; setp.ne.s32 %p330,%r3320,37;\n"
 "@%p330 bra $375; setp.leu.f32 %p334,%f3613,0f00000000; setp.lt.f32 %p335,%f3746,0f00000000;\n"
@@ -32580,7 +33571,7 @@ static const char *const moe__ptx_8[] = {
 "setp.lt.f32 %p405,%f3746,0f00000000; selp.f32 %f3297,%f3284,0f3F800000,%p405;\n"
 "mul.rn.f32 %f3298,%f3297,%f3296; fma.rn.f32 %f3299,%f3291,%f3298,%f3297;\n"
 "fma.rn.f32 %f3300,%f3299,%f3296,%f3298; fma.rn.f32 %f3301,%f3291,%f3300,%f3297;\n"
-"fma.rn.f32 %f3302,%f3301,%f3296,%f3300; mul.rn.f32 %f3746,%f3746,%f3302; mov.b32 %r2954,%f3745;\n"
+"fma.rn.f32 %f3302,%f3301,%f3296,%f3300; mul.rn.f32 %f3746,%f3746,%f3302; mov.b32 %r2954,%f3745;\n",
 "and.b32 %r2955,%r2954,2147483647; mov.b32 %f3303,%r2955; neg.f32 %f3304,%f3303;\n"
 "setp.gt.f32 %p406,%f3303,0f42D00000; selp.f32 %f3305,0fC2D00000,%f3304,%p406;\n"
 "setp.gt.f32 %p407,%f3305,0f42B20000; selp.f32 %f3306,0f42B20000,%f3305,%p407;\n"
@@ -32591,7 +33582,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f3314,%f3313,%f3310,%f3275; mul.rn.f32 %f3315,%f3310,%f3310;\n"
 "fma.rn.f32 %f3316,%f3315,%f3314,%f3310; add.rn.f32 %f3317,%f3316,0f3F800000; shr.u32 %r2958,%r2957,1;\n"
 "shl.b32 %r2959,%r2958,23; add.s32 %r2960,%r2959,1065353216; mov.b32 %f3318,%r2960;\n"
-"mul.rn.f32 %f3319,%f3317,%f3318; sub.s32 %r2961,%r2957,%r2958; shl.b32 %r2962,%r2961,23;\n",
+"mul.rn.f32 %f3319,%f3317,%f3318; sub.s32 %r2961,%r2957,%r2958; shl.b32 %r2962,%r2961,23;\n"
 "add.s32 %r2963,%r2962,1065353216; mov.b32 %f3320,%r2963; mul.rn.f32 %f3321,%f3319,%f3320;\n"
 "add.rn.f32 %f3322,%f3321,0f3F800000; fma.rn.f32 %f3323,%f3322,%f3287,%f3286;\n"
 "fma.rn.f32 %f3324,%f3322,%f3323,%f3289; neg.f32 %f3325,%f3322;\n"
@@ -32628,7 +33619,7 @@ static const char *const moe__ptx_8[] = {
 "setp.gt.f32 %p415,%f3373,0f42B20000; selp.f32 %f3374,0f42B20000,%f3373,%p415;\n"
 "fma.rn.f32 %f3375,%f3374,%f3261,%f3260; mov.b32 %r2978,%f3375; add.s32 %r2979,%r2978,-1262485504;\n"
 "add.rn.f32 %f3376,%f3375,0fCB400000; fma.rn.f32 %f3377,%f3376,%f3264,%f3374;\n"
-"fma.rn.f32 %f3378,%f3376,%f3266,%f3377; fma.rn.f32 %f3379,%f3269,%f3378,%f3268;\n"
+"fma.rn.f32 %f3378,%f3376,%f3266,%f3377; fma.rn.f32 %f3379,%f3269,%f3378,%f3268;\n",
 "fma.rn.f32 %f3380,%f3379,%f3378,%f3271; fma.rn.f32 %f3381,%f3380,%f3378,%f3273;\n"
 "fma.rn.f32 %f3382,%f3381,%f3378,%f3275; mul.rn.f32 %f3383,%f3378,%f3378;\n"
 "fma.rn.f32 %f3384,%f3383,%f3382,%f3378; add.rn.f32 %f3385,%f3384,0f3F800000; shr.u32 %r2980,%r2979,1;\n"
@@ -32639,7 +33630,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f3392,%f3390,%f3391,%f3289; neg.f32 %f3393,%f3390;\n"
 "fma.rn.f32 %f3394,%f3393,%f3392,%f3280; fma.rn.f32 %f3395,%f3392,%f3394,%f3392;\n"
 "fma.rn.f32 %f3396,%f3393,%f3395,%f3280; fma.rn.f32 %f3397,%f3395,%f3396,%f3395;\n"
-"mov.b32 %r2986,%f3390; setp.eq.s32 %p416,%r2986,1073741823; selp.f32 %f3398,0f3F000001,%f3397,%p416;\n",
+"mov.b32 %r2986,%f3390; setp.eq.s32 %p416,%r2986,1073741823; selp.f32 %f3398,0f3F000001,%f3397,%p416;\n"
 "setp.lt.f32 %p417,%f3743,0f00000000; selp.f32 %f3399,%f3389,0f3F800000,%p417;\n"
 "mul.rn.f32 %f3400,%f3399,%f3398; fma.rn.f32 %f3401,%f3393,%f3400,%f3399;\n"
 "fma.rn.f32 %f3402,%f3401,%f3398,%f3400; fma.rn.f32 %f3403,%f3393,%f3402,%f3399;\n"
@@ -32677,7 +33668,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2845,%f2844,%f2843,%f2834; add.rn.f32 %f2846,%f2845,0f3F800000; shr.u32 %r2867,%r2866,1;\n"
 "shl.b32 %r2868,%r2867,23; add.s32 %r2869,%r2868,1065353216; mov.b32 %f2847,%r2869;\n"
 "mul.rn.f32 %f2848,%f2846,%f2847; sub.s32 %r2870,%r2866,%r2867; shl.b32 %r2871,%r2870,23;\n"
-"add.s32 %r2872,%r2871,1065353216; mov.b32 %f2849,%r2872; mul.rn.f32 %f2850,%f2848,%f2849;\n"
+"add.s32 %r2872,%r2871,1065353216; mov.b32 %f2849,%r2872; mul.rn.f32 %f2850,%f2848,%f2849;\n",
 "add.rn.f32 %f2851,%f2850,0f3F800000; div.rn.f32 %f2852,%f2824,%f2851;\n"
 "add.rn.f32 %f2853,%f2852,0f3F800000; neg.f32 %f2854,%f2853; setp.lt.f32 %p369,%f620,0f00000000;\n"
 "selp.f32 %f3731,%f2854,%f2853,%p369; $351: mul.rn.f32 %f2866,%f3745,0f3D372713;\n"
@@ -32688,7 +33679,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2904,%f2903,%f2901,%f2902; mov.f32 %f2905,0fBD5C4D5D;\n"
 "fma.rn.f32 %f2906,%f2904,%f2901,%f2905; mov.f32 %f2907,0f3E0884DF;\n"
 "fma.rn.f32 %f2908,%f2906,%f2901,%f2907; mov.f32 %f2909,0fBEAAAA9F;\n"
-"fma.rn.f32 %f2910,%f2908,%f2901,%f2909; mul.rn.f32 %f2911,%f625,%f2901;\n",
+"fma.rn.f32 %f2910,%f2908,%f2901,%f2909; mul.rn.f32 %f2911,%f625,%f2901;\n"
 "fma.rn.f32 %f3732,%f2911,%f2910,%f625; bra.uni $354; $362: setp.gt.f32 %p383,%f645,0f40800000;\n"
 "selp.f32 %f3012,0f40800000,%f645,%p383; mov.f32 %f3013,0fB9A6C58A; mov.f32 %f3014,0f3734A0DE;\n"
 "fma.rn.f32 %f3015,%f3014,%f3012,%f3013; mov.f32 %f3016,0f3B6D70B4;\n"
@@ -32726,7 +33717,7 @@ static const char *const moe__ptx_8[] = {
 "selp.f32 %f2871,0fC2D00000,%f2869,%p371; setp.gt.f32 %p372,%f2871,0f42B20000;\n"
 "selp.f32 %f2872,0f42B20000,%f2871,%p372; mov.f32 %f2873,0f4B400000; mov.f32 %f2874,0f3FB8AA3B;\n"
 "fma.rn.f32 %f2875,%f2872,%f2874,%f2873; mov.b32 %r2875,%f2875; add.s32 %r2876,%r2875,-1262485504;\n"
-"add.rn.f32 %f2876,%f2875,0fCB400000; mov.f32 %f2877,0fBF317218;\n"
+"add.rn.f32 %f2876,%f2875,0fCB400000; mov.f32 %f2877,0fBF317218;\n",
 "fma.rn.f32 %f2878,%f2876,%f2877,%f2872; mov.f32 %f2879,0f3102E308;\n"
 "fma.rn.f32 %f2880,%f2876,%f2879,%f2878; mov.f32 %f2881,0f3C091D69; mov.f32 %f2882,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2883,%f2882,%f2880,%f2881; mov.f32 %f2884,0f3D2AAA64;\n"
@@ -32737,7 +33728,7 @@ static const char *const moe__ptx_8[] = {
 "shl.b32 %r2878,%r2877,23; add.s32 %r2879,%r2878,1065353216; mov.b32 %f2893,%r2879;\n"
 "mul.rn.f32 %f2894,%f2892,%f2893; sub.s32 %r2880,%r2876,%r2877; shl.b32 %r2881,%r2880,23;\n"
 "add.s32 %r2882,%r2881,1065353216; mov.b32 %f2895,%r2882; mul.rn.f32 %f2896,%f2894,%f2895;\n"
-"add.rn.f32 %f2897,%f2896,0f3F800000; div.rn.f32 %f2898,%f2870,%f2897;\n",
+"add.rn.f32 %f2897,%f2896,0f3F800000; div.rn.f32 %f2898,%f2870,%f2897;\n"
 "add.rn.f32 %f2899,%f2898,0f3F800000; neg.f32 %f2900,%f2899; setp.lt.f32 %p373,%f625,0f00000000;\n"
 "selp.f32 %f3732,%f2900,%f2899,%p373; $354: mul.rn.f32 %f2912,%f3744,0f3D372713;\n"
 "mul.rn.f32 %f2913,%f3744,%f2912; fma.rn.f32 %f2914,%f2913,%f3744,%f3744;\n"
@@ -32775,7 +33766,7 @@ static const char *const moe__ptx_8[] = {
 "mul.rn.f32 %f654,%f3744,0f3F3504F3; mov.b32 %r2923,%f654; and.b32 %r2924,%r2923,2147483647;\n"
 "mov.b32 %f655,%r2924; setp.lt.f32 %p392,%f655,0f3F6B851F; @%p392 bra $369; bra.uni $368; $369:\n"
 "mul.rn.f32 %f3175,%f654,%f654; mov.f32 %f3176,0fBA5300E8; mov.f32 %f3177,0f38A79D61;\n"
-"fma.rn.f32 %f3178,%f3177,%f3175,%f3176; mov.f32 %f3179,0f3BAA24D0;\n"
+"fma.rn.f32 %f3178,%f3177,%f3175,%f3176; mov.f32 %f3179,0f3BAA24D0;\n",
 "fma.rn.f32 %f3180,%f3178,%f3175,%f3179; mov.f32 %f3181,0fBCDC008B;\n"
 "fma.rn.f32 %f3182,%f3180,%f3175,%f3181; mov.f32 %f3183,0f3DE716B2;\n"
 "fma.rn.f32 %f3184,%f3182,%f3175,%f3183; mov.f32 %f3185,0fBEC093A0;\n"
@@ -32786,7 +33777,7 @@ static const char *const moe__ptx_8[] = {
 "selp.f32 %f2918,0f42B20000,%f2917,%p376; mov.f32 %f2919,0f4B400000; mov.f32 %f2920,0f3FB8AA3B;\n"
 "fma.rn.f32 %f2921,%f2918,%f2920,%f2919; mov.b32 %r2885,%f2921; add.s32 %r2886,%r2885,-1262485504;\n"
 "add.rn.f32 %f2922,%f2921,0fCB400000; mov.f32 %f2923,0fBF317218;\n"
-"fma.rn.f32 %f2924,%f2922,%f2923,%f2918; mov.f32 %f2925,0f3102E308;\n",
+"fma.rn.f32 %f2924,%f2922,%f2923,%f2918; mov.f32 %f2925,0f3102E308;\n"
 "fma.rn.f32 %f2926,%f2922,%f2925,%f2924; mov.f32 %f2927,0f3C091D69; mov.f32 %f2928,0f3AB6B8F1;\n"
 "fma.rn.f32 %f2929,%f2928,%f2926,%f2927; mov.f32 %f2930,0f3D2AAA64;\n"
 "fma.rn.f32 %f2931,%f2929,%f2926,%f2930; mov.f32 %f2932,0f3E2AAA48;\n"
@@ -32825,7 +33816,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f3160,%f3158,%f3155,%f3159; mov.f32 %f3161,0f3E2AAA48;\n"
 "fma.rn.f32 %f3162,%f3160,%f3155,%f3161; mov.f32 %f3163,0f3F000000;\n"
 "fma.rn.f32 %f3164,%f3162,%f3155,%f3163; mul.rn.f32 %f3165,%f3155,%f3155;\n"
-"fma.rn.f32 %f3166,%f3165,%f3164,%f3155; add.rn.f32 %f3167,%f3166,0f3F800000;\n"
+"fma.rn.f32 %f3166,%f3165,%f3164,%f3155; add.rn.f32 %f3167,%f3166,0f3F800000;\n",
 "mov.f32 %f3168,0f3F800000; shr.u32 %r2927,%r2926,1; shl.b32 %r2928,%r2927,23;\n"
 "add.s32 %r2929,%r2928,1065353216; mov.b32 %f3169,%r2929; mul.rn.f32 %f3170,%f3167,%f3169;\n"
 "sub.s32 %r2930,%r2926,%r2927; shl.b32 %r2931,%r2930,23; add.s32 %r2932,%r2931,1065353216;\n"
@@ -32835,7 +33826,7 @@ static const char *const moe__ptx_8[] = {
 "mov.b32 %f660,%r2934; setp.lt.f32 %p397,%f660,0f3F6B851F; @%p397 bra $372; bra.uni $371; $372:\n"
 "mul.rn.f32 %f3234,%f659,%f659; mov.f32 %f3235,0fBA5300E8; mov.f32 %f3236,0f38A79D61;\n"
 "fma.rn.f32 %f3237,%f3236,%f3234,%f3235; mov.f32 %f3238,0f3BAA24D0;\n"
-"fma.rn.f32 %f3239,%f3237,%f3234,%f3238; mov.f32 %f3240,0fBCDC008B;\n",
+"fma.rn.f32 %f3239,%f3237,%f3234,%f3238; mov.f32 %f3240,0fBCDC008B;\n"
 "fma.rn.f32 %f3241,%f3239,%f3234,%f3240; mov.f32 %f3242,0f3DE716B2;\n"
 "fma.rn.f32 %f3243,%f3241,%f3234,%f3242; mov.f32 %f3244,0fBEC093A0;\n"
 "fma.rn.f32 %f3245,%f3243,%f3234,%f3244; mov.f32 %f3246,0f3E0375D4;\n"
@@ -32874,7 +33865,7 @@ static const char *const moe__ptx_8[] = {
 "setp.gt.f32 %p399,%f3203,0f42D00000; selp.f32 %f3205,0fC2D00000,%f3204,%p399;\n"
 "setp.gt.f32 %p400,%f3205,0f42B20000; selp.f32 %f3206,0f42B20000,%f3205,%p400;\n"
 "mov.f32 %f3207,0f4B400000; mov.f32 %f3208,0f3FB8AA3B; fma.rn.f32 %f3209,%f3206,%f3208,%f3207;\n"
-"mov.b32 %r2935,%f3209; add.s32 %r2936,%r2935,-1262485504; add.rn.f32 %f3210,%f3209,0fCB400000;\n"
+"mov.b32 %r2935,%f3209; add.s32 %r2936,%r2935,-1262485504; add.rn.f32 %f3210,%f3209,0fCB400000;\n",
 "mov.f32 %f3211,0fBF317218; fma.rn.f32 %f3212,%f3210,%f3211,%f3206; mov.f32 %f3213,0f3102E308;\n"
 "fma.rn.f32 %f3214,%f3210,%f3213,%f3212; mov.f32 %f3215,0f3C091D69; mov.f32 %f3216,0f3AB6B8F1;\n"
 "fma.rn.f32 %f3217,%f3216,%f3214,%f3215; mov.f32 %f3218,0f3D2AAA64;\n"
@@ -32885,7 +33876,7 @@ static const char *const moe__ptx_8[] = {
 "mov.f32 %f3227,0f3F800000; shr.u32 %r2937,%r2936,1; shl.b32 %r2938,%r2937,23;\n"
 "add.s32 %r2939,%r2938,1065353216; mov.b32 %f3228,%r2939; mul.rn.f32 %f3229,%f3226,%f3228;\n"
 "sub.s32 %r2940,%r2936,%r2937; shl.b32 %r2941,%r2940,23; add.s32 %r2942,%r2941,1065353216;\n"
-"mov.b32 %f3230,%r2942; mul.rn.f32 %f3231,%f3229,%f3230; sub.rn.f32 %f3232,%f3227,%f3231;\n",
+"mov.b32 %f3230,%r2942; mul.rn.f32 %f3231,%f3229,%f3230; sub.rn.f32 %f3232,%f3227,%f3231;\n"
 "neg.f32 %f3233,%f3232; setp.lt.f32 %p401,%f659,0f00000000; selp.f32 %f3738,%f3233,%f3232,%p401; $373:\n"
 "add.rn.f32 %f3248,%f3738,0f3F800000; mul.rn.f32 %f3249,%f3743,0f3F000000;\n"
 "mul.rn.f32 %f3743,%f3249,%f3248; add.rn.f32 %f3250,%f3736,0f3F800000;\n"
@@ -32923,7 +33914,7 @@ static const char *const moe__ptx_8[] = {
 "mov.f32 %f2688,0fC0000000; setp.lt.f32 %p343,%f2687,0fC2D00000;\n"
 "selp.f32 %f2689,0fC2D00000,%f2687,%p343; setp.gt.f32 %p344,%f2689,0f42B20000;\n"
 "selp.f32 %f2690,0f42B20000,%f2689,%p344; mov.f32 %f2691,0f4B400000; mov.f32 %f2692,0f3FB8AA3B;\n"
-"fma.rn.f32 %f2693,%f2690,%f2692,%f2691; mov.b32 %r2835,%f2693; add.s32 %r2836,%r2835,-1262485504;\n"
+"fma.rn.f32 %f2693,%f2690,%f2692,%f2691; mov.b32 %r2835,%f2693; add.s32 %r2836,%r2835,-1262485504;\n",
 "add.rn.f32 %f2694,%f2693,0fCB400000; mov.f32 %f2695,0fBF317218;\n"
 "fma.rn.f32 %f2696,%f2694,%f2695,%f2690; mov.f32 %f2697,0f3102E308;\n"
 "fma.rn.f32 %f2698,%f2694,%f2697,%f2696; mov.f32 %f2699,0f3C091D69; mov.f32 %f2700,0f3AB6B8F1;\n"
@@ -32934,7 +33925,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2709,%f2708,%f2707,%f2698; add.rn.f32 %f2710,%f2709,0f3F800000; shr.u32 %r2837,%r2836,1;\n"
 "shl.b32 %r2838,%r2837,23; add.s32 %r2839,%r2838,1065353216; mov.b32 %f2711,%r2839;\n"
 "mul.rn.f32 %f2712,%f2710,%f2711; sub.s32 %r2840,%r2836,%r2837; shl.b32 %r2841,%r2840,23;\n"
-"add.s32 %r2842,%r2841,1065353216; mov.b32 %f2713,%r2842; mul.rn.f32 %f2714,%f2712,%f2713;\n",
+"add.s32 %r2842,%r2841,1065353216; mov.b32 %f2713,%r2842; mul.rn.f32 %f2714,%f2712,%f2713;\n"
 "add.rn.f32 %f2715,%f2714,0f3F800000; div.rn.f32 %f2716,%f2688,%f2715;\n"
 "add.rn.f32 %f2717,%f2716,0f3F800000; neg.f32 %f2718,%f2717; setp.lt.f32 %p345,%f585,0f00000000;\n"
 "selp.f32 %f3725,%f2718,%f2717,%p345; $334: mul.rn.f32 %f3726,%f3613,%f3725; $335:\n"
@@ -32972,7 +33963,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2808,%f2807,%f2805,%f2806; mov.f32 %f2809,0fBD5C4D5D;\n"
 "fma.rn.f32 %f2810,%f2808,%f2805,%f2809; mov.f32 %f2811,0f3E0884DF;\n"
 "fma.rn.f32 %f2812,%f2810,%f2805,%f2811; mov.f32 %f2813,0fBEAAAA9F;\n"
-"fma.rn.f32 %f2814,%f2812,%f2805,%f2813; mul.rn.f32 %f2815,%f601,%f2805;\n"
+"fma.rn.f32 %f2814,%f2812,%f2805,%f2813; mul.rn.f32 %f2815,%f601,%f2805;\n",
 "fma.rn.f32 %f3729,%f2815,%f2814,%f601; bra.uni $344; $342: add.rn.f32 %f2773,%f602,%f602;\n"
 "mov.f32 %f2774,0fC0000000; setp.lt.f32 %p355,%f2773,0fC2D00000;\n"
 "selp.f32 %f2775,0fC2D00000,%f2773,%p355; setp.gt.f32 %p356,%f2775,0f42B20000;\n"
@@ -32984,7 +33975,7 @@ static const char *const moe__ptx_8[] = {
 "fma.rn.f32 %f2787,%f2786,%f2784,%f2785; mov.f32 %f2788,0f3D2AAA64;\n"
 "fma.rn.f32 %f2789,%f2787,%f2784,%f2788; mov.f32 %f2790,0f3E2AAA48;\n"
 "fma.rn.f32 %f2791,%f2789,%f2784,%f2790; mov.f32 %f2792,0f3F000000;\n"
-"fma.rn.f32 %f2793,%f2791,%f2784,%f2792; mul.rn.f32 %f2794,%f2784,%f2784;\n",
+"fma.rn.f32 %f2793,%f2791,%f2784,%f2792; mul.rn.f32 %f2794,%f2784,%f2784;\n"
 "fma.rn.f32 %f2795,%f2794,%f2793,%f2784; add.rn.f32 %f2796,%f2795,0f3F800000; shr.u32 %r2857,%r2856,1;\n"
 "shl.b32 %r2858,%r2857,23; add.s32 %r2859,%r2858,1065353216; mov.b32 %f2797,%r2859;\n"
 "mul.rn.f32 %f2798,%f2796,%f2797; sub.s32 %r2860,%r2856,%r2857; shl.b32 %r2861,%r2860,23;\n"
@@ -33019,7 +34010,7 @@ static const char *const moe__ptx_8[] = {
 "mov.f32 %f3758,%f3492; mov.f32 %f3743,%f3493; mov.f32 %f3744,%f3494; mov.f32 %f3745,%f3495;\n"
 "mov.f32 %f3746,%f3496; mov.f32 %f3763,%f3497; mov.f32 %f3764,%f3498; mov.f32 %f3765,%f3499;\n"
 "mov.f32 %f3766,%f3500; mov.f32 %f3767,%f3501; mov.f32 %f3768,%f3502; mov.f32 %f3769,%f3503;\n"
-"mov.f32 %f3770,%f3504; mov.f32 %f3771,%f3505; mov.f32 %f3772,%f3506; mov.f32 %f3773,%f3507;\n"
+"mov.f32 %f3770,%f3504; mov.f32 %f3771,%f3505; mov.f32 %f3772,%f3506; mov.f32 %f3773,%f3507;\n",
 "mov.f32 %f3774,%f3508; mov.f32 %f3739,%f3509; mov.f32 %f3740,%f3510; mov.f32 %f3741,%f3511;\n"
 "mov.f32 %f3742,%f3512; @%p421 bra $256; bra.uni $381; $382: ret; }\n"
 };

@@ -636,6 +636,27 @@ extern "C" u32 emu_encode(u32 type, f32 v)
     return sign | (u32)bits;
 }
 
+// One rounding of both halves: to odd in f32, which loses nothing on the way to bf16.
+extern "C" u32 emu_fma_bf16x2(u32 a, u32 b, u32 c)
+{
+    u32 out = 0;
+    for (u32 shift = 0; shift < 32; shift += 16) {
+        const u32 x = a >> shift & 0xffffu, y = b >> shift & 0xffffu, z = c >> shift & 0xffffu;
+        const double sum = __builtin_fma((double)emu_decode(EMU_BF16, x), (double)emu_decode(EMU_BF16, y),
+                                         (double)emu_decode(EMU_BF16, z));
+        f32 near = (f32)sum;
+        u32 word;
+        memcpy(&word, &near, 4);
+        if ((double)near != sum && sum == sum) {
+            if (__builtin_fabs((double)near) > __builtin_fabs(sum)) word--;
+            word |= 1;
+            memcpy(&near, &word, 4);
+        }
+        out |= emu_encode(EMU_BF16, near) << shift;
+    }
+    return out;
+}
+
 extern "C" f32 emu_decode(u32 type, u32 bits)
 {
     const small_format &f = formats[type];

@@ -84,6 +84,7 @@ void emu_ldmatrix(u32 *r, u32 count, const void *row, bool trans);
 void emu_stmatrix(void *row, const u32 *r, u32 count, bool trans);
 void emu_mma(u32 type, f32 *d, const u32 *a, const u32 *b);
 u32 emu_encode(u32 type, f32 v); f32 emu_decode(u32 type, u32 bits);
+u32 emu_fma_bf16x2(u32 a, u32 b, u32 c);
 void emu_grid_wait(); void emu_grid_launch(); void emu_trap();
 }
 
@@ -301,6 +302,7 @@ DI u32 cvt_e4m3x2_f16x2(u16 v)
 {
     return cvt_f16x2(emu_decode(EMU_E4M3, v & 255u), emu_decode(EMU_E4M3, (u32)v >> 8));
 }
+DI u32 fma_bf16x2(u32 a, u32 b, u32 c) { return emu_fma_bf16x2(a, b, c); }
 
 DI f32 sqrt_rn(f32 v) { return __builtin_sqrtf(v); }
 DI u32 popc(u32 v) { return (u32)__builtin_popcount(v); }
