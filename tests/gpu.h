@@ -298,6 +298,86 @@ static int pair_tensor(moe_weights *weights, int role, int expert, int rank, int
     return moe_weights_set_tensor(weights, &t, err);
 }
 
+// Multiples of `step` that a type of codes has, the largest of them at a random place of every 16: scales are powers of
+// two then, or their formats' own.
+TEST_UNUSED static float *pair_code_values(int64_t count, int every, int dtype, float step, uint64_t *state)
+{
+    static const float fp4[] = { 0, 0.5f, 1, 1.5f, 2, 3, 4, 6 };
+    float *v = (float *)malloc((size_t)count * sizeof v[0] + 4);
+    uint32_t place = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t draw = test_random_u32(state);
+        float code = dtype == MOE_DTYPE_E2M1 ? fp4[draw / 2 % 8] : (float)(draw / 2 % 9);
+        if (i % every == 0) place = test_random_u32(state) % (uint32_t)every;
+        if (i % every == place) code = dtype == MOE_DTYPE_E2M1 ? 6 : dtype == MOE_DTYPE_INT4 ? 8 : 448;
+        else if (dtype == MOE_DTYPE_INT4 && code > 7) code = 7;
+        v[i] = draw % 2 == 0 || (dtype == MOE_DTYPE_INT4 && code == 8) ? -code * step : code * step;
+    }
+    return v;
+}
+
+static int pair_part(moe_weights *weights, int role, int expert, int part, int dtype, int64_t rows, int64_t columns,
+                     const void *data, uint64_t bytes, moe_error *err)
+{
+    moe_tensor t;
+    memset(&t, 0, sizeof t);
+    t.role = role;
+    t.part = part;
+    t.expert = expert;
+    t.index = -1;
+    t.dtype = dtype;
+    t.rank = rows == 0 ? 0 : 2;
+    t.dims[0] = rows;
+    t.dims[1] = columns;
+    t.data = data;
+    t.data_bytes = bytes;
+    return moe_weights_set_tensor(weights, &t, err);
+}
+
+// One matrix of codes. Rows, groups of 32, or square blocks have steps of their own, as the format allows.
+static int pair_codes(const pair *p, moe_weights *weights, int role, int expert, int64_t rows, int64_t columns,
+                      moe_error *err)
+{
+    const moe_layer_desc *l = &p->layer;
+    const moe__scheme s = moe__weight_scheme(l->format, l->format_block, l->scale_dtype);
+    const int64_t r = s.rows > 0 ? s.rows : rows, c = s.columns > 0 ? s.columns : columns;
+    const int64_t across = (columns + c - 1) / c, scales = (rows + r - 1) / r * across;
+    uint64_t state = p->seed * 77 + (uint64_t)(role * 1000 + expert + 1);
+    float *values = pair_code_values(rows * columns, 16, s.dtype, 0.125f, &state);
+    float input = (expert + 1) % 4 == 3 ? 0.5f : 0.25f;
+    moe_quantize_desc q;
+    int result;
+    for (int64_t i = 0; i < rows * columns && s.rows > 0; i++)
+        values[i] *= (float)(1 << ((i / columns / r * 5 + i % columns / c * 3) % 3));
+    memset(&q, 0, sizeof q);
+    q.format = l->format;
+    q.format_block = l->format_block;
+    q.scale_dtype = l->scale_dtype;
+    q.dtype = MOE_DTYPE_F32;
+    q.rows = rows;
+    q.columns = columns;
+    q.values = values;
+    q.codes_bytes = (uint64_t)(rows * columns * moe_dtype_bits(s.dtype) / 8);
+    q.scales_bytes = (uint64_t)(scales * moe_dtype_bits(s.scale_dtype) / 8);
+    q.codes = malloc((size_t)q.codes_bytes);
+    q.scales = malloc((size_t)q.scales_bytes);
+    q.global_scale = moe__scheme_has_global(&s) ? 0.0625f : 0;
+    result = moe_quantize(&q, err);
+    if (result == 0)
+        result = pair_part(weights, role, expert, MOE_PART_DATA, s.dtype, rows, columns, q.codes, q.codes_bytes, err);
+    if (result == 0)
+        result = pair_part(weights, role, expert, MOE_PART_SCALE, s.scale_dtype, s.rows > 0 ? (rows + r - 1) / r : 0,
+                           across, q.scales, q.scales_bytes, err);
+    if (result == 0 && moe__scheme_has_global(&s))
+        result = pair_part(weights, role, expert, MOE_PART_GLOBAL_SCALE, MOE_DTYPE_F32, 0, 0, &q.global_scale, 4, err);
+    if (result == 0 && (l->format == MOE_FORMAT_NVFP4 || (l->format == MOE_FORMAT_FP8_PER_TENSOR && expert % 2 == 0)))
+        result = pair_part(weights, role, expert, MOE_PART_INPUT_SCALE, MOE_DTYPE_F32, 0, 0, &input, 4, err);
+    free(q.codes);
+    free(q.scales);
+    free(values);
+    return result;
+}
+
 // The matrices and vectors of `role`, of every routed and always-on expert or of the shared ones, on a grid: multiples
 // of `step` within 4 of it, so that sums are exact.
 static int pair_grid(const pair *p, moe_weights *weights, int role, int64_t rows, int64_t columns, float step,
@@ -309,6 +389,14 @@ static int pair_grid(const pair *p, moe_weights *weights, int role, int64_t rows
     int64_t experts = stacked ? p->layer.num_experts : 1, each = rows * (vector ? 1 : columns);
     int64_t count = (experts + extra) * each;
     uint64_t state = p->seed * 77 + (uint64_t)role;
+    if (!vector && moe__role_matrix(role) >= 0 && p->layer.format > MOE_FORMAT_F16 &&
+        (stacked || p->layer.shared.format == 0 || p->layer.shared.format == p->layer.format)) {
+        result = 0;
+        for (int i = 0; i < experts + extra && result == 0; i++)
+            result = pair_codes(p, weights, role, !stacked ? -1 : i < experts ? i : i + r->special_experts, rows,
+                                columns, err);
+        return result;
+    }
     float *data = (float *)malloc((size_t)count * sizeof data[0]);
     for (int64_t i = 0; i < count; i++) data[i] = step * (float)((int)(test_random_u32(&state) % 9) - 4);
     if (stacked)
