@@ -12,7 +12,7 @@
 enum { SETS = 2, REPEATS = 25 };
 
 typedef struct row {
-    const char *layer, *load, *stage, *config;
+    const char *layer, *format, *load, *stage, *config;
     int tokens;
     double us, us_min, us_max, floor_us, bytes, flops;
 } row;
@@ -28,6 +28,7 @@ static row *row_next(const char *layer, const char *load, const char *stage, int
     r->load = load;
     r->stage = stage;
     r->config = "";
+    r->format = "bf16";
     r->tokens = tokens;
     return r;
 }
@@ -220,8 +221,8 @@ static void print_head(void)
 
 static void print_row(const row *r)
 {
-    printf("%-28s %-8s %-14s %6d %9.2f %9.2f %9.2f %9.2f  %s\n", r->layer, r->load, r->stage, r->tokens, r->us,
-           r->us_min, r->us_max, r->floor_us, r->config);
+    printf("%-28s %-15s %-8s %-14s %6d %9.2f %9.2f %9.2f %9.2f  %s\n", r->layer, r->format, r->load, r->stage,
+           r->tokens, r->us, r->us_min, r->us_max, r->floor_us, r->config);
     fflush(stdout);
 }
 
@@ -245,10 +246,10 @@ static void write_json(const char *path, const char *ceilings)
     fprintf(f, " \"ceilings\": {%s},\n \"rows\": [\n", ceilings);
     for (int i = 0; i < rows_count; i++)
         fprintf(f,
-                "  {\"layer\": \"%s\", \"format\": \"bf16\", \"load\": \"%s\", \"tokens\": %d, \"stage\": \"%s\", "
+                "  {\"layer\": \"%s\", \"format\": \"%s\", \"load\": \"%s\", \"tokens\": %d, \"stage\": \"%s\", "
                 "\"us\": %.3f, \"us_min\": %.3f, \"us_max\": %.3f, \"floor_us\": %.3f, \"bytes\": %.0f, "
                 "\"flops\": %.0f, \"config\": \"%s\"}%s\n",
-                rows[i].layer, rows[i].load, rows[i].tokens, rows[i].stage, rows[i].us, rows[i].us_min, rows[i].us_max,
+                rows[i].layer, rows[i].format, rows[i].load, rows[i].tokens, rows[i].stage, rows[i].us, rows[i].us_min, rows[i].us_max,
                 rows[i].floor_us, rows[i].bytes, rows[i].flops, rows[i].config, i + 1 < rows_count ? "," : "");
     fprintf(f, " ]}\n");
     fclose(f);

@@ -1,7 +1,7 @@
 // bench_layer.c - whole layers on the GPU, logits to output, beside the ceilings of the machine in the same run
 //
 //     cc -O2 -o build/bench_layer bench/bench_layer.c -ldl -lpthread -lm
-//     build/bench_layer [result.json [LAYER [TOKENS]]]
+//     build/bench_layer [result.json [LAYER or FORMAT [TOKENS]]]
 //
 // Runs in the repository's root: the stream's text is read from bench/. Tiles are those that moe_plan_autotune() finds
 // fastest. Up to 512 tokens a time is the slope between graphs of few and of many layers, one after the other, each
@@ -24,14 +24,30 @@ typedef struct shape {
     const char *name;
     int experts, top_k, hidden, features, activation;
     int local; // experts of this rank, the first ones
+    const char *format_name;
+    int format, block;
 } shape;
 
+#define BF16 "bf16", MOE_FORMAT_BF16, 0
 static const shape shapes[] = {
-    { "Qwen3-235B", 128, 8, 4096, 1536, MOE_ACTIVATION_SWIGLU, 128 },
-    { "Qwen3-30B", 128, 8, 2048, 768, MOE_ACTIVATION_SWIGLU, 128 },
-    { "gpt-oss sizes", 128, 4, 2880, 2880, MOE_ACTIVATION_SWIGLU, 128 },
-    { "E512 k22 relu2", 512, 22, 2048, 1024, MOE_ACTIVATION_RELU2, 512 },
-    { "32 of 256 experts", 256, 8, 7168, 2048, MOE_ACTIVATION_SWIGLU, 32 },
+    { "Qwen3-235B", 128, 8, 4096, 1536, MOE_ACTIVATION_SWIGLU, 128, BF16 },
+    { "Qwen3-30B", 128, 8, 2048, 768, MOE_ACTIVATION_SWIGLU, 128, BF16 },
+    { "gpt-oss sizes", 128, 4, 2880, 2880, MOE_ACTIVATION_SWIGLU, 128, BF16 },
+    { "E512 k22 relu2", 512, 22, 2048, 1024, MOE_ACTIVATION_RELU2, 512, BF16 },
+    { "32 of 256 experts", 256, 8, 7168, 2048, MOE_ACTIVATION_SWIGLU, 32, BF16 },
+#define CODES(name, format, block) \
+    { "Qwen3-235B", 128, 8, 4096, 1536, MOE_ACTIVATION_SWIGLU, 128, name, format, block }
+    CODES("fp8 per tensor", MOE_FORMAT_FP8_PER_TENSOR, 0),
+    CODES("fp8 per channel", MOE_FORMAT_FP8_PER_CHANNEL, 0),
+    CODES("fp8 block 128", MOE_FORMAT_FP8_BLOCK, 128),
+    CODES("mxfp8", MOE_FORMAT_MXFP8, 0),
+    CODES("nvfp4", MOE_FORMAT_NVFP4, 0),
+    CODES("nvfp4 w4a16", MOE_FORMAT_NVFP4_W4A16, 0),
+    CODES("mxfp4 w4a16", MOE_FORMAT_MXFP4_W4A16, 0),
+    CODES("mxfp4 w4a8", MOE_FORMAT_MXFP4_W4A8, 0),
+    CODES("int4 g32", MOE_FORMAT_INT4_W4A16, 32),
+    CODES("int4 g128", MOE_FORMAT_INT4_W4A16, 128),
+#undef CODES
 };
 
 static int is_gated(const shape *s) { return s->activation == MOE_ACTIVATION_SWIGLU; }
@@ -151,6 +167,83 @@ static moe_weights *make_weights(const moe_layer_desc *layer)
     return weights;
 }
 
+// One matrix of codes of expert 0, with all that belongs to it.
+static void set_codes(moe_weights *weights, const moe_layer_desc *layer, int role)
+{
+    const moe__scheme s = moe__weight_scheme(layer->format, layer->format_block, layer->scale_dtype);
+    const int64_t h = layer->hidden_size, f = layer->intermediate_size;
+    const int64_t n = role == MOE_TENSOR_DOWN ? h : f, k = h + f - n;
+    const int64_t r = s.rows > 0 ? n / s.rows : 1, c = s.columns > 0 ? k / s.columns : 1;
+    const int64_t dims[4][2] = { { n, k }, { r, c }, { 1, 1 }, { 1, 1 } };
+    const int dtypes[4] = { s.dtype, s.scale_dtype, MOE_DTYPE_F32, MOE_DTYPE_F32 };
+    const int parts[4] = { MOE_PART_DATA, MOE_PART_SCALE, MOE_PART_GLOBAL_SCALE, MOE_PART_INPUT_SCALE };
+    float *values = (float *)malloc((size_t)(n * k) * sizeof values[0]), one = 1e-3f;
+    const void *data[4] = { NULL, NULL, &one, &one };
+    uint64_t state = 1, bytes[4] = { 0, 0, 4, 4 };
+    moe_quantize_desc q;
+    moe_error err;
+    for (int64_t i = 0; i < n * k; i++) values[i] = (float)((int)(random_u32(&state) % 2001) - 1000) * 3e-5f;
+    memset(&q, 0, sizeof q);
+    q.format = layer->format;
+    q.format_block = layer->format_block;
+    q.dtype = MOE_DTYPE_F32;
+    q.rows = n;
+    q.columns = k;
+    q.values = values;
+    q.codes_bytes = bytes[0] = (uint64_t)(n * k * moe_dtype_bits(s.dtype) / 8);
+    q.scales_bytes = bytes[1] = (uint64_t)(r * c * moe_dtype_bits(s.scale_dtype) / 8);
+    data[0] = q.codes = malloc((size_t)q.codes_bytes);
+    data[1] = q.scales = malloc((size_t)q.scales_bytes);
+    q.global_scale = moe__scheme_has_global(&s) ? one : 0;
+    if (moe_quantize(&q, &err)) fail("quantize", &err);
+    for (int i = 0; i < 4; i++) {
+        moe_tensor t;
+        if (i == 2 && !moe__scheme_has_global(&s)) continue;
+        if (i == 3 && layer->format != MOE_FORMAT_NVFP4) continue;
+        memset(&t, 0, sizeof t);
+        t.role = role;
+        t.part = parts[i];
+        t.dtype = dtypes[i];
+        t.rank = i > 1 || (i == 1 && s.rows == 0) ? 0 : 2;
+        t.dims[0] = dims[i][0];
+        t.dims[1] = dims[i][1];
+        t.data = data[i];
+        t.data_bytes = bytes[i];
+        if (moe_weights_set_tensor(weights, &t, &err)) fail("tensor", &err);
+    }
+    free(q.codes);
+    free(q.scales);
+    free(values);
+}
+
+// Every expert is a copy of the first one.
+static moe_weights *make_codes(const moe_layer_desc *layer)
+{
+    moe_weights *weights;
+    moe_error err;
+    void *block;
+    if (moe_weights_create(ctx, layer, NULL, &weights, &err)) fail("weights", &err);
+    for (int role = MOE_TENSOR_GATE; role <= MOE_TENSOR_DOWN; role++) set_codes(weights, layer, role);
+    block = malloc((size_t)weights->layout.expert.bytes);
+    CALL(cuda->cuMemcpyDtoH(block, moe__device_block(weights, 0), (size_t)weights->layout.expert.bytes));
+    for (int e = 1; e < layer->parallel.local_experts; e++) {
+        CALL(cuda->cuMemcpyHtoD(moe__device_block(weights, e), block, (size_t)weights->layout.expert.bytes));
+        weights->expert_set[e] = weights->expert_set[0];
+    }
+    free(block);
+    if (moe_weights_seal(weights, &err)) fail("seal", &err);
+    return weights;
+}
+
+// Bytes of an expert's matrices in the format, as checkpoints have them.
+static double expert_bytes(const shape *s)
+{
+    const moe__scheme w = moe__weight_scheme(s->format, s->block, 0);
+    double values = (is_gated(s) ? 3.0 : 2.0) * s->hidden * s->features, bits = moe_dtype_bits(w.dtype);
+    if (w.columns > 0) bits += (double)moe_dtype_bits(w.scale_dtype) / w.columns / w.rows;
+    return values * bits / 8;
+}
+
 // Logits whose k best are k draws without replacement: of equal experts, of 1 / (rank + 1), expert 5 and others; on a
 // rank with some of the experts, of none of those ("empty"), or of number 5 alone ("one local").
 static void fill_logits(const layer_bench *b, const char *load, int tokens)
@@ -222,9 +315,10 @@ static void measure_long(layer_bench *b, row *rested, row *sustained)
 static void bench_tokens(layer_bench *b, const char *load, int tokens, const char *config)
 {
     const shape *s = b->shape;
-    double active, slots, expert = (is_gated(s) ? 6.0 : 4.0) * s->hidden * s->features, room;
+    double active, slots, room;
     row *r = row_next(s->name, load, "layer", tokens);
     r->config = config;
+    r->format = s->format_name;
     b->args.num_tokens = tokens;
     b->logits_bytes = (size_t)tokens * (size_t)s->experts * 4;
     b->inputs = tokens > 1024 ? 2 : MAX_INPUTS;
@@ -232,8 +326,8 @@ static void bench_tokens(layer_bench *b, const char *load, int tokens, const cha
     fill_logits(b, load, tokens);
     active = active_experts(b, &slots);
     room = (double)b->weights->layout.tables;
-    r->bytes = active * expert + 4.0 * tokens * s->hidden;
-    r->flops = expert * slots;
+    r->bytes = active * expert_bytes(s) + 4.0 * tokens * s->hidden;
+    r->flops = (is_gated(s) ? 6.0 : 4.0) * s->hidden * s->features * slots;
     if (own_stream != NULL)
         r->floor_us = measure_stream((uint64_t)b->weights->device_blocks, (uint64_t)room, r->bytes);
     if (tokens < 1024) {
@@ -269,12 +363,13 @@ static void make_plan(layer_bench *b, const moe_layer_desc *layer, uint32_t flag
     b->args.workspace_bytes = info.workspace_bytes;
 }
 
-static void bench_shape(const shape *s, int only)
+static void bench_shape(const shape *given, int only)
 {
     static const int tokens[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384 };
     static const char *const loads[][3] = { { "uniform", "one hot", "zipf" }, { "uniform", "empty", "one local" } };
     moe_layer_desc layer;
     layer_bench b;
+    const int codes = s->format != MOE_FORMAT_BF16, loads_of = codes ? 1 : 3;
     size_t x_bytes = (size_t)MAX_TOKENS * (size_t)s->hidden * 2;
     uint64_t state = 3;
     uint16_t *x = (uint16_t *)malloc(x_bytes);
@@ -284,13 +379,14 @@ static void bench_shape(const shape *s, int only)
     layer.hidden_size = s->hidden;
     layer.intermediate_size = s->features;
     layer.num_experts = s->experts;
-    layer.format = MOE_FORMAT_BF16;
+    layer.format = s->format;
+    layer.format_block = s->block;
     layer.activation.kind = s->activation;
     moe_routing_preset(MOE_ROUTING_RENORMALIZE_NAIVE, &layer.routing, NULL);
     layer.routing.top_k = s->top_k;
     layer.parallel.omit_common = 1; // logits come from elsewhere
     layer.parallel.local_experts = s->local;
-    b.weights = make_weights(&layer);
+    b.weights = codes ? make_codes(&layer) : make_weights(&layer);
     b.args.input_mode = MOE_INPUT_LOGITS;
     make_plan(&b, &layer, 0);
     b.args.x = (const void *)(uintptr_t)device_memory(x_bytes);
@@ -298,14 +394,15 @@ static void bench_shape(const shape *s, int only)
     for (size_t i = 0; i < x_bytes / 2; i++)
         x[i] = moe__f32_to_bf16((float)((int)(random_u32(&state) % 2001) - 1000) * 1e-3f);
     CALL(cuda->cuMemcpyHtoD((moe__cu_ptr)(uintptr_t)b.args.x, x, x_bytes));
-    for (int l = 0; l < 3; l++)
+    for (int l = 0; l < loads_of; l++)
         for (int i = 0; i < (int)(sizeof tokens / sizeof tokens[0]); i++) {
             if (only != 0 && tokens[i] != only) continue;
+            if (only == 0 && codes && (tokens[i] & 0x24a9) != tokens[i]) continue; // 1, 8, 32, 128, 1024, 8192
             if (only == 0 && l > 0 && tokens[i] != 8 && tokens[i] != 128 && tokens[i] != 4096) continue;
             bench_tokens(&b, loads[s->local < s->experts][l], tokens[i], "");
         }
-    make_plan(&b, &layer, MOE_PLAN_BATCH_INVARIANT);
-    for (int i = 0; i < (int)(sizeof tokens / sizeof tokens[0]); i++)
+    if (!codes) make_plan(&b, &layer, MOE_PLAN_BATCH_INVARIANT);
+    for (int i = 0; i < (int)(sizeof tokens / sizeof tokens[0]) && !codes; i++)
         if (only != 0 ? tokens[i] == only : tokens[i] == 1 || tokens[i] == 8 || tokens[i] == 32 || tokens[i] == 128)
             bench_tokens(&b, "uniform", tokens[i], "batch invariant");
     moe_plan_destroy(b.plan);
@@ -378,7 +475,8 @@ int main(int argc, char **argv)
         bench_pack(MOE_LAYOUT_MAJOR_MN, "input-major");
     }
     for (int i = 0; i < (int)(sizeof shapes / sizeof shapes[0]); i++)
-        if (argc < 3 || strstr(shapes[i].name, argv[2]) != NULL) bench_shape(&shapes[i], argc > 3 ? atoi(argv[3]) : 0);
+        if (argc < 3 || strstr(shapes[i].name, argv[2]) != NULL || strstr(shapes[i].format_name, argv[2]) != NULL)
+            bench_shape(&shapes[i], argc > 3 ? atoi(argv[3]) : 0);
     if (argc > 1) write_json(argv[1], ceilings);
     moe_context_destroy(own_stream);
     moe_context_destroy(ctx);
