@@ -10276,7 +10276,8 @@ enum {
     MOE__LAYOUT_TILES_8 = 0x54303801, MOE__LAYOUT_FRAG_4 = 0x46523401,
     MOE__LAYOUT_ALIGN = 256, MOE__ROW_ALIGN = 32,
     MOE__PACKED_ROWS = 128, MOE__PACKED_COLUMNS = 64, MOE__PACKED_TILE = 16384,
-    MOE__CODES_COLUMNS = 128, MOE__FRAG_TILE = 8192
+    MOE__CODES_COLUMNS = 128, MOE__FRAG_TILE = 8192,
+    MOE__TILES_UE8M0 = 127 + 33 // the largest scale code of a product that widens
 };
 
 typedef struct moe__block_shape {
@@ -10378,6 +10379,24 @@ static uint32_t moe__frag_code(int32_t dtype, int64_t row, int64_t k, uint32_t w
     word &= moe__frag_mask(dtype, row, k);
     while (moe__frag_bits(dtype, row, k, code) != word) code++;
     return code;
+}
+
+// NVFP4's scales as tiles have them: an e4m3 code that is not negative as 5 bits of exponent and 3 of mantissa.
+static uint32_t moe__scale_to_packed(uint32_t code)
+{
+    uint32_t exponent = 16;
+    code &= 127u;
+    if (code == 0 || code >= 8) return code == 0 ? 0 : code + (16u << 3);
+    while (code < 8) {
+        code <<= 1;
+        exponent--;
+    }
+    return (exponent + 1) << 3 | (code & 7u);
+}
+
+static float moe__packed_scale(uint32_t code)
+{
+    return code == 0 ? 0 : moe__bits_f32(((code >> 3) + 104u) << 23 | (code & 7u) << 20);
 }
 
 // Of scales of rows, ld of them in a row, `group` elements each: which one.
@@ -11444,6 +11463,8 @@ static void moe__pack_verify(const moe__pack *p, const unsigned char *in, int64_
             if (!moe__is_scale(given)) p->refused[2] = 2;
             else if (given != kept) p->refused[2] = 3;
             else if (p->out_dtype == MOE_DTYPE_E4M3 && kept < 0) p->refused[2] = 4;
+            else if (p->form == MOE__FORM_SCALES && p->out_dtype == MOE_DTYPE_UE8M0 && out[i] > MOE__TILES_UE8M0)
+                p->refused[2] = 5;
             if (p->refused[2] != 0) return;
         }
     }
@@ -11491,6 +11512,7 @@ static void moe__pack_scatter(const moe__pack *p, int64_t target, int64_t done, 
         }
         for (int64_t i = 0; i < run; i++) {
             if (p->flip) values[i] = (unsigned char)(values[i] ^ 0x88);
+            if (p->out_dtype == MOE_DTYPE_E4M3) values[i] = (unsigned char)moe__scale_to_packed(values[i]);
             moe__pack_put(p, row, p->out_column + done + at + i, values + i * size);
         }
     }
@@ -11742,7 +11764,7 @@ static int32_t moe__fail_refused(const moe__pack *p, moe_error *err)
 {
     static const char *const what[] = { "a code that is NaN", "a scale that is not finite or beyond 2^100",
                                         "a scale that the layer's scale type does not hold",
-                                        "a scale below 0" };
+                                        "a scale below 0", "a scale above 2^33, more than products on CUDA take" };
     return moe__fail_tensor(err, MOE_ERROR_DATA, "tensor.data", p->tensor, "has %s, in row %D (as packed) from element "
                             "%D on%s%s", what[p->refused[2] - 1], p->refused[0], p->refused[1],
                             p->refused[2] == 3 ? ": " : "", p->refused[2] == 3 ? moe_dtype_string(p->out_dtype) : "");
@@ -13131,7 +13153,9 @@ static int32_t moe__read_scales(const moe_weights *weights, int32_t local, const
     for (int64_t k = 0; result == MOE_OK && k < n; k++) {
         int64_t at = shape->scale_group > 0 ? (k + cut) / shape->scale_group : 0;
         if (in_tiles) at = (int64_t)moe__packed_scale_at(ld, shape->scale_group, packed % MOE__PACKED_ROWS, at);
-        out[k] = out[k] * moe__mulf(moe__widen(scales, shape->scale_dtype, at), factor);
+        out[k] = out[k] * moe__mulf(tiled && shape->scale_dtype == MOE_DTYPE_E4M3
+                                        ? moe__packed_scale(scales[at])
+                                        : moe__widen(scales, shape->scale_dtype, at), factor);
     }
     moe__block_shut(weights, bytes, scales);
     return result;
@@ -15356,6 +15380,17 @@ enum {
 
 // ---- the tables ----
 
+#ifndef XC16
+#define XC16 5
+#define XC32 4
+#define XS16 3
+#define XS32 3
+#define XS64 3
+#define XC64 2
+#define YC16 3
+#define YS16 3
+#endif
+
 #define MOE__B16 (1u << MOE_FORMAT_BF16 | 1u << MOE_FORMAT_F16)
 #define MOE__FP8 (1u << MOE_FORMAT_FP8_PER_TENSOR | 1u << MOE_FORMAT_FP8_PER_CHANNEL)
 #define MOE__BLK (1u << MOE_FORMAT_FP8_BLOCK)
@@ -15390,11 +15425,11 @@ static const moe__tile_row moe__tile_rows[] = {
     { MOE__ROW(256, 64, 128, 2, 64, 32), MOE__BLK, 0 },
     { MOE__ROW(256, 64, 128, 4, 64, 32), MOE__BLK, 0 },
     // Widened: 4 bits, then 8. Sums with scales of their own take twice the registers: up to 64 rows.
-    { MOE__ROW(128, 16, 128, 5, 16, 16), MOE__F4, MOE__F4 },
-    { MOE__ROW(128, 32, 128, 4, 32, 16), MOE__F4, MOE__F4 },
-    { MOE__ROW(128, 64, 128, 3, 64, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 16, 128, XS16, 16, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 32, 128, XS32, 32, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 64, 128, XS64, 64, 16), MOE__F4, MOE__F4 },
     { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__F4 & ~MOE__I4, MOE__F4 & ~MOE__I4 },
-    { MOE__ROW(128, 16, 128, 3, 16, 16), MOE__F8, MOE__F8 },
+    { MOE__ROW(128, 16, 128, YS16, 16, 16), MOE__F8, MOE__F8 },
     { MOE__ROW(128, 32, 128, 3, 32, 16), MOE__F8, MOE__F8 },
     { MOE__ROW(128, 64, 128, 2, 64, 16), MOE__F8, MOE__F8 },
     { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__F8 & ~MOE__BLK, MOE__F8 & ~MOE__BLK },
@@ -15833,9 +15868,17 @@ static int32_t moe__tile_tmem(const moe__tile_config *c)
     return columns;
 }
 
+// CTAs of widened codes that registers leave room for.
+static int32_t moe__tile_most(const moe__tile *t, int32_t bits)
+{
+    if (bits == 8) return t->n >= 64 ? 2 : t->n == 16 ? YC16 : 3;
+    return t->n == 16 ? XC16 : t->n == 32 ? XC32 : XC64;
+}
+
 static int32_t moe__tile_ctas(const moe__tile_config *c, const moe__tile_chip *chip)
 {
     int32_t most = c->tile.family != MOE__FAMILY_MMA ? 1 : c->tile.m == 256 || c->tile.n >= 64 ? 2 : 3;
+    if (c->widened) most = moe__tile_most(&c->tile, moe_dtype_bits(c->weights));
     return moe__max32(moe__min32(chip->smem_sm / (moe__tile_smem(c) + 1024), most), 1);
 }
 
@@ -16711,7 +16754,7 @@ typedef struct moe__gemm_set {
     int32_t rows_dtype;
     int32_t measured;                  // 1: the tile is moe_plan_autotune()'s choice, 0: that of least estimated cost
     int32_t threads, ctas, smem_bytes; // of a CTA; CTAs that an SM takes; dynamic shared memory of a CTA
-    int32_t stages;
+    int32_t stages, most;
     int32_t shared_ctas, shared_smem;  // of shared experts' products
 } moe__gemm_set;
 
@@ -16773,6 +16816,7 @@ static int32_t moe__set_take(moe__gemm_set *set, const moe__tile_problem *p, con
     set->ctas = set->shared_ctas = moe__tile_ctas(&c, chip);
     set->smem_bytes = set->shared_smem = moe__tile_smem(&c);
     set->stages = c.tile.stages;
+    set->most = c.widened ? moe__tile_most(&c.tile, moe_dtype_bits(c.weights)) : 0;
     if (shared != row) {
         moe__tile_problem other = *p;
         other.format = p->shared_format;
@@ -16878,14 +16922,16 @@ static int32_t moe__round_kind(const moe__scheme *input)
 }
 
 // What the products of codes are of; of others nothing.
-static void moe__instance_codes(moe__instance *out, const moe_layer_desc *layer, int32_t format, int32_t stages)
+static void moe__instance_codes(moe__instance *out, const moe_layer_desc *layer, int32_t format,
+                                const moe__gemm_set *set)
 {
     const moe__scheme w = moe__weight_scheme(format, layer->format_block, layer->scale_dtype);
     if (moe__scheme_is_float(&w)) return;
     moe__instance_define(out, "CODES", w.dtype);
     if (w.columns > 0) moe__instance_define(out, "SCALE", moe__stored_scale_dtype(&w, 1));
     if (w.columns > 0) moe__instance_define(out, "GROUP", moe__stored_group(layer, format, 1));
-    moe__instance_define(out, "STAGES", stages);
+    moe__instance_define(out, "STAGES", set->stages);
+    moe__instance_define(out, "CTAS", set->most);
 }
 
 // Both products of a format with the tiles of a set. any: with every activation, also where one alone would do.
@@ -16916,7 +16962,7 @@ static void moe__instances_pair(const moe_layer_desc *layer, const moe_plan_desc
     else moe__instance_define(gemm1, "X", x);
     moe__instance_define(gemm1, "GATED", gated);
     if (swiglu) moe__instance_define(gemm1, "ACTIVATION", MOE_ACTIVATION_SWIGLU);
-    moe__instance_codes(gemm1, layer, format, set->stages);
+    moe__instance_codes(gemm1, layer, format, set);
     text = moe__text_make(kind, sizeof kind);
     moe__text_format(&text, "_%s_rows_%s", codes, moe_dtype_string(set->rows_dtype));
     moe__instance_make(gemm2, "moe_k_gemm2", "gemm2_t%d", set->tile, kind, arch, sizeof(moe__gemm2_args), set->threads,
@@ -16924,7 +16970,7 @@ static void moe__instances_pair(const moe_layer_desc *layer, const moe_plan_desc
     moe__instance_define(gemm2, "TILE", set->tile);
     moe__instance_define(gemm2, "DTYPE", dtype);
     moe__instance_define(gemm2, "ROWS", set->rows_dtype);
-    moe__instance_codes(gemm2, layer, format, set->stages);
+    moe__instance_codes(gemm2, layer, format, set);
 }
 
 // What rounds x, and the intermediate.
@@ -22639,20 +22685,23 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "\n"
 "#define GEMM_THREADS 128\n"
-"#define GEMM_CTAS (MOE_P_TILE >= 64 \? 2 : 3) // of an SM with 228 KB\n"
+"#define GEMM_FOUR_BITS (MOE_P_CODES == DTYPE_E2M1 || MOE_P_CODES == DTYPE_INT4)\n"
+"#ifndef MOE_P_CTAS\n"
+"#define MOE_P_CTAS (MOE_P_TILE >= 64 \? 2 : 3) // of an SM with 228 KB\n"
+"#endif\n"
 "\n"
 "enum : u32 {\n"
 "    GEMM_TILE = MOE_P_TILE,\n"
 "    GEMM_STAGES = MOE_P_STAGES,\n"
 "    GEMM_K = MOE_P_CODES != 0 \? 128 : 64,\n"
 "    GEMM_PARTS = GEMM_K / 64,\n"
-"    GEMM_BLOCK = MOE_P_CODES == DTYPE_E2M1 || MOE_P_CODES == DTYPE_INT4 \? 128 * 64 : 128 * 128,\n"
+"    GEMM_BLOCK = GEMM_FOUR_BITS \? 128 * 64 : 128 * 128,\n"
 "    GEMM_BY_BLOCK = MOE_P_CODES == DTYPE_E4M3 && MOE_P_SCALE == DTYPE_F32,\n"
 "    GEMM_SCALE_EACH = MOE_P_SCALE == 0 \? 0 : 128 / MOE_P_GROUP, // of a weight row in a stage\n"
 "    GEMM_SCALES = 128 * GEMM_SCALE_EACH\n"
 "                  * (MOE_P_SCALE == DTYPE_F32 \? 4 : MOE_P_SCALE == DTYPE_BF16 || MOE_P_SCALE == DTYPE_F16 \? 2 : 1),\n"
-"    GEMM_ROW_SCALES = GEMM_BY_BLOCK \? (GEMM_TILE * 4 + 127) / 128 * 128 : 0,\n"
-"    GEMM_TOKENS = GEMM_TILE * 128 * GEMM_PARTS,\n",
+"    GEMM_ROW_SCALES = GEMM_BY_BLOCK \? (GEMM_TILE * 4 + 127) / 128 * 128 : 0,\n",
+"    GEMM_TOKENS = GEMM_TILE * 128 * GEMM_PARTS,\n"
 "    GEMM_STAGE = GEMM_BLOCK + GEMM_TOKENS + GEMM_SCALES + GEMM_ROW_SCALES,\n"
 "    GEMM_HALVES = GEMM_TILE >= 64 \? 2 : 1,       // parts of the columns, and groups of a warp\n"
 "    GEMM_EIGHTS = GEMM_TILE / 8 / GEMM_HALVES,   // columns of a warp, in eights\n"
@@ -22761,8 +22810,8 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI f32 relu2_clamp(const activation_args &act, f32 x)\n"
 "{\n"
-"    x = positive_part(x);\n"
-"    if (act.limit > 0) x = act.limit * tanh_f32(x / act.limit);\n",
+"    x = positive_part(x);\n",
+"    if (act.limit > 0) x = act.limit * tanh_f32(x / act.limit);\n"
 "    return x * x;\n"
 "}\n"
 "\n"
@@ -22855,8 +22904,8 @@ static const char *const moe__kernel_text[] = {
 "//     [m 8][half 2][lane 32][16 bytes]     16 rows x 64 elements; word s is K step s of 16\n"
 "//\n"
 "// A word has the lane's eight codes of a step, in pairs j: rows g, g + 8, g, g + 8 (g = lane / 4), elements 2 t and\n"
-"// 2 t + 1 (t = lane % 4), of the last two pairs 2 t + 8 and 2 t + 9; the first of a pair in its low half. INT4: pair j\n"
-"// is code + 8 at bit 4 j of each half. E2M1: scattered, so that a rotation and a mask put the three low bits of a code\n",
+"// 2 t + 1 (t = lane % 4), of the last two pairs 2 t + 8 and 2 t + 9; the first of a pair in its low half. INT4: pair j\n",
+"// is code + 8 at bit 4 j of each half. E2M1: scattered, so that a rotation and a mask put the three low bits of a code\n"
 "// to bits 6 to 8, and its sign to bit 15, of bf16: pair 0 lies so; 1 and 2 after a rotation right by 4, by 10; of\n"
 "// pair 3 all but bit 8 after one left by 2, that one after one left by 10.\n"
 "//\n"
@@ -22864,7 +22913,8 @@ static const char *const moe__kernel_text[] = {
 "// 0 and 2 are its first pair, 1 and 3 its second one. Tokens that meet them lie so: in every 16, even elements first.\n"
 "//\n"
 "// Scales of rows: [m][half][g][row g, g + 8][of the half], a group of 128 without halves. Blocks' are f32, one for each\n"
-"// row and group in shared memory, and rows of blocks in memory.\n"
+"// row and group in shared memory, and rows of blocks in memory. Those of NVFP4 are not e4m3 but 5 bits of exponent, 3 of\n"
+"// mantissa: 2^(exponent - 23) (1 + mantissa / 8), nothing below, 0 is 0.\n"
 "\n"
 "enum : u32 {\n"
 "    NO_ROW = ~0u,\n"
@@ -22935,10 +22985,10 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 i = tid(); i < job.rows * 32; i += GEMM_THREADS) {\n"
 "        const u32 feature = job.slab * 128 + i % 32 * 4;\n"
 "        const u64 at = (u64)(job.row + i / 32) * (u32)a.hidden + feature;\n"
-"        f32x4 v = { 0, 0, 0, 0 };\n"
+"        f32x4 v = { 0, 0, 0, 0 };\n",
 "        if (feature >= (u32)a.hidden) continue;\n"
 "        if (a.constants) v = *(const f32x4 *)(row + feature);\n"
-"        if (MOE_P_ROWS == DTYPE_F32) *(f32x4 *)((f32 *)a.out + at) = v;\n",
+"        if (MOE_P_ROWS == DTYPE_F32) *(f32x4 *)((f32 *)a.out + at) = v;\n"
 "        else *(u32x2 *)((u16 *)a.out + at) = { pack_16<MOE_P_ROWS>(v.x, v.y), pack_16<MOE_P_ROWS>(v.z, v.w) };\n"
 "    }\n"
 "}\n"
@@ -23017,13 +23067,13 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_ROWS_EACH; i++) {\n"
 "        const u32 row = gemm_row(i);\n"
-"        if (row >= gemm_columns(l.job.rows)) break;\n"
+"        if (row >= gemm_columns(l.job.rows)) break;\n",
 "        cp_async_16(to + 128 * row + 16 * (tid() % 8), from + 128 * row, there && row < l.job.rows \? 16 : 0);\n"
 "    }\n"
 "}\n"
 "\n"
 "DI void gemm_load_rows(const gemm1_args &a, const gemm_loader &l, u32 block, u8 *to)\n"
-"{\n",
+"{\n"
 "    const u32 piece = tid() % 8, k = 64 * block + 8 * piece, element = MOE_P_X == DTYPE_F32 \? 4 : 2;\n"
 "    const bool aligned = ((u64)a.x | (u64)a.x_stride * element) % 16 == 0;\n"
 "    if (MOE_P_ROUNDED) return gemm_load_tiles(a.x, a.rows, l, block, ((u32)a.hidden + 63) / 64, to);\n"
@@ -23102,11 +23152,11 @@ static const char *const moe__kernel_text[] = {
 "DI void gemm_step(gemm_sums &acc, const u32 (&w)[2 * GEMM_HALVES][4], u32 (&x)[4], const u8 *stage, u32 right, u32 s)\n"
 "{\n"
 "#pragma unroll\n"
-"    for (u32 n = 0; n < N; n++) {\n"
+"    for (u32 n = 0; n < N; n++) {\n",
 "        if (N > 1 \? n % 2 == 0 : s % 2 == 0) ldmatrix_x4(x, stage + ((right + n * 1024) ^ (s << 5)));\n"
 "        const u32 at = (N > 1 \? n : s) % 2 * 2, two[2] = { x[at], x[at + 1] };\n"
 "#pragma unroll\n"
-"        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n",
+"        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n"
 "            if (MOE_P_DTYPE == DTYPE_BF16) mma_bf16(acc[m][n], w[m], two);\n"
 "            else mma_f16(acc[m][n], w[m], two);\n"
 "        }\n"
@@ -23118,35 +23168,46 @@ static const char *const moe__kernel_text[] = {
 "DI u32 rotate_right(u32 v, u32 n) { return v >> n | v << (32 - n); }\n"
 "DI u32 times_bf16x2(u32 a, u32 b) { return fma_bf16x2(a, b, 0x80008000u); } // + -0: every sign stays\n"
 "\n"
-"// A word of frag4 -> registers of a fragment: exactly the codes' values.\n"
-"DI void widen_word(u32 v, u32 (&w)[4])\n"
+"// What is in the fragments is 2^-CODES_SHIFT of the values: as much as keeps one multiplication a pair exact, for\n"
+"// ue8m0 scales up to 2^33. The epilogue multiplies by 2^CODES_SHIFT.\n"
+"enum : i32 { CODES_SHIFT = MOE_P_SCALE == DTYPE_UE8M0 \? 32 : MOE_P_SCALE == DTYPE_E4M3 \? 103 : 0 };\n"
+"\n"
+"// Bits of 2^e in bf16, twice.\n"
+"DI u32 power_bf16x2(i32 e) { return (u32)(e + 127) * 0x00800080u; }\n"
+"\n"
+"// A word of frag4 -> registers of a fragment: INT4 codes, or bits of E2M1 codes times 2^-126.\n"
+"DI void spread_word(u32 v, u32 (&w)[4])\n"
 "{\n"
 "    if (MOE_P_CODES == DTYPE_INT4) { // 128 + code + 8 by its bits, less 136\n"
 "#pragma unroll\n"
 "        for (u32 j = 0; j < 4; j++)\n"
 "            w[j] = fma_bf16x2((v >> 4 * j & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);\n"
-"    } else { // bits of code 2^-126\n"
+"    } else {\n"
 "        const u32 mask = 0x81c081c0u;\n"
 "        const u32 raw[4] = { v & mask, rotate_right(v, 4) & mask, rotate_right(v, 10) & mask,\n"
 "                             (rotate_right(v, 30) & 0x80c080c0u) | (rotate_right(v, 22) & 0x01000100u) };\n"
 "#pragma unroll\n"
-"        for (u32 j = 0; j < 4; j++) w[j] = times_bf16x2(raw[j], 0x7e807e80u);\n"
+"        for (u32 j = 0; j < 4; j++) w[j] = raw[j];\n"
 "    }\n"
 "}\n"
 "\n"
-"// Four e4m3 codes -> two registers of a fragment: bits of code 2^-120.\n"
-"DI void widen_bytes(u32 v, u32 &first, u32 &second)\n"
+"// Four E4M3 codes -> two registers of a fragment: bits of codes times 2^-120.\n"
+"DI void spread_bytes(u32 v, u32 &first, u32 &second)\n"
 "{\n"
 "    const u32 low = v << 8;\n"
-"    first = times_bf16x2((low & 0x80008000u) | (low >> 4 & 0x07f007f0u), 0x7b807b80u);\n"
-"    second = times_bf16x2((v & 0x80008000u) | (v >> 4 & 0x07f007f0u), 0x7b807b80u);\n"
+"    first = (low & 0x80008000u) | (low >> 4 & 0x07f007f0u);\n"
+"    second = (v & 0x80008000u) | (v >> 4 & 0x07f007f0u);\n"
 "}\n"
 "\n"
-"// A scale, twice, of a row's scales in a word: ue8m0 (2^-127 counts as 0), or e4m3 that is not negative.\n"
-"DI u32 widen_scale(u32 v, u32 i)\n"
+"// What makes values, times 2^-CODES_SHIFT, of those bits, twice: with scale i of a row's in a word.\n"
+"DI u32 widening_scale(u32 v, u32 i)\n"
 "{\n"
-"    if (MOE_P_SCALE == DTYPE_UE8M0) return (v >> 8 * i & 255u) * 0x00800080u;\n"
-"    return times_bf16x2((v >> 8 * i & 127u) * 0x00100010u, 0x7b807b80u);\n"
+"    const i32 bits_shift = MOE_P_CODES == DTYPE_E4M3 \? 120 : 126;\n"
+"    const u32 code = v >> 8 * i & 255u;\n"
+"    if (MOE_P_SCALE == DTYPE_UE8M0) // 2^(code - 127)\n"
+"        return code * 0x00800080u + power_bf16x2(bits_shift - CODES_SHIFT - 127);\n"
+"    if (MOE_P_SCALE == DTYPE_E4M3) return times_bf16x2(code * 0x00100010u, power_bf16x2(127));\n"
+"    return power_bf16x2(bits_shift);\n"
 "}\n"
 "\n"
 "// Scale i of a lane's row g, or g + 8, in 16 rows of a stage's half: those that sums are multiplied by.\n"
@@ -23179,7 +23240,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "\n"
 "// The product of a stage of codes. Scales of powers of two, and e4m3 ones of e2m1, are exact in the fragments; others\n"
-"// multiply sums of a group.\n"
+"// multiply sums of a group.\n",
 "template <u32 N> DI void codes_multiply(gemm_sums &acc, const u8 *stage, u32 left, u32 right)\n"
 "{\n"
 "    const bool folded = MOE_P_SCALE == DTYPE_UE8M0 || MOE_P_SCALE == DTYPE_E4M3, sums = MOE_P_SCALE != 0 && !folded;\n"
@@ -23196,7 +23257,7 @@ static const char *const moe__kernel_text[] = {
 "        u32 x[4], codes[2 * GEMM_HALVES][4], scales[2 * GEMM_HALVES][2];\n"
 "#pragma unroll\n"
 "        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n"
-"            const u32 at = (2 * gemm_group() + m) * 2 + half;\n",
+"            const u32 at = (2 * gemm_group() + m) * 2 + half;\n"
 "            if (GEMM_BLOCK == 8192) {\n"
 "                const u32x4 v = *(const u32x4 *)(stage + (at * 32 + lane()) * 16);\n"
 "                codes[m][0] = v.x;\n"
@@ -23222,17 +23283,16 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "            for (u32 m = 0; m < 2 * GEMM_HALVES; m++) {\n"
 "                if (GEMM_BLOCK == 8192) {\n"
-"                    widen_word(codes[m][s], w[m]);\n"
+"                    spread_word(codes[m][s], w[m]);\n"
 "                } else { // two steps at a time\n"
 "                    if (s % 2 == 0) ldmatrix_x4(codes[m], stage + ((left + m * 2048) ^ (half * 2 + s / 2) << 5));\n"
-"                    widen_bytes(codes[m][s % 2 * 2], w[m][0], w[m][2]);\n"
-"                    widen_bytes(codes[m][s % 2 * 2 + 1], w[m][1], w[m][3]);\n"
+"                    spread_bytes(codes[m][s % 2 * 2], w[m][0], w[m][2]);\n"
+"                    spread_bytes(codes[m][s % 2 * 2 + 1], w[m][1], w[m][3]);\n"
 "                }\n"
-"                if (folded) {\n"
+"                if (MOE_P_CODES == DTYPE_INT4) continue;\n"
 "#pragma unroll\n"
-"                    for (u32 i = 0; i < 4; i++)\n"
-"                        w[m][i] = times_bf16x2(w[m][i], widen_scale(scales[m][i % 2], s / each));\n"
-"                }\n"
+"                for (u32 i = 0; i < 4; i++)\n"
+"                    w[m][i] = times_bf16x2(w[m][i], widening_scale(folded \? scales[m][i % 2] : 0, s / each));\n"
 "            }\n"
 "            gemm_step<N>(sums \? part : acc, w, x, stage + half * GEMM_TILE * 128, right, s);\n"
 "            if (sums && each <= 4 && (s + 1) % each == 0) codes_promote<N>(acc, part, stage, column, half, s / each);\n"
@@ -23272,7 +23332,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "DI gemm_place gemm_place_of(const gemm_job &job, u32 slab_features)\n"
 "{\n"
-"    const u32 columns = gemm_columns(job.rows);\n"
+"    const u32 columns = gemm_columns(job.rows);\n",
 "    gemm_place p;\n"
 "    p.eights = 8 * gemm_half() >= columns \? 0 : max_u32(columns / 8 / GEMM_HALVES, 1);\n"
 "    p.column = gemm_half() * p.eights * 8 + lane() % 4 * 2;\n"
@@ -23286,9 +23346,10 @@ static const char *const moe__kernel_text[] = {
 "                   gemm_sums &acc, u32 group)\n"
 "{\n"
 "    const codes_args &c = a.codes;\n"
+"    const f32 shift = from_bits((u32)(CODES_SHIFT + 127) << 23);\n"
 "    f32 w[4] = { 1, 1, 1, 1 }, rows = 1;\n"
 "    if (MOE_P_CODES == 0 || feature >= features) return;\n"
-"    const u64 block = a.rows.experts[job.block];\n",
+"    const u64 block = a.rows.experts[job.block];\n"
 "    if (c.row_factor != NO_BIAS) rows = *(const f32 *)(block + c.row_factor);\n"
 "    if (c.factor != NO_BIAS && c.factor_step == 0) {\n"
 "        const f32 *from = (const f32 *)(block + c.factor);\n"
@@ -23307,10 +23368,10 @@ static const char *const moe__kernel_text[] = {
 "        f32 x = rows;\n"
 "        if (!GEMM_BY_BLOCK && c.row_scales != nullptr && n < p.eights && row < job.rows)\n"
 "            x = rows * c.row_scales[job.row + row];\n"
-"        acc[2 * group][n][q] = acc[2 * group][n][q] * w[0] * x;\n"
-"        acc[2 * group][n][2 + q] = acc[2 * group][n][2 + q] * w[1] * x;\n"
-"        acc[2 * group + 1][n][q] = acc[2 * group + 1][n][q] * w[2] * x;\n"
-"        acc[2 * group + 1][n][2 + q] = acc[2 * group + 1][n][2 + q] * w[3] * x;\n"
+"        acc[2 * group][n][q] = acc[2 * group][n][q] * shift * w[0] * x;\n"
+"        acc[2 * group][n][2 + q] = acc[2 * group][n][2 + q] * shift * w[1] * x;\n"
+"        acc[2 * group + 1][n][q] = acc[2 * group + 1][n][q] * shift * w[2] * x;\n"
+"        acc[2 * group + 1][n][2 + q] = acc[2 * group + 1][n][2 + q] * shift * w[3] * x;\n"
 "    }\n"
 "}\n"
 "\n"
@@ -23363,7 +23424,7 @@ static const char *const moe__kernel_text[] = {
 "}\n"
 "DI void gemm_next_group(gemm_sums &acc)\n"
 "{\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 m = 0; m + 2 < 2 * GEMM_HALVES; m++)\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 4 * GEMM_EIGHTS; i++) acc[m][i / 4][i % 4] = acc[m + 2][i / 4][i % 4];\n"
@@ -23386,7 +23447,7 @@ static const char *const moe__kernel_text[] = {
 "    } else {\n"
 "        activate_plain(act, v);\n"
 "        activate_plain(act, u);\n"
-"    }\n",
+"    }\n"
 "#pragma unroll\n"
 "    for (u32 q = 0; q < 2; q++) {\n"
 "        const u32 lo = pack_16<MOE_P_DTYPE>(v[q], v[2 + q]), hi = pack_16<MOE_P_DTYPE>(u[q], u[2 + q]);\n"
@@ -23452,7 +23513,7 @@ static const char *const moe__kernel_text[] = {
 "DI bool gemm_starts_early(const gemm1_args &a)\n"
 "{\n"
 "    return a.rows.slot_of_row == nullptr && a.rows.num_tokens_dev == nullptr;\n"
-"}\n"
+"}\n",
 "DI bool gemm_starts_early(const gemm2_args &a)\n"
 "{\n"
 "    return a.rows.slot_of_row != nullptr || a.rows.num_tokens_dev == nullptr;\n"
@@ -23475,7 +23536,7 @@ static const char *const moe__kernel_text[] = {
 "    l.at = cta();\n"
 "    gemm_open(a, l, early);\n"
 "    if (early) {\n"
-"        for (u32 s = 0; s < GEMM_STAGES - 1 && s < blocks && l.job.rows != 0; s++)\n",
+"        for (u32 s = 0; s < GEMM_STAGES - 1 && s < blocks && l.job.rows != 0; s++)\n"
 "            gemm_load_weights(l, s, smem() + s * GEMM_STAGE);\n"
 "        grid_wait();\n"
 "        grid_launch();\n"
@@ -23553,7 +23614,7 @@ static const char *const moe__kernel_text[] = {
 "            sum = fmaf(u, u, sum);\n"
 "        }\n"
 "        sum = lanes16_sum(sum);\n"
-"        if (lane() % 16 == 0 && j + group < slots)\n"
+"        if (lane() % 16 == 0 && j + group < slots)\n",
 "            scale[j + group] = finalize_pruned(a, row) \? -1.0f\n"
 "                                                       : 1.0f / sqrt_rn(sum / (f32)a.hidden + a.row_norm_epsilon);\n"
 "    }\n"
@@ -23573,7 +23634,7 @@ static const char *const moe__kernel_text[] = {
 "DI void finalize_special(const finalize_args &a, u32 token, i64 slot, u32 k, f32 weight, f32 (&total)[8])\n"
 "{\n"
 "    const i32 special = a.ids == nullptr \? -1 : a.ids[slot] - a.num_experts;\n"
-"    f32 v[8];\n",
+"    f32 v[8];\n"
 "    if (special < 0 || special >= a.special_experts) return;\n"
 "    if (a.special_kind == SPECIAL_IDENTITY) load_8<MOE_P_X>(a.x, token * a.x_stride + k, false, v);\n"
 "    else if (a.special_kind == SPECIAL_CONSTANT) load_8<DTYPE_F32>(a.constants, (i64)special * a.hidden + k, true, v);\n"
@@ -23645,7 +23706,7 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 j = 0; j < slots; j += FINALIZE_BATCH) finalize_slots(a, token, j, k, norms, total);\n"
 "#pragma unroll\n"
 "    for (u32 i = 0; i < 8; i++) total[i] = total[i] * scale;\n"
-"    if (a.shared_rows != nullptr) {\n"
+"    if (a.shared_rows != nullptr) {\n",
 "        f32 gate = a.shared_gate == nullptr \? 1.0f : a.shared_gate[token];\n"
 "        if (a.gate_is_logit) gate = sigmoid_f32(gate);\n"
 "        const f32 factor = a.shared_scale * gate;\n"
@@ -23664,7 +23725,7 @@ static const char *const moe__kernel_text[] = {
 "    const i32 slot = a.slot_of_row[row];\n"
 "    f32 v[8], weight = 1;\n"
 "    if (slot < 0) return;\n"
-"    load_8<MOE_P_ROWS>(a.rows, (i64)row * a.hidden + k, true, v);\n",
+"    load_8<MOE_P_ROWS>(a.rows, (i64)row * a.hidden + k, true, v);\n"
 "    if (a.weights != nullptr && !a.weight_on_input) weight = load_float(a.weights, a.weights_dtype, slot);\n"
 "    const f32 scale = a.scale * (a.global_scale == nullptr \? 1 : *a.global_scale);\n"
 "    if (a.row_norm != nullptr) finalize_norm(a, k, norms[0], v);\n"
@@ -23739,7 +23800,7 @@ static const char *const moe__kernel_text[] = {
 "DI f32 near_e2m1(f32 v)\n"
 "{\n"
 "    const f32 a = abs_f32(v), magic = a < 2.0f \? 6291456.0f : a < 4.0f \? 12582912.0f : 25165824.0f;\n"
-"    f32 r = a + magic - magic;\n"
+"    f32 r = a + magic - magic;\n",
 "    if (!(r <= 6.0f)) r = 6.0f;\n"
 "    return v < 0 \? -r : r;\n"
 "}\n"
@@ -23760,7 +23821,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    f32 amax = 0;\n"
 "#pragma unroll\n"
-"    for (u32 i = 0; i < 8; i++)\n",
+"    for (u32 i = 0; i < 8; i++)\n"
 "        if (abs_f32(v[i]) > amax) amax = abs_f32(v[i]);\n"
 "    return amax;\n"
 "}\n"
@@ -23844,7 +23905,7 @@ static const char *const moe__kernel_text[] = {
 "            scale = a.powers \? scale_ue8m0(amax_lanes<4>(amax)) : scale_f32(amax_lanes<4>(amax));\n"
 "            if (column < (u32)a.columns && column % 128 == 0)\n"
 "                a.scales[(u64)(column / 128) * (u32)a.rows.rows_max + row] = scale;\n"
-"        } else if (MOE_P_ROUND == ROUND_MX) {\n"
+"        } else if (MOE_P_ROUND == ROUND_MX) {\n",
 "            folded = scale = scale_ue8m0(amax_lanes<2>(amax));\n"
 "        } else if (MOE_P_ROUND == ROUND_NVFP4) {\n"
 "            folded = scale_e4m3(amax_lanes<1>(amax), given);\n"
@@ -23862,7 +23923,7 @@ static const char *const moe__kernel_text[] = {
 "    const u32 rows = tables \? (u32)a.rows.num_tiles[0] * tile\n"
 "                            : count_tokens(a.rows.num_tokens_dev, a.rows.num_tokens, wrong);\n"
 "    round_source from = { 0, 1, ((u64)a.x | (u64)a.x_stride * element) % 16 == 0 };\n"
-"    for (u32 row = cta(); row < rows; row += ncta()) {\n",
+"    for (u32 row = cta(); row < rows; row += ncta()) {\n"
 "        u64 block = a.rows.experts[0];\n"
 "        u32 source = row;\n"
 "        if (tables) {\n"
@@ -23934,7 +23995,7 @@ static const char *const moe__kernel_text[] = {
 "    return a.out_dtype == DTYPE_BF16 \? f32_bf16(wide) : f32_f16(wide);\n"
 "}\n"
 "\n"
-"// Columns column .. + 7 of the output that are the source's, from natural row `row`.\n"
+"// Columns column .. + 7 of the output that are the source's, from natural row `row`.\n",
 "DI void pack_piece(const pack_args &a, u32 row, u32 column)\n"
 "{\n"
 "    const u32 target = pack_target(a, row), from = (u32)a.first_column - (u32)a.out_column; // may wrap\n"
@@ -23948,7 +24009,7 @@ static const char *const moe__kernel_text[] = {
 "        return;\n"
 "    }\n"
 "    const bool across = a.layout == LAYOUT_MAJOR_MN;\n"
-"    const u64 first = pack_source(a, row, column + from);\n",
+"    const u64 first = pack_source(a, row, column + from);\n"
 "    if (!across && (column + from) % 8 == 0 && a.dtype == a.out_dtype && ((u64)a.data + 2 * first) % 16 == 0) {\n"
 "        *(u32x4 *)to = *(const u32x4 *)((const u16 *)a.data + first);\n"
 "        return;\n"
@@ -24023,7 +24084,7 @@ static const char *const moe__kernel_text[] = {
 "{\n"
 "    u32 all = 0, count[8];\n"
 "    before = 0;\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 c = 0; c < 8; c++) count[c] = ld_cluster(mapa(own, c < ctas \? c : rank));\n"
 "#pragma unroll\n"
 "    for (u32 c = 0; c < 8; c++) {\n"
@@ -24040,7 +24101,7 @@ static const char *const moe__kernel_text[] = {
 "//   exchange   every CTA reads the others' own -> all, row                           | cluster barrier, whose\n"
 "//   place      threads: experts -> rows; warps: slots; threads: tiles, shared out by CTA  | wait is the last thing\n"
 "//\n"
-"//   shared memory: sort_memory, own, counters, slots, two rows a warp. At most 128 registers.\n",
+"//   shared memory: sort_memory, own, counters, slots, two rows a warp. At most 128 registers.\n"
 "MOE_ENTRY(moe_k_route_one, route_one_args, ROUTE_ONE_THREADS, 1)\n"
 "{\n"
 "    const u32 warps = ROUTE_ONE_THREADS / 32, slots = (u32)a.tokens.slots, ids_end = (u32)a.tokens.ids_end;\n"
@@ -24104,7 +24165,7 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   shared memory: own, counters, u32 fault[64], slots, two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
-"{\n"
+"{\n",
 "    const u32 warps = ROUTE_THREADS / 32, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
 "    u32 faults[4] = { 0, 0, 0, 0 }, *slot;\n"
 "    sort_memory m;\n"
@@ -24121,7 +24182,7 @@ static const char *const moe__kernel_text[] = {
 "    grid_launch();\n"
 "    grid_wait();\n"
 "    const u32 tokens = count_tokens(a.tokens.num_tokens_dev, a.tokens.num_tokens, faults[FAULT_COUNTS]);\n"
-"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n",
+"    if (cta() != 0 || tid() != 0) faults[FAULT_COUNTS] = 0;\n"
 "    const u32 begin = cta() * chunk_tokens, left = begin < tokens \? tokens - begin : 0;\n"
 "    const warp_run run =\n"
 "        route_tokens(a.tokens, begin, left < chunk_tokens \? left : chunk_tokens, rows, slot, m, true, faults);\n"
@@ -24188,7 +24249,7 @@ static const char *const moe__kernel_text[] = {
 "//   sum     threads: ids; counters of all chunks -> all, before                    | CTA barrier\n"
 "//   place   threads: local experts -> rows, then slots; tiles shared out by CTA\n"
 "//\n"
-"//   shared memory: sort_memory. At most 64 registers, so that it starts beside moe_k_route.\n"
+"//   shared memory: sort_memory. At most 64 registers, so that it starts beside moe_k_route.\n",
 "MOE_ENTRY(moe_k_sort, sort_args, 256, 4)\n"
 "{\n"
 "    const u32 slots = (u32)a.slots;\n"
@@ -24208,7 +24269,7 @@ static const char *const moe__kernel_text[] = {
 "    u32 before[2];\n"
 "#pragma unroll\n"
 "    for (u32 h = 0; h < 2; h++) { // the first ones are on their way while counters are added\n"
-"        u32 i = tid() + h * SORT_THREADS;\n",
+"        u32 i = tid() + h * SORT_THREADS;\n"
 "        id[h] = i < mine \? a.ids[at + i] : -1;\n"
 "        before[h] = i < mine \? a.slot_ranks[at + i] : 0;\n"
 "    }\n"
@@ -24279,7 +24340,7 @@ static const char *const moe__kernel_text[] = {
 "        }\n"
 "        const u32 i = row - m.first[low];\n"
 "        if (i >= m.all[low]) continue; // padding\n"
-"        if (a.kind == GROUP_DENSE) a.dense_of_slot[a.slot_of_row[(u32)a.padded[low] + i]] = (i32)row;\n"
+"        if (a.kind == GROUP_DENSE) a.dense_of_slot[a.slot_of_row[(u32)a.padded[low] + i]] = (i32)row;\n",
 "        else if (a.kind == GROUP_SORTED) a.permute.slot_of_row[row] = a.table[low] + (i32)i;\n"
 "        else a.permute.slot_of_row[row] = (i32)low * a.rows_per_expert + (i32)i;\n"
 "    }\n"
@@ -24302,16 +24363,16 @@ static const char *const moe__kernel_text[] = {
 "#endif\n"
 "\n"
 "#if defined(MOE_K_GEMM1) || defined(MOE_K_ALL)\n"
-"\n",
-"// First product, activation and rounding: x -> intermediate. Registers: see GEMM_CTAS.\n"
-"MOE_ENTRY(moe_k_gemm1, gemm1_args, GEMM_THREADS, GEMM_CTAS) { gemm_run(a); }\n"
+"\n"
+"// First product, activation and rounding: x -> intermediate. Registers: see MOE_P_CTAS.\n"
+"MOE_ENTRY(moe_k_gemm1, gemm1_args, GEMM_THREADS, MOE_P_CTAS) { gemm_run(a); }\n"
 "\n"
 "#endif\n"
 "\n"
 "#if defined(MOE_K_GEMM2) || defined(MOE_K_ALL)\n"
 "\n"
 "// Second product: intermediate -> rows.\n"
-"MOE_ENTRY(moe_k_gemm2, gemm2_args, GEMM_THREADS, GEMM_CTAS) { gemm_run(a); }\n"
+"MOE_ENTRY(moe_k_gemm2, gemm2_args, GEMM_THREADS, MOE_P_CTAS) { gemm_run(a); }\n"
 "\n"
 "#endif\n"
 "\n"
@@ -24357,10 +24418,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "687d689b3bfe3eea224b6f4cb91f379a7e3dec62194ee238ff730ccaa074bae3";
+    return "36a1c3c19f84da095bc18a11bf35cbf05df5742529feb1b0d8b51958f8d13b94";
 }
 
-// >>kernels-ptx 687d689b3bfe3eea224b6f4cb91f379a7e3dec62194ee238ff730ccaa074bae3  of the text with this digest
+// >>kernels-ptx 36a1c3c19f84da095bc18a11bf35cbf05df5742529feb1b0d8b51958f8d13b94  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

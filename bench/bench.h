@@ -215,7 +215,7 @@ static double measure_launch(void)
 
 static void print_head(void)
 {
-    printf("%-28s %-8s %-14s %6s %9s %9s %9s %9s\n", "layer", "load", "stage", "tokens", "us", "us min", "us max",
+    printf("%-28s %-15s %-8s %-14s %6s %9s %9s %9s %9s\n", "layer", "format", "load", "stage", "tokens", "us", "us min", "us max",
            "floor us");
 }
 

@@ -223,7 +223,9 @@ static moe_weights *make_codes(const moe_layer_desc *layer)
     moe_error err;
     void *block;
     if (moe_weights_create(ctx, layer, NULL, &weights, &err)) fail("weights", &err);
-    for (int role = MOE_TENSOR_GATE; role <= MOE_TENSOR_DOWN; role++) set_codes(weights, layer, role);
+    set_codes(weights, layer, MOE_TENSOR_GATE);
+    set_codes(weights, layer, MOE_TENSOR_UP);
+    set_codes(weights, layer, MOE_TENSOR_DOWN);
     block = malloc((size_t)weights->layout.expert.bytes);
     CALL(cuda->cuMemcpyDtoH(block, moe__device_block(weights, 0), (size_t)weights->layout.expert.bytes));
     for (int e = 1; e < layer->parallel.local_experts; e++) {
@@ -363,7 +365,7 @@ static void make_plan(layer_bench *b, const moe_layer_desc *layer, uint32_t flag
     b->args.workspace_bytes = info.workspace_bytes;
 }
 
-static void bench_shape(const shape *given, int only)
+static void bench_shape(const shape *s, int only)
 {
     static const int tokens[] = { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384 };
     static const char *const loads[][3] = { { "uniform", "one hot", "zipf" }, { "uniform", "empty", "one local" } };
