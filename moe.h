@@ -10452,7 +10452,10 @@ static int32_t moe__stored_scale_dtype(const moe__scheme *w, int32_t tiled)
 }
 
 // Rows of scales that follow the order of tiles.
-static int32_t moe__scales_tiled(const moe__scheme *w, int32_t tiled) { return tiled && w->rows == 1 && w->columns > 0; }
+static int32_t moe__scales_tiled(const moe__scheme *w, int32_t tiled)
+{
+    return tiled && w->rows == 1 && w->columns > 0;
+}
 
 static void moe__block_make(moe__block_shape *shape, const moe_layer_desc *layer, int32_t size, int32_t format,
                             int32_t bias1, int32_t bias2, int32_t tiled)
@@ -13135,7 +13138,8 @@ static int32_t moe__read_scales(const moe_weights *weights, int32_t local, const
     int32_t half = down ? MOE__FACTOR_DOWN : gated && row % 2 == 0 ? MOE__FACTOR_GATE : MOE__FACTOR_UP;
     int64_t ld = down ? shape->scale_ld2 : shape->scale_ld1, packed = moe__packed_row(gated, row);
     int64_t first = down ? moe__scale_row2(shape, row) : moe__scale_row1(shape, gated, row), count = ld;
-    int32_t cut = down && w->columns > 0 ? shape->first_feature % w->columns : 0, in_tiles = moe__scales_tiled(w, tiled);
+    int32_t cut = down && w->columns > 0 ? shape->first_feature % w->columns : 0;
+    int32_t in_tiles = moe__scales_tiled(w, tiled);
     uint64_t part = down ? shape->scales2 : shape->scales1, bytes;
     const unsigned char *scales, *factors;
     float factor = 1;
@@ -13149,7 +13153,8 @@ static int32_t moe__read_scales(const moe_weights *weights, int32_t local, const
     if (result == MOE_OK && moe__scheme_has_global(w)) memcpy(&factor, factors + 4 * half, 4);
     moe__block_shut(weights, MOE__FACTORS * 4, factors);
     if (result != MOE_OK) return result;
-    result = moe__block_open(weights, local, part + moe__row_bytes(shape->scale_dtype, first * ld), bytes, &scales, err);
+    part += moe__row_bytes(shape->scale_dtype, first * ld);
+    result = moe__block_open(weights, local, part, bytes, &scales, err);
     for (int64_t k = 0; result == MOE_OK && k < n; k++) {
         int64_t at = shape->scale_group > 0 ? (k + cut) / shape->scale_group : 0;
         if (in_tiles) at = (int64_t)moe__packed_scale_at(ld, shape->scale_group, packed % MOE__PACKED_ROWS, at);
@@ -15380,17 +15385,6 @@ enum {
 
 // ---- the tables ----
 
-#ifndef XC16
-#define XC16 5
-#define XC32 4
-#define XS16 3
-#define XS32 3
-#define XS64 3
-#define XC64 2
-#define YC16 3
-#define YS16 3
-#endif
-
 #define MOE__B16 (1u << MOE_FORMAT_BF16 | 1u << MOE_FORMAT_F16)
 #define MOE__FP8 (1u << MOE_FORMAT_FP8_PER_TENSOR | 1u << MOE_FORMAT_FP8_PER_CHANNEL)
 #define MOE__BLK (1u << MOE_FORMAT_FP8_BLOCK)
@@ -15425,11 +15419,11 @@ static const moe__tile_row moe__tile_rows[] = {
     { MOE__ROW(256, 64, 128, 2, 64, 32), MOE__BLK, 0 },
     { MOE__ROW(256, 64, 128, 4, 64, 32), MOE__BLK, 0 },
     // Widened: 4 bits, then 8. Sums with scales of their own take twice the registers: up to 64 rows.
-    { MOE__ROW(128, 16, 128, XS16, 16, 16), MOE__F4, MOE__F4 },
-    { MOE__ROW(128, 32, 128, XS32, 32, 16), MOE__F4, MOE__F4 },
-    { MOE__ROW(128, 64, 128, XS64, 64, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 16, 128, 3, 16, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 32, 128, 3, 32, 16), MOE__F4, MOE__F4 },
+    { MOE__ROW(128, 64, 128, 3, 64, 16), MOE__F4, MOE__F4 },
     { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__F4 & ~MOE__I4, MOE__F4 & ~MOE__I4 },
-    { MOE__ROW(128, 16, 128, YS16, 16, 16), MOE__F8, MOE__F8 },
+    { MOE__ROW(128, 16, 128, 3, 16, 16), MOE__F8, MOE__F8 },
     { MOE__ROW(128, 32, 128, 3, 32, 16), MOE__F8, MOE__F8 },
     { MOE__ROW(128, 64, 128, 2, 64, 16), MOE__F8, MOE__F8 },
     { MOE__ROW(128, 128, 128, 2, 128, 16), MOE__F8 & ~MOE__BLK, MOE__F8 & ~MOE__BLK },
@@ -15868,17 +15862,18 @@ static int32_t moe__tile_tmem(const moe__tile_config *c)
     return columns;
 }
 
-// CTAs of widened codes that registers leave room for.
-static int32_t moe__tile_most(const moe__tile *t, int32_t bits)
+// CTAs of widened codes that an SM has registers for: more hide more of the widening.
+static int32_t moe__tile_most(const moe__tile *t, int32_t weights)
 {
-    if (bits == 8) return t->n >= 64 ? 2 : t->n == 16 ? YC16 : 3;
-    return t->n == 16 ? XC16 : t->n == 32 ? XC32 : XC64;
+    if (t->n >= 64) return 2;
+    if (moe_dtype_bits(weights) == 8) return 3;
+    return t->n == 16 ? 5 : weights == MOE_DTYPE_INT4 ? 3 : 4;
 }
 
 static int32_t moe__tile_ctas(const moe__tile_config *c, const moe__tile_chip *chip)
 {
     int32_t most = c->tile.family != MOE__FAMILY_MMA ? 1 : c->tile.m == 256 || c->tile.n >= 64 ? 2 : 3;
-    if (c->widened) most = moe__tile_most(&c->tile, moe_dtype_bits(c->weights));
+    if (c->widened) most = moe__tile_most(&c->tile, c->weights);
     return moe__max32(moe__min32(chip->smem_sm / (moe__tile_smem(c) + 1024), most), 1);
 }
 
@@ -16816,7 +16811,7 @@ static int32_t moe__set_take(moe__gemm_set *set, const moe__tile_problem *p, con
     set->ctas = set->shared_ctas = moe__tile_ctas(&c, chip);
     set->smem_bytes = set->shared_smem = moe__tile_smem(&c);
     set->stages = c.tile.stages;
-    set->most = c.widened ? moe__tile_most(&c.tile, moe_dtype_bits(c.weights)) : 0;
+    set->most = c.widened ? moe__tile_most(&c.tile, c.weights) : 0;
     if (shared != row) {
         moe__tile_problem other = *p;
         other.format = p->shared_format;
@@ -18778,7 +18773,8 @@ static moe__codes_args moe__codes_args_of(const moe__block_shape *shape, int32_t
         a.factor = a.scales;
         a.factor_step = w->rows == 1;
     } else if (moe__scheme_has_global(w)) {
-        a.factor = shape->factors + 4u * (uint64_t)(down ? MOE__FACTOR_DOWN : gated ? MOE__FACTOR_GATE : MOE__FACTOR_UP);
+        int32_t first = down ? MOE__FACTOR_DOWN : gated ? MOE__FACTOR_GATE : MOE__FACTOR_UP;
+        a.factor = shape->factors + 4u * (uint64_t)first;
     }
     if (moe__scheme_is_float(&shape->input)) return a;
     if (moe__scheme_has_global(&shape->input))
@@ -18789,7 +18785,8 @@ static moe__codes_args moe__codes_args_of(const moe__block_shape *shape, int32_t
 }
 
 // Rows of x, or of the intermediate, rounded into tiles.
-static moe__cu_result moe__launch_round(const moe__run *run, const moe__product *p, int32_t mid, void *out, void *stream)
+static moe__cu_result moe__launch_round(const moe__run *run, const moe__product *p, int32_t mid, void *out,
+                                        void *stream)
 {
     const moe_plan *plan = run->plan;
     const moe__scheme *input = &p->shape->input;
@@ -22913,8 +22910,8 @@ static const char *const moe__kernel_text[] = {
 "// 0 and 2 are its first pair, 1 and 3 its second one. Tokens that meet them lie so: in every 16, even elements first.\n"
 "//\n"
 "// Scales of rows: [m][half][g][row g, g + 8][of the half], a group of 128 without halves. Blocks' are f32, one for each\n"
-"// row and group in shared memory, and rows of blocks in memory. Those of NVFP4 are not e4m3 but 5 bits of exponent, 3 of\n"
-"// mantissa: 2^(exponent - 23) (1 + mantissa / 8), nothing below, 0 is 0.\n"
+"// row and group in shared memory, and rows of blocks in memory. Those of NVFP4 are not e4m3 but 5 bits of exponent, 3\n"
+"// of mantissa: 2^(exponent - 23) (1 + mantissa / 8), nothing below, 0 is 0.\n"
 "\n"
 "enum : u32 {\n"
 "    NO_ROW = ~0u,\n"
@@ -24418,10 +24415,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "36a1c3c19f84da095bc18a11bf35cbf05df5742529feb1b0d8b51958f8d13b94";
+    return "7f0a9bb75f326b82485c8556d187b64534d014f314a7bb8d70c20a1e05da7420";
 }
 
-// >>kernels-ptx 36a1c3c19f84da095bc18a11bf35cbf05df5742529feb1b0d8b51958f8d13b94  of the text with this digest
+// >>kernels-ptx 7f0a9bb75f326b82485c8556d187b64534d014f314a7bb8d70c20a1e05da7420  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

@@ -1,5 +1,5 @@
-// gpu_layer.h - calls of whole layers on the device beside moe_reference_layer(), from the same ids and weights, with the
-// rows between GEMM 2 and finalize rounded as the plan rounds them
+// gpu_layer.h - calls of whole layers on the device beside moe_reference_layer(), from the same ids and weights, with
+// the rows between GEMM 2 and finalize rounded as the plan rounds them
 //
 // Included behind moe.h, test.h, gpu.h and math.h.
 #ifndef GPU_LAYER_H
