@@ -15607,7 +15607,10 @@ static int32_t moe__tile_config_make(moe__tile_config *c, const moe__tile *tile,
     c->tokens = types->tokens != 0 ? types->tokens : p->dtype;
     c->weights_block = types->weights_block >= 0 ? types->weights_block : p->block;
     c->tokens_block = types->tokens_block;
-    c->scale_bytes = p->scale_bytes > 0 ? p->scale_bytes : p->format == MOE_FORMAT_INT4_W4A16 ? 2 : 1;
+    c->scale_bytes = p->scale_bytes > 0                     ? p->scale_bytes
+                     : p->format == MOE_FORMAT_FP8_BLOCK    ? 4
+                     : p->format == MOE_FORMAT_INT4_W4A16 ? 2
+                                                              : 1;
     c->widened = tile->family == MOE__FAMILY_MMA && tile->mma_k == 16 && moe_dtype_bits(c->weights) < 16;
     if (c->widened) c->tokens = MOE_DTYPE_BF16;
     if (c->widened && c->tokens_block != 128) c->tokens_block = 0; // in the rows themselves, or of whole ones

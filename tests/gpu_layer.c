@@ -1200,58 +1200,6 @@ TEST(what_is_not_built_is_refused_by_name)
     pair_close(&p);
 }
 
-// Codes are the CPU's: on CUDA such a layer has its routing, and says why it has no more.
-TEST(a_layer_of_codes_routes_and_is_refused_behind_that)
-{
-    enum { WIDTH = 32, FEW = 4 };
-    static const unsigned char zeros[WIDTH * WIDTH];
-    static const int roles[3] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN };
-    const float one = 1;
-    moe_layer_desc l = layer_of(MOE_FORMAT_FP8_PER_TENSOR, MOE_ACTIVATION_SWIGLU);
-    moe_execute_args a;
-    moe_plan_info info;
-    moe_weights *w;
-    moe_plan *plan;
-    if (!gpu_open()) return;
-    l.hidden_size = l.intermediate_size = WIDTH;
-    l.num_experts = FEW;
-    memset(&a, 0, sizeof a);
-    memset(&info, 0, sizeof info);
-    REQUIRE_OK(moe_weights_create(gpu.ctx, &l, NULL, &w, &err));
-    for (int e = 0; e < FEW; e++)
-        for (int i = 0; i < 6; i++) {
-            moe_tensor t;
-            memset(&t, 0, sizeof t);
-            t.role = roles[i / 2];
-            t.part = i % 2; // codes, then their scale
-            t.expert = e;
-            t.dtype = t.part == 0 ? MOE_DTYPE_E4M3 : MOE_DTYPE_F32;
-            t.rank = t.part == 0 ? 2 : 0;
-            t.dims[0] = t.dims[1] = WIDTH;
-            t.data = t.part == 0 ? (const void *)zeros : &one;
-            t.data_bytes = t.part == 0 ? sizeof zeros : 4;
-            CHECK_OK(moe_weights_set_tensor(w, &t, &err));
-        }
-    REQUIRE_OK(moe_weights_seal(w, &err));
-    REQUIRE_OK(moe_plan_create(gpu.ctx, &l, NULL, &plan, &err));
-    REQUIRE_OK(moe_plan_get_info(plan, &info, &err));
-    a.input_mode = MOE_INPUT_LOGITS;
-    a.num_tokens = 3;
-    a.x = gpu_make(3 * WIDTH * 2);
-    a.logits = gpu_make(3 * FEW * 4);
-    a.out = gpu_make(3 * WIDTH * 2);
-    a.out_ids = (int32_t *)gpu_make(3 * 32 * 4);
-    a.workspace = gpu_make((size_t)info.workspace_bytes);
-    a.workspace_bytes = info.workspace_bytes;
-    CHECK_EQ(moe_route(plan, w, &a, NULL), MOE_OK);
-    CHECK_ERR(moe_execute_check(plan, w, &a, &err), MOE_ERROR_UNSUPPORTED, "plan");
-    CHECK_CONTAINS(err.text, "quantised, which runs on the CPU alone");
-    CHECK_EQ(moe_execute(plan, w, &a, NULL), MOE_ERROR_UNSUPPORTED);
-    gpu_release();
-    moe_plan_destroy(plan);
-    moe_weights_destroy(w);
-}
-
 TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_activations_are_within_the_bound)
           T(parameters_of_each_expert_beside_always_on_experts)
           T(biases_norms_and_weights_on_the_input) T(shared_and_special_experts) T(inputs_of_every_mode_and_ranks)
@@ -1265,4 +1213,4 @@ TEST_MAIN(T(a_layer_has_the_bits_of_the_reference_where_sums_are_exact) T(gated_
           T(a_pruned_expert_gives_its_constant) T(the_constant_of_a_pruned_expert_has_no_norm)
           T(pruned_experts_of_a_later_tensor_parallel_rank_give_zeros)
           T(rows_in_expert_order_have_the_bits_of_the_cpu) T(rows_go_out_without_padding)
-          T(what_is_not_built_is_refused_by_name) T(a_layer_of_codes_routes_and_is_refused_behind_that))
+          T(what_is_not_built_is_refused_by_name))

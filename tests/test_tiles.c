@@ -105,7 +105,16 @@ TEST(every_row_is_legal_where_it_belongs)
     }
 }
 
-// Kernels exist for these: moe_kernels.cu.inc's GEMM_STAGES, GEMM_THREADS and GEMM_CTAS say the same.
+static int16_t legal_everywhere(const moe__tile_row *row, const moe__tile_problem *p)
+{
+    char why[256];
+    for (int chip = 0; chip < CHIPS; chip++)
+        for (int product = 1; product <= 2; product++)
+            if (check(row, p, chip, product, why, sizeof why) != MOE__RULE_NONE) return 0;
+    return 1;
+}
+
+// Kernels exist for these: moe_kernels.cu.inc's GEMM_STAGES, GEMM_THREADS and MOE_P_CTAS say the same.
 TEST(the_rows_with_kernels)
 {
     static const int n[] = { 16, 32, 64, 128 }, stages[] = { 4, 4, 4, 3 };
@@ -115,7 +124,7 @@ TEST(the_rows_with_kernels)
         const moe__tile_row *row = &moe__tile_rows[i];
         moe__tile_problem p = plain(MOE_FORMAT_BF16);
         moe__tile_config c;
-        if (row->built == 0) continue;
+        if ((row->built & (1u << MOE_FORMAT_BF16 | 1u << MOE_FORMAT_F16)) == 0) continue;
         REQUIRE(built < 4);
         CHECK_EQ(row->built, 1u << MOE_FORMAT_BF16 | 1u << MOE_FORMAT_F16);
         CHECK_EQ(row->tile.family, MOE__FAMILY_MMA);
@@ -125,14 +134,37 @@ TEST(the_rows_with_kernels)
         CHECK(moe__tile_config_make(&c, &row->tile, &p, 1));
         CHECK_EQ(moe__tile_smem(&c), smem[built]);
         CHECK_EQ(moe__tile_ctas(&c, &chips[H200].chip), built < 1 ? 3 : 2); // of 3, 81,984 bytes each do not fit
-        for (int chip = 0; chip < CHIPS; chip++)
-            for (int product = 1; product <= 2; product++) {
-                char why[256];
-                CHECK_EQ(check(row, &p, chip, product, why, sizeof why), MOE__RULE_NONE);
-            }
+        CHECK(legal_everywhere(row, &p));
         built++;
     }
     CHECK_EQ(built, 4);
+}
+
+// Codes are widened: tokens are of 16 bits, and a scale of every weight row is in the stage.
+TEST(the_rows_with_kernels_for_codes)
+{
+    static const struct { int format, n, stage, stages, ctas; } of[] = {
+        { MOE_FORMAT_NVFP4_W4A16, 16, 8192 + 4096 + 1024, 3, 5 }, { MOE_FORMAT_NVFP4, 32, 8192 + 8192 + 1024, 3, 4 },
+        { MOE_FORMAT_MXFP4_W4A16, 64, 8192 + 16384 + 512, 3, 2 }, { MOE_FORMAT_MXFP4_W4A8, 128, 8192 + 32768 + 512, 2, 2 },
+        { MOE_FORMAT_INT4_W4A16, 32, 8192 + 8192 + 256, 3, 3 },   { MOE_FORMAT_INT4_W4A16, 128, 0, 0, 0 },
+        { MOE_FORMAT_FP8_PER_CHANNEL, 16, 16384 + 4096, 3, 3 },   { MOE_FORMAT_MXFP8, 128, 16384 + 32768 + 512, 2, 2 },
+        { MOE_FORMAT_FP8_BLOCK, 64, 16384 + 16384 + 512 + 256, 2, 2 },
+        { MOE_FORMAT_FP8_BLOCK, 16, 16384 + 4096 + 512 + 128, 3, 3 }, { MOE_FORMAT_FP8_BLOCK, 128, 0, 0, 0 },
+    };
+    for (int i = 0; i < (int)(sizeof of / sizeof of[0]); i++) {
+        const moe__tile_row *row = moe__tile_built(of[i].format, of[i].n);
+        moe__tile_problem p = plain(of[i].format);
+        moe__tile_config c;
+        CHECK_EQ(row != NULL, of[i].stages > 0);
+        if (row == NULL) continue;
+        CHECK(moe__tile_config_make(&c, &row->tile, &p, 1));
+        CHECK(c.widened && c.tokens == MOE_DTYPE_BF16 && row->tile.k == 128 && row->tile.m == 128);
+        CHECK_EQ(moe__tile_stage(&c), of[i].stage);
+        CHECK_EQ(row->tile.stages, of[i].stages);
+        CHECK_EQ(moe__tile_smem(&c), of[i].stages * (of[i].stage + 16));
+        CHECK_EQ(moe__tile_ctas(&c, &chips[H200].chip), of[i].ctas);
+        CHECK(legal_everywhere(row, &p));
+    }
 }
 
 // Sets of plans: the cheapest tiles for the most tokens of each, f32 rows in the first alone.
@@ -203,13 +235,18 @@ TEST(types_of_the_second_product)
 {
     moe__tile_problem p = plain(MOE_FORMAT_FP8_BLOCK);
     moe__tile_config c;
+    const moe__tile *native = NULL;
+    for (int i = 0; i < MOE__TILES && native == NULL; i++)
+        if (moe__tile_rows[i].tile.family == MOE__FAMILY_SM90 && multiplies(&moe__tile_rows[i], p.format))
+            native = &moe__tile_rows[i].tile;
+    REQUIRE(native != NULL);
     for (int invariant = 0; invariant < 2; invariant++)
         for (p.tokens = 64; p.tokens <= 65; p.tokens++) {
             p.invariant = invariant;
-            CHECK(moe__tile_config_make(&c, &moe__tile_rows[0].tile, &p, 2));
+            CHECK(moe__tile_config_make(&c, native, &p, 2));
             CHECK_EQ(c.out, invariant || p.tokens > 64 ? MOE_DTYPE_BF16 : MOE_DTYPE_F32);
             CHECK(c.weights == MOE_DTYPE_E4M3 && c.tokens == MOE_DTYPE_E4M3 && c.out_block == 0 && c.activation == 0);
-            CHECK(moe__tile_config_make(&c, &moe__tile_rows[0].tile, &p, 1));
+            CHECK(moe__tile_config_make(&c, native, &p, 1));
             CHECK(c.out == MOE_DTYPE_E4M3 && c.out_block == 128 && c.activation == MOE_ACTIVATION_SWIGLU);
         }
 }
@@ -641,7 +678,7 @@ TEST(choices_are_legal_near_the_cheapest_and_the_same_twice)
                 CHECK(a.planned.row[0] == b.planned.row[0] && a.planned.row[1] == b.planned.row[1]);
                 check_choice(&a, &a.chosen, 1);
                 check_choice(&a, &a.planned, 0);
-                CHECK_EQ(a.chosen.row[0] >= 0, layers[l].format == MOE_FORMAT_BF16); // what is built
+                CHECK(a.chosen.row[0] >= 0); // every format has kernels
             }
 }
 
@@ -957,7 +994,7 @@ TEST(chips_that_do_not_say_are_those_of_their_kind)
 
 TEST_MAIN(
     T(every_row_is_legal_where_it_belongs)
-    T(the_rows_with_kernels)
+    T(the_rows_with_kernels) T(the_rows_with_kernels_for_codes)
     T(a_plan_has_a_set_for_few_some_and_many_tokens)
     T(what_tiles_take)
     T(types_of_the_second_product)
