@@ -23026,14 +23026,14 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_BLOCK / 16 / GEMM_THREADS; i++)\n"
 "        cp_async_16(stage + 16 * (tid() + i * GEMM_THREADS), from + 16 * i * GEMM_THREADS, 16);\n"
-"    if (GEMM_BY_BLOCK) {\n"
+"    if constexpr (GEMM_BY_BLOCK) {\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < GEMM_SCALE_EACH; i++) // a row's scales as scale_slot() has them\n"
-"            cp_async_4(scales + 4 * (scale_slot(tid(), i)),\n"
+"            cp_async_4(scales + 4 * scale_slot(tid(), i),\n"
 "                       l.scales != nullptr \? l.scales + 4 * (ahead * GEMM_SCALE_EACH + i) : l.weights,\n"
 "                       l.scales != nullptr \? 4 : 0);\n"
-"    } else if (GEMM_SCALES != 0 && tid() < GEMM_SCALES / 16) {\n"
-"        cp_async_16(scales + 16 * tid(), l.scales + ahead * GEMM_SCALES, 16);\n"
+"    } else if constexpr (GEMM_SCALES != 0) {\n"
+"        if (tid() < GEMM_SCALES / 16) cp_async_16(scales + 16 * tid(), l.scales + ahead * GEMM_SCALES, 16);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -23304,14 +23304,17 @@ static const char *const moe__kernel_text[] = {
 "// Adds the product of the warp's weight rows and its first 8 N columns in a stage.\n"
 "template <u32 N> DI void gemm_multiply(gemm_sums &acc, const u8 *stage, u32 left, u32 right)\n"
 "{\n"
-"    u32 x[4];\n"
-"    if constexpr (MOE_P_CODES != 0) return codes_multiply<N>(acc, stage, left, right);\n"
+"    if constexpr (MOE_P_CODES != 0) {\n"
+"        codes_multiply<N>(acc, stage, left, right);\n"
+"    } else {\n"
+"        u32 x[4];\n"
 "#pragma unroll\n"
-"    for (u32 s = 0; s < 4; s++) {\n"
-"        u32 w[2 * GEMM_HALVES][4];\n"
+"        for (u32 s = 0; s < 4; s++) {\n"
+"            u32 w[2 * GEMM_HALVES][4];\n"
 "#pragma unroll\n"
-"        for (u32 m = 0; m < 2 * GEMM_HALVES; m++) ldmatrix_x4(w[m], stage + ((left + m * 2048) ^ (s << 5)));\n"
-"        gemm_step<N>(acc, w, x, stage, right, s);\n"
+"            for (u32 m = 0; m < 2 * GEMM_HALVES; m++) ldmatrix_x4(w[m], stage + ((left + m * 2048) ^ (s << 5)));\n"
+"            gemm_step<N>(acc, w, x, stage, right, s);\n"
+"        }\n"
 "    }\n"
 "}\n"
 "\n"
@@ -23331,8 +23334,8 @@ static const char *const moe__kernel_text[] = {
 "};\n"
 "\n"
 "DI gemm_place gemm_place_of(const gemm_job &job, u32 slab_features)\n"
-"{\n"
-"    const u32 columns = gemm_columns(job.rows);\n",
+"{\n",
+"    const u32 columns = gemm_columns(job.rows);\n"
 "    gemm_place p;\n"
 "    p.eights = 8 * gemm_half() >= columns \? 0 : max_u32(columns / 8 / GEMM_HALVES, 1);\n"
 "    p.column = gemm_half() * p.eights * 8 + lane() % 4 * 2;\n"
@@ -23421,10 +23424,10 @@ static const char *const moe__kernel_text[] = {
 "    for (u32 n = 0; n + 1 < GEMM_EIGHTS; n++)\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 8; i++) acc[i / 4][n][i % 4] = acc[i / 4][n + 1][i % 4];\n"
-"}\n"
+"}\n",
 "DI void gemm_next_group(gemm_sums &acc)\n"
 "{\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 m = 0; m + 2 < 2 * GEMM_HALVES; m++)\n"
 "#pragma unroll\n"
 "        for (u32 i = 0; i < 4 * GEMM_EIGHTS; i++) acc[m][i / 4][i % 4] = acc[m + 2][i / 4][i % 4];\n"
@@ -23511,9 +23514,9 @@ static const char *const moe__kernel_text[] = {
 "// Whether the first tile and its weights are known before the kernel ahead ends. Tables are known to the second\n"
 "// product: the first one has waited for them before it let its dependents start.\n"
 "DI bool gemm_starts_early(const gemm1_args &a)\n"
-"{\n"
+"{\n",
 "    return a.rows.slot_of_row == nullptr && a.rows.num_tokens_dev == nullptr;\n"
-"}\n",
+"}\n"
 "DI bool gemm_starts_early(const gemm2_args &a)\n"
 "{\n"
 "    return a.rows.slot_of_row != nullptr || a.rows.num_tokens_dev == nullptr;\n"
@@ -23612,9 +23615,9 @@ static const char *const moe__kernel_text[] = {
 "        for (u32 k = lane() % 16; k < (u32)a.hidden && row >= 0; k += 16) {\n"
 "            f32 u = load_float(a.rows, MOE_P_ROWS, (i64)row * a.hidden + k) * (1.0f + a.row_norm[k]);\n"
 "            sum = fmaf(u, u, sum);\n"
-"        }\n"
+"        }\n",
 "        sum = lanes16_sum(sum);\n"
-"        if (lane() % 16 == 0 && j + group < slots)\n",
+"        if (lane() % 16 == 0 && j + group < slots)\n"
 "            scale[j + group] = finalize_pruned(a, row) \? -1.0f\n"
 "                                                       : 1.0f / sqrt_rn(sum / (f32)a.hidden + a.row_norm_epsilon);\n"
 "    }\n"
@@ -23704,9 +23707,9 @@ static const char *const moe__kernel_text[] = {
 "    const f32 scale = a.scale * (a.global_scale == nullptr \? 1 : *a.global_scale);\n"
 "    f32 total[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, v[8];\n"
 "    for (u32 j = 0; j < slots; j += FINALIZE_BATCH) finalize_slots(a, token, j, k, norms, total);\n"
-"#pragma unroll\n"
+"#pragma unroll\n",
 "    for (u32 i = 0; i < 8; i++) total[i] = total[i] * scale;\n"
-"    if (a.shared_rows != nullptr) {\n",
+"    if (a.shared_rows != nullptr) {\n"
 "        f32 gate = a.shared_gate == nullptr \? 1.0f : a.shared_gate[token];\n"
 "        if (a.gate_is_logit) gate = sigmoid_f32(gate);\n"
 "        const f32 factor = a.shared_scale * gate;\n"
@@ -23798,9 +23801,9 @@ static const char *const moe__kernel_text[] = {
 "    return v < 0 \? -r : v != v \? v : r;\n"
 "}\n"
 "DI f32 near_e2m1(f32 v)\n"
-"{\n"
+"{\n",
 "    const f32 a = abs_f32(v), magic = a < 2.0f \? 6291456.0f : a < 4.0f \? 12582912.0f : 25165824.0f;\n"
-"    f32 r = a + magic - magic;\n",
+"    f32 r = a + magic - magic;\n"
 "    if (!(r <= 6.0f)) r = 6.0f;\n"
 "    return v < 0 \? -r : r;\n"
 "}\n"
@@ -23903,9 +23906,9 @@ static const char *const moe__kernel_text[] = {
 "        const f32 amax = amax_8(v);\n"
 "        if (MOE_P_ROUND == ROUND_BLOCK) {\n"
 "            scale = a.powers \? scale_ue8m0(amax_lanes<4>(amax)) : scale_f32(amax_lanes<4>(amax));\n"
-"            if (column < (u32)a.columns && column % 128 == 0)\n"
+"            if (column < (u32)a.columns && column % 128 == 0)\n",
 "                a.scales[(u64)(column / 128) * (u32)a.rows.rows_max + row] = scale;\n"
-"        } else if (MOE_P_ROUND == ROUND_MX) {\n",
+"        } else if (MOE_P_ROUND == ROUND_MX) {\n"
 "            folded = scale = scale_ue8m0(amax_lanes<2>(amax));\n"
 "        } else if (MOE_P_ROUND == ROUND_NVFP4) {\n"
 "            folded = scale_e4m3(amax_lanes<1>(amax), given);\n"
@@ -23994,8 +23997,8 @@ static const char *const moe__kernel_text[] = {
 "    const f32 wide = load_float(a.data, a.dtype, (i64)at);\n"
 "    return a.out_dtype == DTYPE_BF16 \? f32_bf16(wide) : f32_f16(wide);\n"
 "}\n"
-"\n"
-"// Columns column .. + 7 of the output that are the source's, from natural row `row`.\n",
+"\n",
+"// Columns column .. + 7 of the output that are the source's, from natural row `row`.\n"
 "DI void pack_piece(const pack_args &a, u32 row, u32 column)\n"
 "{\n"
 "    const u32 target = pack_target(a, row), from = (u32)a.first_column - (u32)a.out_column; // may wrap\n"
@@ -24081,10 +24084,10 @@ static const char *const moe__kernel_text[] = {
 "// Sums of a word of shared memory over the cluster's CTAs: of all, and of those before this one. Always 8 loads, all\n"
 "// under way at once.\n"
 "DI u32 cluster_sums(const u32 *own, u32 rank, u32 ctas, u32 &before)\n"
-"{\n"
+"{\n",
 "    u32 all = 0, count[8];\n"
 "    before = 0;\n"
-"#pragma unroll\n",
+"#pragma unroll\n"
 "    for (u32 c = 0; c < 8; c++) count[c] = ld_cluster(mapa(own, c < ctas \? c : rank));\n"
 "#pragma unroll\n"
 "    for (u32 c = 0; c < 8; c++) {\n"
@@ -24163,9 +24166,9 @@ static const char *const moe__kernel_text[] = {
 "// First half of K0 for many tokens: a CTA routes a chunk of neighbouring tokens, a warp a run of them, and leaves\n"
 "// behind how often each id occurs in it, and how often before each slot.\n"
 "//\n"
-"//   shared memory: own, counters, u32 fault[64], slots, two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n"
+"//   shared memory: own, counters, u32 fault[64], slots, two rows a warp. 64 registers (128 for P > 8, 255 for P > 16).\n",
 "MOE_ENTRY(moe_k_route, route_args, ROUTE_THREADS, 1)\n"
-"{\n",
+"{\n"
 "    const u32 warps = ROUTE_THREADS / 32, slots = (u32)a.tokens.slots, chunk_tokens = (u32)a.chunk_tokens;\n"
 "    u32 faults[4] = { 0, 0, 0, 0 }, *slot;\n"
 "    sort_memory m;\n"
@@ -24248,8 +24251,8 @@ static const char *const moe__kernel_text[] = {
 "//\n"
 "//   sum     threads: ids; counters of all chunks -> all, before                    | CTA barrier\n"
 "//   place   threads: local experts -> rows, then slots; tiles shared out by CTA\n"
-"//\n"
-"//   shared memory: sort_memory. At most 64 registers, so that it starts beside moe_k_route.\n",
+"//\n",
+"//   shared memory: sort_memory. At most 64 registers, so that it starts beside moe_k_route.\n"
 "MOE_ENTRY(moe_k_sort, sort_args, 256, 4)\n"
 "{\n"
 "    const u32 slots = (u32)a.slots;\n"
@@ -24339,8 +24342,8 @@ static const char *const moe__kernel_text[] = {
 "            else high = middle;\n"
 "        }\n"
 "        const u32 i = row - m.first[low];\n"
-"        if (i >= m.all[low]) continue; // padding\n"
-"        if (a.kind == GROUP_DENSE) a.dense_of_slot[a.slot_of_row[(u32)a.padded[low] + i]] = (i32)row;\n",
+"        if (i >= m.all[low]) continue; // padding\n",
+"        if (a.kind == GROUP_DENSE) a.dense_of_slot[a.slot_of_row[(u32)a.padded[low] + i]] = (i32)row;\n"
 "        else if (a.kind == GROUP_SORTED) a.permute.slot_of_row[row] = a.table[low] + (i32)i;\n"
 "        else a.permute.slot_of_row[row] = (i32)low * a.rows_per_expert + (i32)i;\n"
 "    }\n"
@@ -24418,10 +24421,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "7f0a9bb75f326b82485c8556d187b64534d014f314a7bb8d70c20a1e05da7420";
+    return "bdb759cd36dc9119aaa6621f34da03478d8bd0937670407a28598f3a6583b31b";
 }
 
-// >>kernels-ptx 7f0a9bb75f326b82485c8556d187b64534d014f314a7bb8d70c20a1e05da7420  of the text with this digest
+// >>kernels-ptx bdb759cd36dc9119aaa6621f34da03478d8bd0937670407a28598f3a6583b31b  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

@@ -275,6 +275,7 @@ typedef struct pair {
     moe_plan_desc desc;
     int router;              // the layer has a router matrix
     uint64_t seed;
+    int any_codes;           // matrices are codes at random, and every x has one value alone
     moe_weights *weights[2]; // [0] CPU, [1] GPU
     moe_plan *plan[2];
     moe_plan_info info[2];
@@ -298,18 +299,21 @@ static int pair_tensor(moe_weights *weights, int role, int expert, int rank, int
     return moe_weights_set_tensor(weights, &t, err);
 }
 
-// Multiples of `step` that a type of codes has, the largest of them at a random place of every 16: scales are powers of
-// two then, or their formats' own.
-TEST_UNUSED static float *pair_code_values(int64_t count, int every, int dtype, float step, uint64_t *state)
+// Multiples of `step` that a type of codes has, the largest of them at a random place of every 8: scales are powers of
+// two then, or their formats' own. Of e4m3 that is 7, for 448 / 64.
+TEST_UNUSED static float *pair_code_values(int64_t count, int dtype, float step, uint64_t *state)
 {
     static const float fp4[] = { 0, 0.5f, 1, 1.5f, 2, 3, 4, 6 };
+    const int every = 8;
     float *v = (float *)malloc((size_t)count * sizeof v[0] + 4);
     uint32_t place = 0;
     for (int64_t i = 0; i < count; i++) {
         uint32_t draw = test_random_u32(state);
-        float code = dtype == MOE_DTYPE_E2M1 ? fp4[draw / 2 % 8] : (float)(draw / 2 % 9);
+        float code = dtype == MOE_DTYPE_E2M1   ? fp4[draw / 2 % 8]
+                     : dtype == MOE_DTYPE_INT4 ? (float)(draw / 2 % 9)
+                                               : (float)(draw / 2 % 28) * 0.25f;
         if (i % every == 0) place = test_random_u32(state) % (uint32_t)every;
-        if (i % every == place) code = dtype == MOE_DTYPE_E2M1 ? 6 : dtype == MOE_DTYPE_INT4 ? 8 : 448;
+        if (i % every == place) code = dtype == MOE_DTYPE_E2M1 ? 6 : dtype == MOE_DTYPE_INT4 ? 8 : 7;
         else if (dtype == MOE_DTYPE_INT4 && code > 7) code = 7;
         v[i] = draw % 2 == 0 || (dtype == MOE_DTYPE_INT4 && code == 8) ? -code * step : code * step;
     }
@@ -343,7 +347,7 @@ static int pair_codes(const pair *p, moe_weights *weights, int role, int expert,
     const int64_t r = s.rows > 0 ? s.rows : rows, c = s.columns > 0 ? s.columns : columns;
     const int64_t across = (columns + c - 1) / c, scales = (rows + r - 1) / r * across;
     uint64_t state = p->seed * 77 + (uint64_t)(role * 1000 + expert + 1);
-    float *values = pair_code_values(rows * columns, 16, s.dtype, 0.125f, &state);
+    float *values = pair_code_values(rows * columns, s.dtype, 0.125f, &state);
     float input = (expert + 1) % 4 == 3 ? 0.5f : 0.25f;
     moe_quantize_desc q;
     int result;
@@ -363,6 +367,10 @@ static int pair_codes(const pair *p, moe_weights *weights, int role, int expert,
     q.scales = malloc((size_t)q.scales_bytes);
     q.global_scale = moe__scheme_has_global(&s) ? 0.0625f : 0;
     result = moe_quantize(&q, err);
+    for (uint64_t i = 0; i < q.codes_bytes && p->any_codes; i++) {
+        uint32_t code = test_random_u32(&state) & 255u;
+        ((unsigned char *)q.codes)[i] = (unsigned char)(s.dtype == MOE_DTYPE_E4M3 && code % 128 == 127 ? 1 : code);
+    }
     if (result == 0)
         result = pair_part(weights, role, expert, MOE_PART_DATA, s.dtype, rows, columns, q.codes, q.codes_bytes, err);
     if (result == 0)

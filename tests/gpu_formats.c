@@ -75,4 +75,247 @@ TEST(every_format_is_within_the_bound_of_the_reference)
     }
 }
 
-TEST_MAIN(T(every_format_is_within_the_bound_of_the_reference))
+// All codes, in both products; x has one value, so that GEMM 1 adds nothing.
+TEST(every_code_has_its_value)
+{
+    if (!gpu_open()) return;
+    for (int v = 0; v < VARIANTS; v++) {
+        moe_layer_desc l = layer_of(&variants[v], MOE_ACTIVATION_IDENTITY);
+        layer_call c = logits_of(33);
+        pair p;
+        memset(&p, 0, sizeof p);
+        p.any_codes = 1;
+        p.desc.x_dtype = MOE_DTYPE_BF16;
+        if (!open_layer(&p, &l, 33)) continue;
+        check_layer(&p, &c, 0, name_of(&variants[v]));
+        pair_close(&p);
+    }
+}
+
+// Rows of matrices and input scales come back from the device as they do from the host.
+static void compare_rows(const pair *p, const char *what)
+{
+    static const int roles[] = { MOE_TENSOR_GATE, MOE_TENSOR_UP, MOE_TENSOR_DOWN, MOE_TENSOR_SHARED_UP,
+                                 MOE_TENSOR_INPUT_SCALES };
+    float a[1024], b[1024];
+    int count = 0;
+    for (int i = 0; i < 5; i++)
+        for (int row = 0; row < 1024; row += 1 + row % 3) {
+            int expert = i == 3 ? -1 : row % p->layer.num_experts;
+            memset(a, 0, sizeof a);
+            memset(b, 0, sizeof b);
+            if (moe_weights_read_row(p->weights[0], roles[i], expert, row, a, NULL) != MOE_OK) break;
+            CHECK_OK(moe_weights_read_row(p->weights[1], roles[i], expert, row, b, &err));
+            for (int k = 0; k < 1024; k++) a[k] += 0.0f, b[k] += 0.0f; // -0 as 0
+            if (memcmp(a, b, sizeof a) != 0) {
+                test_fail2(__FILE__, __LINE__, what, moe_role_string(roles[i]));
+                return;
+            }
+            count++;
+        }
+    CHECK(count > 50);
+}
+
+// Gates, biases, shared experts of the same format and of bf16, always-on ones, slices that cut groups.
+TEST(formats_with_everything_beside_them)
+{
+    if (!gpu_open()) return;
+    for (int v = 0; v < VARIANTS; v++) {
+        moe_layer_desc l = layer_of(&variants[v], v % 2 ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_GEGLU_TANH);
+        layer_call c = logits_of(21);
+        pair p;
+        char text[96];
+        l.gemm1_bias = l.gemm2_bias = v % 3 != 0;
+        l.activation.limit = v % 2 && v % 4 == 1 ? 3 : 0.0f;
+        l.shared.count = 1;
+        l.shared.intermediate_size = l.intermediate_size;
+        l.shared.scale = 1;
+        if (v % 3 == 1) l.shared.format = MOE_FORMAT_BF16;
+        l.routing.extra_slots = v % 4 == 2;
+        l.routing.extra_weight = 0.5f;
+        if (v % 3 == 2 || variants[v].block > 32) { // features 32.., or 96.., of whole groups no more
+            l.intermediate_size = variants[v].block > 64 ? 384 : 192;
+            l.shared.intermediate_size = l.intermediate_size;
+            l.parallel.tp_size = variants[v].block > 32 ? 4 : 2;
+            l.parallel.tp_rank = 1;
+        }
+        memset(&p, 0, sizeof p);
+        p.desc.x_dtype = v % 5 == 0 ? MOE_DTYPE_F32 : v % 5 == 1 ? MOE_DTYPE_F16 : MOE_DTYPE_BF16;
+        if (!open_layer(&p, &l, 21)) continue;
+        snprintf(text, sizeof text, "%s, with everything", name_of(&variants[v]));
+        check_layer(&p, &c, 0, text);
+        compare_rows(&p, text);
+        pair_close(&p);
+    }
+}
+
+// Sizes that are no whole tiles, or tiles that are no whole groups; large ones on hardware.
+TEST(sizes_of_formats)
+{
+    static const struct { int variant, hidden, inner, experts, top_k, tokens; } cases[] = {
+        { 1, 72, 40, 4, 2, 9 },      { 5, 96, 160, 4, 2, 33 },   { 7, 144, 80, 4, 2, 17 },    { 8, 96, 32, 3, 1, 129 },
+        { 10, 160, 96, 5, 2, 5 },    { 2, 384, 128, 3, 2, 17 },  { 6, 176, 464, 3, 2, 3 },
+        { 8, 2880, 2880, 16, 4, 17 }, { 9, 2880, 2880, 16, 4, 65 }, { 7, 704, 1856, 16, 6, 40 }, { 1, 704, 1856, 8, 2, 300 },
+        { 0, 2688, 1856, 8, 2, 129 }, { 5, 2880, 704, 8, 2, 1025 }, { 10, 2688, 1856, 16, 6, 4097 },
+        { 2, 4096, 1536, 128, 8, 64 }, { 7, 2048, 768, 512, 22, 129 }, { 12, 4096, 1536, 16, 8, 1 },
+    };
+    if (!gpu_open()) return;
+    for (int i = 0; i < (gpu_large() ? 17 : 7); i++) {
+        const variant *v = &variants[cases[i].variant];
+        moe_layer_desc l = layer_of(v, i % 2 ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_RELU);
+        layer_call c = logits_of(cases[i].tokens);
+        char text[96];
+        l.hidden_size = cases[i].hidden;
+        l.intermediate_size = cases[i].inner;
+        l.num_experts = cases[i].experts;
+        l.routing = preset(MOE_ROUTING_RENORMALIZE, cases[i].top_k);
+        snprintf(text, sizeof text, "%s H %d I %d T %d", name_of(v), cases[i].hidden, cases[i].inner, cases[i].tokens);
+        check_one(&l, &c, 0, text);
+    }
+}
+
+// Ids, counts on the device, weights on the input; a rank with some of the experts.
+TEST(inputs_of_formats)
+{
+    static const int of[] = { 0, 2, 6, 7, 10 };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 5; i++) {
+        moe_layer_desc l = layer_of(&variants[of[i]], MOE_ACTIVATION_RELU);
+        layer_call c = logits_of(23);
+        pair p;
+        memset(&p, 0, sizeof p);
+        l.parallel.expert_offset = 1;
+        l.parallel.local_experts = 3;
+        if (!open_layer(&p, &l, 90)) continue;
+        c.mode = MOE_INPUT_IDS;
+        check_layer(&p, &c, 0, "ids");
+        c.mode = MOE_INPUT_PACKED;
+        c.flags = MOE_EXECUTE_ACCUMULATE;
+        check_layer(&p, &c, 0, "packed, accumulated");
+        c = logits_of(80);
+        c.held = 13;
+        check_layer(&p, &c, 0, "count on the device");
+        pair_close(&p);
+        l.routing.weight_on = MOE_WEIGHT_ON_INPUT;
+        memset(&p, 0, sizeof p);
+        if (!open_layer(&p, &l, 23)) continue;
+        c = logits_of(23);
+        c.mode = MOE_INPUT_IDS; // weights are multiples of powers of two
+        check_layer(&p, &c, 0, "weights on the input");
+        pair_close(&p);
+    }
+}
+
+static moe_layer_desc tiny(int format)
+{
+    variant v = { 0, 0, 0, 0 };
+    v.format = format;
+    return layer_of(&v, MOE_ACTIVATION_RELU);
+}
+
+// What CUDA does not take of what the formats have: by name, and the CPU takes it.
+TEST(what_tiles_cannot_hold_is_refused_by_name)
+{
+    moe_layer_desc l = tiny(MOE_FORMAT_MXFP4_W4A16);
+    unsigned char *scales = (unsigned char *)malloc(64 * 192);
+    moe_weights *w;
+    moe_plan *plan;
+    moe_plan_desc desc;
+    moe_execute_args a;
+    moe_plan_info info;
+    if (!gpu_open()) return;
+    memset(scales, 127 + 34, 64 * 192);
+    for (int side = 0; side < 2; side++) {
+        REQUIRE_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &l, NULL, &w, &err));
+        if (side == 0) {
+            CHECK_OK(pair_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_UE8M0, 64, 6, scales, 64 * 6, &err));
+        } else {
+            CHECK_ERR(pair_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_UE8M0, 64, 6, scales, 64 * 6, &err),
+                      MOE_ERROR_DATA, "tensor.data");
+            CHECK_CONTAINS(err.text, "a scale above 2^33");
+        }
+        moe_weights_destroy(w);
+    }
+    l = tiny(MOE_FORMAT_NVFP4_W4A16);
+    memset(scales, 0xb8, 64 * 192);
+    for (int side = 0; side < 2; side++) {
+        REQUIRE_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &l, NULL, &w, &err));
+        CHECK_ERR(pair_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_E4M3, 64, 12, scales, 64 * 12, &err),
+                  MOE_ERROR_DATA, "tensor.data");
+        CHECK_CONTAINS(err.text, "a scale below 0");
+        moe_weights_destroy(w);
+    }
+    free(scales);
+    l = tiny(MOE_FORMAT_MXFP8);
+    memset(&desc, 0, sizeof desc);
+    memset(&a, 0, sizeof a);
+    memset(&info, 0, sizeof info);
+    desc.max_tokens = 3;
+    desc.intermediate_dtype = MOE_DTYPE_F32;
+    REQUIRE_OK(moe_weights_create(gpu.ctx, &l, NULL, &w, &err));
+    REQUIRE_OK(moe_plan_create(gpu.ctx, &l, &desc, &plan, &err));
+    REQUIRE_OK(moe_plan_get_info(plan, &info, &err));
+    a.input_mode = MOE_INPUT_LOGITS;
+    a.num_tokens = 3;
+    a.x = a.logits = a.out = gpu_make(3 * 192 * 4);
+    a.workspace = gpu_make((size_t)info.workspace_bytes);
+    a.workspace_bytes = info.workspace_bytes;
+    CHECK_ERR(moe_execute_check(plan, w, &a, &err), MOE_ERROR_UNSUPPORTED, "plan");
+    CHECK_CONTAINS(err.text, "desc.intermediate_dtype is a float type");
+    gpu_release();
+    moe_plan_destroy(plan);
+    moe_weights_destroy(w);
+}
+
+// Files of weights for CUDA, and experts that are replaced.
+TEST(weights_of_codes_are_saved_and_replaced)
+{
+    moe_layer_desc l = tiny(MOE_FORMAT_NVFP4);
+    layer_call c = logits_of(12);
+    const char *path = "build/tmp/gpu_formats.weights";
+    pair p;
+    if (!gpu_open()) return;
+    memset(&p, 0, sizeof p);
+    if (!open_layer(&p, &l, 12)) return;
+#ifndef MOE_NO_FILES
+    CHECK_OK(moe_weights_save(p.weights[1], path, &err));
+    moe_weights_destroy(p.weights[1]);
+    p.weights[1] = NULL;
+    REQUIRE_OK(moe_weights_load(gpu.ctx, &l, path, &p.weights[1], &err));
+    remove(path);
+    check_layer(&p, &c, 0, "loaded");
+#endif
+    {
+        moe_tensor t[12];
+        int n = 0;
+        float globals[2] = { 0.125f, 0.25f };
+        unsigned char *codes = (unsigned char *)malloc(192 * 64 / 2), *scales = (unsigned char *)malloc(192 * 64 / 16);
+        for (int i = 0; i < 192 * 64 / 2; i++) codes[i] = (unsigned char)(i * 37 + 11);
+        for (int i = 0; i < 192 * 64 / 16; i++) scales[i] = (unsigned char)(0x30 + i % 17);
+        memset(t, 0, sizeof t);
+        for (int down = 0; down < 2; down++)
+            for (int part = 0; part < 4; part++, n++) {
+                t[n].role = down ? MOE_TENSOR_DOWN : MOE_TENSOR_UP;
+                t[n].part = part == 3 ? MOE_PART_INPUT_SCALE : MOE_PART_DATA + part;
+                t[n].expert = 3;
+                t[n].index = -1;
+                t[n].dtype = part == 0 ? MOE_DTYPE_E2M1 : part == 1 ? MOE_DTYPE_E4M3 : MOE_DTYPE_F32;
+                t[n].rank = part < 2 ? 2 : 0;
+                t[n].dims[0] = down ? 192 : 64;
+                t[n].dims[1] = (down ? 64 : 192) / (part == 1 ? 16 : 1);
+                t[n].data = part == 0 ? (const void *)codes : part == 1 ? (const void *)scales : &globals[part - 2];
+                t[n].data_bytes = part == 0 ? 192 * 64 / 2 : part == 1 ? 192 * 64 / 16 : 4;
+            }
+        for (int side = 0; side < 2; side++)
+            CHECK_OK(moe_weights_replace_expert(p.weights[side], 3, t, n, NULL, &err));
+        free(codes);
+        free(scales);
+    }
+    compare_rows(&p, "replaced");
+    check_layer(&p, &c, 0, "replaced");
+    pair_close(&p);
+}
+
+TEST_MAIN(T(every_format_is_within_the_bound_of_the_reference) T(every_code_has_its_value)
+          T(formats_with_everything_beside_them) T(sizes_of_formats) T(inputs_of_formats)
+          T(what_tiles_cannot_hold_is_refused_by_name) T(weights_of_codes_are_saved_and_replaced))

@@ -183,9 +183,13 @@ static int data_make(const pair *p, const layer_call *c, layer_data *d)
     memset(d, 0, sizeof *d);
     d->x = moe__scheme_is_float(&p->plan[0]->layout.expert.input)
                ? grid_values(n, 0.25f, 4, &state)
-               : pair_code_values((int64_t)n, 16, p->plan[0]->layout.expert.input.dtype, 0.25f, &state);
+               : pair_code_values((int64_t)n, p->plan[0]->layout.expert.input.dtype, 0.25f, &state);
     for (size_t i = 0; i < n && !moe__scheme_is_float(&p->plan[0]->layout.expert.input); i++)
         d->x[i] *= (float)(1 << i / 128 * 2 % 3); // scales of neighbouring blocks differ
+    for (size_t i = 0; i < n && p->any_codes; i++) {
+        size_t h = (size_t)p->layer.hidden_size;
+        d->x[i] = i % h == i / h * 37 % h ? 0.875f : 0; // 448 2^-9
+    }
     d->old = grid_values(n, 0.5f, 8, &state);
     d->logits = grid_values((size_t)c->tokens * (size_t)p->plan[1]->width, 0.125f, 40, &state);
     d->gate = grid_values((size_t)c->tokens, 0.25f, 4, &state);

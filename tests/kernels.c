@@ -18,7 +18,7 @@
 #  pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 
-enum { MAX_KERNELS = 1024, MAX_LOG = 1 << 16, MAX_TABLE = 1 << 18, LINES_SHOWN = 20 };
+enum { MAX_KERNELS = 2048, MAX_LOG = 1 << 16, MAX_TABLE = 1 << 19, LINES_SHOWN = 20 };
 
 typedef struct usage {
     int registers, stack, spills, smem; // smem: not counting dynamic
@@ -80,15 +80,25 @@ static int is_wanted(const char *name)
 // usual one, any gated one, any other.
 typedef struct product {
     int format, activation, x_dtype, out_dtype;
+    int block, scale_dtype; // of codes
 } product;
 
 static const product products[] = {
-    { MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_BF16, MOE_DTYPE_BF16 },
-    { MOE_FORMAT_BF16, MOE_ACTIVATION_RELU2, MOE_DTYPE_F32, MOE_DTYPE_F32 },
-    { MOE_FORMAT_F16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_F16, MOE_DTYPE_F16 },
-    { MOE_FORMAT_BF16, MOE_ACTIVATION_SITU, MOE_DTYPE_BF16, MOE_DTYPE_BF16 },
-    { MOE_FORMAT_F16, MOE_ACTIVATION_SITU, MOE_DTYPE_F16, MOE_DTYPE_F16 }
+    { MOE_FORMAT_BF16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_BF16, MOE_DTYPE_BF16, 0, 0 },
+    { MOE_FORMAT_BF16, MOE_ACTIVATION_RELU2, MOE_DTYPE_F32, MOE_DTYPE_F32, 0, 0 },
+    { MOE_FORMAT_F16, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_F16, MOE_DTYPE_F16, 0, 0 },
+    { MOE_FORMAT_BF16, MOE_ACTIVATION_SITU, MOE_DTYPE_BF16, MOE_DTYPE_BF16, 0, 0 },
+    { MOE_FORMAT_F16, MOE_ACTIVATION_SITU, MOE_DTYPE_F16, MOE_DTYPE_F16, 0, 0 },
+#define CODES(format, block, scale_dtype) \
+    { format, MOE_ACTIVATION_SWIGLU, MOE_DTYPE_BF16, MOE_DTYPE_BF16, block, scale_dtype }
+    CODES(MOE_FORMAT_FP8_PER_CHANNEL, 0, 0), // per tensor: the same kernels
+    CODES(MOE_FORMAT_FP8_BLOCK, 128, 0), CODES(MOE_FORMAT_FP8_BLOCK, 32, 0), CODES(MOE_FORMAT_MXFP8, 0, 0),
+    CODES(MOE_FORMAT_NVFP4, 0, 0), CODES(MOE_FORMAT_NVFP4_W4A16, 0, 0), CODES(MOE_FORMAT_MXFP4_W4A16, 0, 0),
+    CODES(MOE_FORMAT_MXFP4_W4A8, 0, 0), CODES(MOE_FORMAT_INT4_W4A16, 32, 0),
+    CODES(MOE_FORMAT_INT4_W4A16, 128, MOE_DTYPE_F32)
+#undef CODES
 };
+enum { PRODUCTS = sizeof products / sizeof products[0] };
 
 static void resolve(moe_layer_desc *layer, moe_plan_desc *plan, int preset, int top_k, int extra_slots)
 {
@@ -113,12 +123,15 @@ static void add_layer(int experts, int preset, int extra_slots, const product *m
     layer.num_experts = experts;
     layer.hidden_size = layer.intermediate_size = 128;
     layer.format = made->format;
+    layer.format_block = made->block;
+    layer.scale_dtype = made->scale_dtype;
     layer.activation.kind = made->activation;
     plan.x_dtype = made->x_dtype;
     plan.out_dtype = made->out_dtype;
     plan.max_tokens = 65536;
     resolve(&layer, &plan, preset, experts < MOE_MAX_TOP_K ? experts : MOE_MAX_TOP_K, extra_slots);
     memset(&sets, 0, sizeof sets);
+    if (tile > 0 && moe__tile_built(made->format, tile) == NULL) return;
     if (tile > 0) {
         moe__tile_chip any;
         moe__tile_problem p = moe__tile_problem_of(&layer, &plan, 64);
@@ -158,7 +171,7 @@ static void list_kernels(void)
             int rest = MOE_MAX_EXPERTS - experts;
             for (int i = 0; i < 3; i++) add_layer(experts, presets[i], 0, &products[i], 0, chip);
             for (int i = 0; i < 4 && experts == 64; i++)
-                for (int j = 0; j < 5; j++) add_layer(experts, MOE_ROUTING_LLAMA4, 0, &products[j], tiles[i], chip);
+                for (int j = 0; j < PRODUCTS; j++) add_layer(experts, MOE_ROUTING_LLAMA4, 0, &products[j], tiles[i], chip);
             add_layer(experts, MOE_ROUTING_LLAMA4, 0, &products[0], 0, chip);
             if (rest > MOE_MAX_EXTRA_SLOTS) rest = MOE_MAX_EXTRA_SLOTS;
             if (rest > 0) add_layer(experts, MOE_ROUTING_LLAMA4, rest, &products[0], 0, chip);
