@@ -23026,14 +23026,14 @@ static const char *const moe__kernel_text[] = {
 "#pragma unroll\n"
 "    for (u32 i = 0; i < GEMM_BLOCK / 16 / GEMM_THREADS; i++)\n"
 "        cp_async_16(stage + 16 * (tid() + i * GEMM_THREADS), from + 16 * i * GEMM_THREADS, 16);\n"
-"    if constexpr (GEMM_BY_BLOCK) {\n"
+"    if (GEMM_BY_BLOCK) {\n"
 "#pragma unroll\n"
-"        for (u32 i = 0; i < GEMM_SCALE_EACH; i++) // a row's scales as scale_slot() has them\n"
+"        for (u32 i = 0; i != GEMM_SCALE_EACH; i++) // a row's scales as scale_slot() has them\n"
 "            cp_async_4(scales + 4 * scale_slot(tid(), i),\n"
 "                       l.scales != nullptr \? l.scales + 4 * (ahead * GEMM_SCALE_EACH + i) : l.weights,\n"
 "                       l.scales != nullptr \? 4 : 0);\n"
-"    } else if constexpr (GEMM_SCALES != 0) {\n"
-"        if (tid() < GEMM_SCALES / 16) cp_async_16(scales + 16 * tid(), l.scales + ahead * GEMM_SCALES, 16);\n"
+"    } else if (GEMM_SCALES != 0) {\n"
+"        if (tid() + 1 <= GEMM_SCALES / 16) cp_async_16(scales + 16 * tid(), l.scales + ahead * GEMM_SCALES, 16);\n"
 "    }\n"
 "}\n"
 "\n"
@@ -24421,10 +24421,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "bdb759cd36dc9119aaa6621f34da03478d8bd0937670407a28598f3a6583b31b";
+    return "5befb2a7692d81dbe4c03a7a4dae15fc008258a367fa60afb0231471e313dc49";
 }
 
-// >>kernels-ptx bdb759cd36dc9119aaa6621f34da03478d8bd0937670407a28598f3a6583b31b  of the text with this digest
+// >>kernels-ptx 5befb2a7692d81dbe4c03a7a4dae15fc008258a367fa60afb0231471e313dc49  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

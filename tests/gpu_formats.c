@@ -260,6 +260,15 @@ TEST(what_tiles_cannot_hold_is_refused_by_name)
     a.x = a.logits = a.out = gpu_make(3 * 192 * 4);
     a.workspace = gpu_make((size_t)info.workspace_bytes);
     a.workspace_bytes = info.workspace_bytes;
+    for (int e = 0; e < l.num_experts; e++) {
+        pair p;
+        memset(&p, 0, sizeof p);
+        p.layer = l;
+        CHECK_OK(pair_codes(&p, w, MOE_TENSOR_UP, e, 64, 192, &err));
+        CHECK_OK(pair_codes(&p, w, MOE_TENSOR_DOWN, e, 192, 64, &err));
+    }
+    CHECK_OK(moe_weights_seal(w, &err));
+    CHECK_EQ(moe_route(plan, w, &a, NULL), MOE_OK);
     CHECK_ERR(moe_execute_check(plan, w, &a, &err), MOE_ERROR_UNSUPPORTED, "plan");
     CHECK_CONTAINS(err.text, "desc.intermediate_dtype is a float type");
     gpu_release();
