@@ -325,6 +325,95 @@ TEST(weights_of_codes_are_saved_and_replaced)
     pair_close(&p);
 }
 
+#ifndef MOE_NO_CHECKPOINT
+static void *golden_of(const moe_checkpoint *data, const char *name, moe_checkpoint_tensor *t)
+{
+    void *copy;
+    if (moe_checkpoint_find(data, name, t, &err) != MOE_OK) return NULL;
+    copy = malloc((size_t)t->data_bytes);
+    memcpy(copy, t->data, (size_t)t->data_bytes);
+    return copy;
+}
+
+// Checkpoints that transformers, compressed-tensors and modelopt quantised: rows of matrices as on the CPU, and outputs
+// as near to those of the exact layer as the CPU's.
+TEST(checkpoints_that_others_quantised)
+{
+    static const char *const folders[] = { "fp8_block",    "fp8_block_ue8m0", "fp8_tensor",  "fp8_channel", "mxfp8",
+                                           "nvfp4_packed", "nvfp4_modelopt",  "int4_packed", "gpt_oss" };
+    if (!gpu_open()) return;
+    for (int n = 0; n < (int)(sizeof folders / sizeof folders[0]); n++) {
+        char path[160];
+        moe_checkpoint *ckpt = NULL, *data = NULL;
+        moe_checkpoint_tensor x_of, t;
+        moe_layer_desc layer;
+        float *x, *weights, *want, *got[2];
+        int32_t *ids;
+        double far[2] = { 0, 0 };
+        pair p;
+        memset(&p, 0, sizeof p);
+        snprintf(path, sizeof path, "quantized/%s", folders[n]);
+        REQUIRE_OK(moe_checkpoint_open(test_data(path), NULL, &ckpt, &err));
+        snprintf(path, sizeof path, "quantized/%s/golden.safetensors", folders[n]);
+        REQUIRE_OK(moe_checkpoint_open(test_data(path), NULL, &data, &err));
+        REQUIRE_OK(moe_checkpoint_layer(ckpt, 0, &layer, &err));
+        x = (float *)golden_of(data, "layers.0.x", &x_of);
+        ids = (int32_t *)golden_of(data, "layers.0.ids", &t);
+        weights = (float *)golden_of(data, "layers.0.weights", &t);
+        want = (float *)golden_of(data, "layers.0.out", &t);
+        p.layer = layer;
+        p.desc.max_tokens = (int32_t)x_of.dims[0];
+        p.desc.x_dtype = MOE_DTYPE_BF16;
+        p.desc.out_dtype = MOE_DTYPE_F32;
+        for (int side = 0; side < 2; side++) {
+            moe_context *ctx = side == 0 ? gpu.cpu : gpu.ctx;
+            size_t values = (size_t)(x_of.dims[0] * x_of.dims[1]), slots;
+            void *narrow = narrowed(x, values, MOE_DTYPE_BF16);
+            moe_execute_args a;
+            REQUIRE_OK(moe_weights_from_checkpoint(ctx, ckpt, &layer, &p.weights[side], &err));
+            REQUIRE_OK(moe_plan_create(ctx, &layer, &p.desc, &p.plan[side], &err));
+            REQUIRE_OK(moe_plan_get_info(p.plan[side], &p.info[side], &err));
+            slots = (size_t)x_of.dims[0] * (size_t)p.info[side].slots;
+            memset(&a, 0, sizeof a);
+            got[side] = (float *)malloc(values * 4);
+            a.input_mode = MOE_INPUT_IDS;
+            a.num_tokens = (int32_t)x_of.dims[0];
+            a.x = side == 0 ? narrow : gpu_copy(narrow, values * 2);
+            a.ids = side == 0 ? (const void *)ids : gpu_copy(ids, slots * 4);
+            a.weights = side == 0 ? (const void *)weights : gpu_copy(weights, slots * 4);
+            a.out = side == 0 ? (void *)got[0] : gpu_make(values * 4);
+            a.workspace_bytes = p.info[side].workspace_bytes;
+            a.workspace = side == 0 ? moe__default_alloc(NULL, (size_t)a.workspace_bytes, 256)
+                                    : gpu_make_raw((size_t)a.workspace_bytes);
+            CHECK_OK(moe_execute_check(p.plan[side], p.weights[side], &a, &err));
+            CHECK_EQ(moe_execute(p.plan[side], p.weights[side], &a, NULL), MOE_OK);
+            if (side == 1) gpu_get(got[1], a.out, values * 4);
+            else moe__default_free(NULL, a.workspace, (size_t)a.workspace_bytes);
+            for (size_t i = 0; i < values; i++)
+                far[side] += ((double)got[side][i] - want[i]) * ((double)got[side][i] - want[i]);
+            free(narrow);
+        }
+        gpu_release();
+        printf("%s: %s, distance %.3g, the CPU's %.3g\n", folders[n], moe_format_string(layer.format), sqrt(far[1]),
+               sqrt(far[0]));
+        CHECK(far[1] <= 1.1 * far[0]);
+        compare_rows(&p, folders[n]);
+        free(got[0]);
+        free(got[1]);
+        free(x);
+        free(ids);
+        free(weights);
+        free(want);
+        pair_close(&p);
+        moe_checkpoint_close(ckpt);
+        moe_checkpoint_close(data);
+    }
+}
+#else
+TEST(checkpoints_that_others_quantised) { test_skip("no checkpoints in this build"); }
+#endif
+
 TEST_MAIN(T(every_format_is_within_the_bound_of_the_reference) T(every_code_has_its_value)
           T(formats_with_everything_beside_them) T(sizes_of_formats) T(inputs_of_formats)
-          T(what_tiles_cannot_hold_is_refused_by_name) T(weights_of_codes_are_saved_and_replaced))
+          T(what_tiles_cannot_hold_is_refused_by_name) T(weights_of_codes_are_saved_and_replaced)
+          T(checkpoints_that_others_quantised))
