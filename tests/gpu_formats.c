@@ -9,8 +9,6 @@
 #include "test.h"
 #include "gpu.h"
 #include "gpu_text.h"
-
-#include <math.h>
 #include "gpu_layer.h"
 
 typedef struct variant {

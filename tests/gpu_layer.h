@@ -1,9 +1,11 @@
 // gpu_layer.h - calls of whole layers on the device beside moe_reference_layer(), from the same ids and weights, with
 // the rows between GEMM 2 and finalize rounded as the plan rounds them
 //
-// Included behind moe.h, test.h, gpu.h and math.h.
+// Included behind moe.h, test.h and gpu.h.
 #ifndef GPU_LAYER_H
 #define GPU_LAYER_H
+
+#include <math.h>
 
 // What a call brings: everything on the host.
 typedef struct layer_call {
