@@ -2,8 +2,9 @@
 //
 // Runs one MoE layer: router logits -> top-k experts -> GEMM 1, activation -> GEMM 2 -> weighted sum + shared experts.
 // Infers routing, activation, sizes and tensor names from a checkpoint's own files, for about sixty model families.
-// Needs the C library, nothing else. This version runs whole layers on the CPU, in f32, bf16 and f16, and on CUDA, in
-// bf16 and f16, by mma.sync kernels for every chip from compute capability 8.0 on. The calls are the same.
+// Needs the C library, nothing else. This version runs whole layers on the CPU and on CUDA, in bf16, f16, fp8, fp4 and
+// int4 (f32 on the CPU alone), there by mma.sync kernels for every chip from compute capability 8.0 on. The calls are
+// the same.
 //
 // QUICK START
 //
@@ -156,10 +157,16 @@
 //     change a result's bits. moe_jit_precompile() compiles those of every known chip of a target.
 //
 // LAYERS ON CUDA
-//     A CUDA context runs moe_execute() and moe_finalize() of bf16 and f16 layers whose H and I (of this rank) are
-//     multiples of 8, and the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this version,
-//     and refused by name: f32 layers; and where there is no NVRTC, layers and types that embedded PTX lacks: it has
-//     bf16 weights and x, output in bf16 or f32, tiles of 64 rows.
+//     A CUDA context runs moe_execute() and moe_finalize() of layers of every format but f32 whose H and I (of this
+//     rank) are multiples of 8, and the stages moe_route(), moe_permute() and moe_router_logits() of all. Not in this
+//     version, and refused by name: f32 layers, also f32 shared experts beside codes; codes with an intermediate_dtype;
+//     ue8m0 scales above 2^33; and where there is no NVRTC, layers and types that embedded PTX lacks: it has bf16
+//     weights and x, output in bf16 or f32, tiles of 64 rows.
+//     Codes stay codes in memory, in an order of their own, and are widened to bf16 on the way into the products: that
+//     is exact, with scales of powers of two and NVFP4's; fp32 scales, int4's and those of whole matrices and rows
+//     multiply sums of fp32. moe_plan_query() says of each tile whether codes are widened. Quantised activations: a
+//     kernel rounds x, for every row of an expert, and another one the intermediate, from fp32, with the codes and
+//     scales that the CPU makes. Tensors of codes are packed by the host, those of the device too.
 //     moe_plan_create() compiles the products of such a layer also where only its stages are called. Experts of the
 //     layers that run are packed into device memory while tensors are set, in the layout that the kernels read, and are
 //     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory
@@ -204,8 +211,7 @@
 // LIMITS
 //     E and router width up to 2,048; k up to 32, 8 always-on slots; H and I up to 1,048,576; files as large as memory
 //     can address. A checkpoint that is mapped must not shrink while it is open (MOE_CHECKPOINT_READ copies it
-//     instead). CUDA does not run quantised formats in this version: their weights stay in host memory there, and
-//     moe_execute() refuses them.
+//     instead).
 // ---------------------------------------------------------------------------------------------------------------------
 // >>api  types and functions
 #ifndef MOE_H
@@ -16369,8 +16375,15 @@ static void moe__tile_line(const moe__tile_problem *p, const moe__tile_chip *chi
                            int32_t row, int32_t product, moe__text *out)
 {
     const moe__tile_verdict *v = &choice->verdict[row][product - 1];
+    const moe__tile_types *types = moe__tile_types_of(p->format);
+    moe__tile_config c;
     moe__text_format(out, "gemm%d ", product);
     moe__tile_row_name(row, p, product, out);
+    if (moe__tile_config_make(&c, &moe__tile_rows[row].tile, p, product) && types->weights != 0)
+        moe__text_string(out, c.widened ? ", codes widened to bf16"
+                              : c.tile.family == MOE__FAMILY_MMA && chip->arch >= 90 && chip->arch < 120
+                                  ? ", codes multiplied as they are, which this chip emulates"
+                                  : ", codes multiplied as they are");
     if (v->rule != MOE__RULE_NONE) {
         moe__text_string(out, ": refused, ");
         moe__tile_check(&moe__tile_rows[row], p, chip, product, out);
@@ -36172,7 +36185,7 @@ static const moe__ptx *moe__kernel_ptx(int32_t *count)
 // ---------------------------------------------------------------------------------------------------------------------
 // >>history
 //     0.1.0   routing, configuration, checkpoints, weights, quantised formats, CPU back end, reference; CUDA: stages,
-//             layers in 16 bits, tiles chosen and measured, embedded PTX
+//             layers in 16, 8 and 4 bits, tiles chosen and measured, embedded PTX
 //
 // MIT License
 //

@@ -153,7 +153,8 @@ TEST(sizes_of_formats)
     static const struct { int variant, hidden, inner, experts, top_k, tokens; } cases[] = {
         { 1, 72, 40, 4, 2, 9 },      { 5, 96, 160, 4, 2, 33 },   { 7, 144, 80, 4, 2, 17 },    { 8, 96, 32, 3, 1, 129 },
         { 10, 160, 96, 5, 2, 5 },    { 2, 384, 128, 3, 2, 17 },  { 6, 176, 464, 3, 2, 3 },
-        { 8, 2880, 2880, 16, 4, 17 }, { 9, 2880, 2880, 16, 4, 65 }, { 7, 704, 1856, 16, 6, 40 }, { 1, 704, 1856, 8, 2, 300 },
+        { 8, 2880, 2880, 16, 4, 17 }, { 9, 2880, 2880, 16, 4, 65 }, { 7, 704, 1856, 16, 6, 40 },
+        { 1, 704, 1856, 8, 2, 300 },
         { 0, 2688, 1856, 8, 2, 129 }, { 5, 2880, 704, 8, 2, 1025 }, { 10, 2688, 1856, 16, 6, 4097 },
         { 2, 4096, 1536, 128, 8, 64 }, { 7, 2048, 768, 512, 22, 129 }, { 12, 4096, 1536, 16, 8, 1 },
     };
@@ -272,6 +273,25 @@ TEST(what_tiles_cannot_hold_is_refused_by_name)
     gpu_release();
     moe_plan_destroy(plan);
     moe_weights_destroy(w);
+}
+
+// A query says of every tile whether codes are widened, and why they are not multiplied as they are.
+TEST(a_query_says_that_codes_are_widened)
+{
+    moe_layer_desc l = tiny(MOE_FORMAT_FP8_PER_CHANNEL);
+    moe_plan_info info;
+    char text[16384];
+    if (!gpu_open()) return;
+    memset(&info, 0, sizeof info);
+    info.tiles_text = text;
+    info.tiles_text_bytes = sizeof text;
+    CHECK_OK(moe_plan_query(gpu.ctx, &l, NULL, &info, &err));
+    CHECK(info.layout_id == MOE__LAYOUT_TILES_8 && info.tile_rows > 0);
+    CHECK_CONTAINS(info.gemm1, "_E4m3Bfloat16_Fp32");
+    CHECK_CONTAINS(text, ", codes widened to bf16: ");
+    CHECK_CONTAINS(text, ", codes multiplied as they are");
+    if (gpu.cuda->arch == 90) CHECK_CONTAINS(text, "which this chip emulates");
+    if (gpu.cuda->arch == 80) CHECK_CONTAINS(text, "multiplies e4m3 from compute capability 8.9 on");
 }
 
 // Files of weights for CUDA, and experts that are replaced.
@@ -414,4 +434,4 @@ TEST(checkpoints_that_others_quantised) { test_skip("no checkpoints in this buil
 TEST_MAIN(T(every_format_is_within_the_bound_of_the_reference) T(every_code_has_its_value)
           T(formats_with_everything_beside_them) T(sizes_of_formats) T(inputs_of_formats)
           T(what_tiles_cannot_hold_is_refused_by_name) T(weights_of_codes_are_saved_and_replaced)
-          T(checkpoints_that_others_quantised))
+          T(a_query_says_that_codes_are_widened) T(checkpoints_that_others_quantised))
