@@ -529,6 +529,83 @@ TEST(floats_narrow_to_the_nearest_even)
     gpu_release();
 }
 
+static double bf16_double(uint32_t code)
+{
+    uint32_t word = code << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+// Codes below and above of those that lie around x y + z, by exact sums of the parts' differences: the nearer one, or
+// the even one. Products of 8 bits each are exact in double; so is what is left of them next to a code.
+static uint32_t fma_code(double x, double y, double z)
+{
+    double product = x * y, near = product + z, rest = fabs(product) > fabs(z) ? z - (near - product)
+                                                                              : product - (near - z);
+    uint32_t sign = near < 0 || (near == 0 && signbit(near)), code = 0, below;
+    if (sign) {
+        near = -near;
+        rest = -rest;
+    }
+    for (uint32_t bit = 1u << 14; bit > 0; bit >>= 1) // the largest code that is not above
+        if ((code | bit) < 0x7f80) {
+            double over = bf16_double(code | bit) - near;
+            if (over < 0 || (over == 0 && rest >= 0)) code |= bit;
+        }
+    below = code;
+    if (below < 0x7f7f) {
+        double down = near - bf16_double(below), up = bf16_double(below + 1) - near;
+        if (down > up || (down == up && (rest > 0 || (rest == 0 && below % 2 == 1)))) code++;
+    } else if (near - bf16_double(below) >= ldexp(1, 119)) {
+        code = 0x7f80;
+    }
+    return code | sign << 15;
+}
+
+// Codes of every size, denormal ones and results too; exponents of the addend beside those of the product.
+TEST(pairs_of_bf16_multiply_and_add)
+{
+    const uint32_t count = 65536;
+    launch l = { "ptx_fma_bf16x2", 8, 256, 0, 0, 0, 0 };
+    words a = { 0 };
+    uint32_t *in = random_words(count * 3, 11), *got, *want = (uint32_t *)malloc(count * 4);
+    if (!open_program(CORE)) return;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t *x = in + 3 * i;
+        want[i] = 0;
+        for (int h = 0; h < 32; h += 16) {
+            uint32_t c[3];
+            double v[3];
+            for (int j = 0; j < 3; j++) {
+                c[j] = x[j] >> h & 0xffff;
+                if ((c[j] & 0x7f80) == 0x7f80) c[j] &= 0xbfff; // neither infinite nor NaN
+                if (i % 8 == 1) c[j] &= 0x81ff;                // small exponents
+            }
+            if (i % 4 == 0) { // a sum of like sizes
+                int e = (int)(c[0] >> 7 & 255) + (int)(c[1] >> 7 & 255) - 127 + (int)(x[2] >> 7 % 9);
+                e = e < 0 ? 0 : e > 254 ? 254 : e;
+                c[2] = (c[2] & 0x807f) | (uint32_t)e << 7;
+            }
+            if (i % 16 == 3) c[2] = 0x8000;
+            if (i % 16 == 7) c[1] = 0x7e80; // 2^126
+            for (int j = 0; j < 3; j++) {
+                v[j] = bf16_double(c[j]);
+                x[j] = (x[j] & ~(0xffffu << h)) | c[j] << h;
+            }
+            want[i] |= fma_code(v[0], v[1], v[2]) << h;
+        }
+    }
+    a.in = gpu_copy(in, count * 12);
+    a.n = count;
+    got = run(&l, &a, count);
+    CHECK_WORDS("fma.rn.bf16x2", got, want, count);
+    free(want);
+    free(got);
+    free(in);
+    gpu_release();
+}
+
 static void bit_counts(const uint32_t *in, uint32_t *w)
 {
     uint32_t u = in[0], left = u << (in[1] & 31), right = u >> (in[1] & 31);
@@ -1269,6 +1346,7 @@ TEST_MAIN(
     T(f16_and_e4m3_widen_exactly)
     T(floats_narrow_to_the_nearest_even)
     T(arithmetic_rounds_as_c_does)
+    T(pairs_of_bf16_multiply_and_add)
     T(ldmatrix_in_all_forms)
     T(stmatrix_in_all_forms)
     T(mma_adds_products)

@@ -636,18 +636,29 @@ extern "C" u32 emu_encode(u32 type, f32 v)
     return sign | (u32)bits;
 }
 
-// One rounding of both halves: to odd in f32, which loses nothing on the way to bf16.
+// One rounding of each half: to odd in double and then in f32, which loses nothing on the way to bf16. The product of
+// two bf16 is exact in double.
 extern "C" u32 emu_fma_bf16x2(u32 a, u32 b, u32 c)
 {
     u32 out = 0;
     for (u32 shift = 0; shift < 32; shift += 16) {
-        const u32 x = a >> shift & 0xffffu, y = b >> shift & 0xffffu, z = c >> shift & 0xffffu;
-        const double sum = __builtin_fma((double)emu_decode(EMU_BF16, x), (double)emu_decode(EMU_BF16, y),
-                                         (double)emu_decode(EMU_BF16, z));
+        const double product = (double)emu_decode(EMU_BF16, a >> shift & 0xffffu)
+                               * (double)emu_decode(EMU_BF16, b >> shift & 0xffffu);
+        const double addend = (double)emu_decode(EMU_BF16, c >> shift & 0xffffu);
+        double sum = product + addend;
+        const double rest = __builtin_fabs(product) > __builtin_fabs(addend) ? addend - (sum - product)
+                                                                             : product - (sum - addend);
+        if (rest < 0 || rest > 0) {
+            u64 word;
+            memcpy(&word, &sum, 8);
+            if ((rest < 0) != (sum < 0)) word--;
+            word |= 1;
+            memcpy(&sum, &word, 8);
+        }
         f32 near = (f32)sum;
-        u32 word;
-        memcpy(&word, &near, 4);
         if ((double)near != sum && sum == sum) {
+            u32 word;
+            memcpy(&word, &near, 4);
             if (__builtin_fabs((double)near) > __builtin_fabs(sum)) word--;
             word |= 1;
             memcpy(&near, &word, 4);
