@@ -57,7 +57,8 @@ else
     # make check-kernels compiles all; here some of each kind
     try "kernels compile and need what the table says" $run --check $table e8_softmax sort group pack \
         router_logits_bf16_4 finalize_rows_f32_x_bf16 bf16_gated_x_bf16_sm90 gemm1_t64_bf16_gated_x_bf16 \
-        gemm2_t16_bf16_rows_f32 t128_bf16_rows_bf16_sm90
+        gemm2_t16_bf16_rows_f32 t128_bf16_rows_bf16_sm90 gemm2_t64_e4m3_r_f32_128_rows_bf16_sm90 \
+        gemm1_t32_int4_bf16_32_swiglu_x_bf16_sm80 gemm2_t16_e2m1_e4m3_16_rows_f32_sm100 round_block_spread_x_f32
     cat "$temp/output"
 fi
 finish kernels
