@@ -111,9 +111,9 @@
 //     at a time.
 //     Quantised matrices come in parts, which moe_tensor_part lists with the spellings of ModelOpt, compressed-tensors,
 //     transformers and gpt-oss: codes, scales of rows, blocks or groups, global scales, static scales of the inputs.
-//     Codes and scales are kept as they are, and must be finite; scales may come swizzled, codes and scales in ggml's
-//     blocks. moe_quantize() makes them; rows of fp32 from a callback go through it, a matrix at a time. Shared experts
-//     may stay in a float type (shared.format).
+//     Codes and scales are kept as they are, and must be finite, NVFP4's scales not negative; scales may come swizzled,
+//     codes and scales in ggml's blocks. moe_quantize() makes them; rows of fp32 from a callback go through it, a
+//     matrix at a time. Shared experts may stay in a float type (shared.format).
 //
 // PARALLELISM
 //     moe_parallel_desc: a contiguous range or a map of local experts, and a slice of I. Routing runs over all experts
@@ -10273,7 +10273,8 @@ static void moe__cuda_report(const moe_context *ctx)
 //
 // Codes on CUDA: tiles of 128 x 128. Of 8 bits, 16 KB: bytes, 16-byte chunks swizzled as above. Of 4 bits, 8 KB: frag4,
 // the order of mma.sync's registers, as moe_kernels.cu.inc's >>gemm says. Scales of every row lie in tiles beside them,
-// in the order that it says too; those of blocks are fp32, in rows of blocks; others as the CPU has them, in fp32.
+// in the order that it says too, NVFP4's in a type of its own; those of blocks are fp32, in rows of blocks; others as
+// the CPU has them, in fp32.
 //
 // Written by >>weights, read by >>cpu and by the kernels; the sizes are what moe_plan_query() reports.
 
@@ -20412,8 +20413,8 @@ static const char *const moe__kernel_text[] = {
 "//   MOE_K_ROUND                 MOE_P_X; MOE_P_ROUND 0..3; MOE_P_SPREAD (>>round)\n"
 "//   MOE_K_ROUTER_LOGITS         MOE_P_BF16 0, 1 (weights); MOE_P_X f32, else any of 16 bits; MOE_P_ROUTER 0..4\n"
 "//   MOE_K_GEMM1                 MOE_P_TILE 8, 16, 32, 64, 128; MOE_P_DTYPE; MOE_P_X; MOE_P_GATED; MOE_P_ACTIVATION;\n"
-"//                               MOE_P_ROUNDED; of codes MOE_P_CODES, _SCALE, _GROUP, _STAGES\n"
-"//   MOE_K_GEMM2                 MOE_P_TILE; MOE_P_DTYPE; MOE_P_ROWS; of codes the same four\n"
+"//                               MOE_P_ROUNDED; of codes MOE_P_CODES, _SCALE, _GROUP, _STAGES, _CTAS\n"
+"//   MOE_K_GEMM2                 MOE_P_TILE; MOE_P_DTYPE; MOE_P_ROWS; of codes the same five\n"
 "//   MOE_K_FINALIZE              MOE_P_ROWS, MOE_P_X, MOE_P_OUT\n"
 "//   MOE_K_ALL                   every entry, for editors and other compilers; none of them: types and wrappers alone\n"
 "\n"
@@ -21228,7 +21229,7 @@ static const char *const moe__kernel_text[] = {
 "\n"
 "// Weights that are codes: what else a product needs of an expert. Offsets are bytes behind its address.\n"
 "struct codes_args {\n"
-"    u64 scales;                // of MOE_P_SCALE, as >>codes has them\n",
+"    u64 scales;                // of MOE_P_SCALE, as \"weights of codes\" in >>gemm has them\n",
 "    u64 factor;                // f32: of all rows (of gates, then of ups), or of each; NO_BIAS: none\n"
 "    u64 row_factor;            // f32 [1]: of all token rows; NO_BIAS: none\n"
 "    const f32 *row_scales;     // blocks: [ceil(k / 128)][rows_max], else [rows_max]; or NULL: all 1\n"
@@ -21275,7 +21276,7 @@ static const char *const moe__kernel_text[] = {
 "    codes_args codes;\n"
 "}; // 160 bytes\n"
 "\n"
-"// moe_k_round. MOE_P_X, MOE_P_ROUND, MOE_P_SPREAD. Any number of CTAs of 128 threads, no shared memory of its own.\n"
+"// moe_k_round. MOE_P_X, MOE_P_ROUND, MOE_P_SPREAD. Any number of CTAs of 128 threads; dynamic shared memory: 16 bytes.\n"
 "struct round_args {\n"
 "    rows_args rows;\n"
 "    const void *x;                // [T, x_stride], or [rows_max, x_stride] with by_row; 16-aligned or not\n"
@@ -22654,7 +22655,7 @@ static const char *const moe__kernel_text[] = {
 "//   warps   4, a group of 32 packed rows each (16 features gated, else 32) times all columns; from 64 columns on 2 x 2,\n"
 "//           two groups each times half of the columns, so that less of shared memory is read twice\n"
 "//\n"
-"// Codes of 4 or 8 bits are widened to bf16 on the way into the product (>>codes): a K block is 128 elements then.\n"
+"// Codes of 4 or 8 bits are widened to bf16 on the way into the product: a K block is 128 elements then.\n"
 "//\n"
 "// K ascends and is never split: a row's result depends neither on its neighbours nor on the tile's size. A tile of n\n"
 "// rows multiplies 8, 16, 32, 64 or 128 columns. Results go from registers to memory: with the packed order of rows a\n"
@@ -24436,10 +24437,10 @@ static const char *const *moe__kernel_pieces(int32_t *count)
 
 static const char *moe__kernel_digest(void)
 {
-    return "e8fc225387facc383f33a48c7a31b5be4c8c1856db9f171d1fab879197302a6f";
+    return "09212428ee3badc1a0c76b59cfa931085405ac1ce1c72ae00ebf783fc084fb8d";
 }
 
-// >>kernels-ptx e8fc225387facc383f33a48c7a31b5be4c8c1856db9f171d1fab879197302a6f  of the text with this digest
+// >>kernels-ptx 09212428ee3badc1a0c76b59cfa931085405ac1ce1c72ae00ebf783fc084fb8d  of the text with this digest
 #if !defined(MOE_NO_PTX)
 static const char *const moe__ptx_0[] = {
 "// moe: -DMOE_K_ROUTE -DMOE_P_EXPERTS_PER_LANE=16 -DMOE_P_ROUTE=0\n.version 8.1\n.target sm_80\n.address_size 64\n"

@@ -657,12 +657,15 @@ TEST(arithmetic_rounds_as_c_does)
 
 // ---- warp matrices --------------------------------------------------------------------------------------------------
 
-// Element e of lane l's word of matrix m: rows of 8 x 16 bits, the lanes 8 m .. 8 m + 7 name them.
-static uint16_t *matrix_element(uint32_t *rows, int m, int l, int e, int trans)
+// Which element of 16 bits element e of lane l's word of matrix m is: rows of 8 x 16 bits, which the lanes 8 m ..
+// 8 m + 7 name.
+static int matrix_element(int m, int l, int e, int trans)
 {
     int row = trans ? l % 4 * 2 + e : l / 4, column = trans ? l / 4 : l % 4 * 2 + e, lane = 8 * m + row;
-    return (uint16_t *)(rows + (5 * lane + 3) % 32 * 4) + column;
+    return (5 * lane + 3) % 32 * 8 + column;
 }
+
+static uint32_t element_of(const uint32_t *words_of, int at) { return words_of[at / 2] >> at % 2 * 16 & 0xffff; }
 
 static const struct { int count, trans, at; } matrix_forms[6] = {
     { 1, 0, 0 }, { 1, 1, 1 }, { 2, 0, 2 }, { 2, 1, 4 }, { 4, 0, 6 }, { 4, 1, 10 }
@@ -678,8 +681,8 @@ TEST(ldmatrix_in_all_forms)
         for (int m = 0; m < matrix_forms[f].count; m++)
             for (int i = 0; i < 32; i++)
                 want[(matrix_forms[f].at + m) * 32 + i] =
-                    *matrix_element(in, m, i, 0, matrix_forms[f].trans) |
-                    (uint32_t)*matrix_element(in, m, i, 1, matrix_forms[f].trans) << 16;
+                    element_of(in, matrix_element(m, i, 0, matrix_forms[f].trans)) |
+                    element_of(in, matrix_element(m, i, 1, matrix_forms[f].trans)) << 16;
     a.in = gpu_copy(in, 512);
     got = run(&l, &a, 14 * 32);
     CHECK_WORDS("ldmatrix", got, want, 14 * 32);
@@ -698,8 +701,10 @@ TEST(stmatrix_in_all_forms)
     memset(want, 0, sizeof want);
     for (int f = 0; f < 6; f++)
         for (int m = 0; m < counts[f]; m++)
-            for (int i = 0; i < 64; i++)
-                *matrix_element(want + f * 128, m, i / 2, i % 2, f >= 3) = (uint16_t)(in[i / 2 * 4 + m] >> i % 2 * 16);
+            for (int i = 0; i < 64; i++) {
+                int at = matrix_element(m, i / 2, i % 2, f >= 3);
+                want[f * 128 + at / 2] |= (in[i / 2 * 4 + m] >> i % 2 * 16 & 0xffff) << at % 2 * 16;
+            }
     a.in = gpu_copy(in, 512);
     got = run(&l, &a, 6 * 128);
     CHECK_WORDS("stmatrix", got, want, 6 * 128);
