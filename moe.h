@@ -10375,9 +10375,25 @@ static uint32_t moe__frag_bits(int32_t dtype, int64_t row, int64_t k, uint32_t c
     return moe__rotate_left(bits, pair == 0 ? 0 : pair == 1 ? 4 : 10);
 }
 
+// What two codes in a byte, the first of them in its low half, are in the word of each pair, and which of its bits.
+typedef struct moe__frag_bytes {
+    uint32_t bits[4][256], mask[4];
+} moe__frag_bytes;
+
 static uint32_t moe__frag_mask(int32_t dtype, int64_t row, int64_t k)
 {
     return moe__frag_bits(dtype, row, k, dtype == MOE_DTYPE_INT4 ? 7u : 15u);
+}
+
+static void moe__frag_bytes_make(moe__frag_bytes *f, int32_t dtype)
+{
+    for (int32_t pair = 0; pair < 4; pair++) {
+        const int64_t row = pair % 2 * 8, k = pair / 2 * 8;
+        f->mask[pair] = moe__frag_mask(dtype, row, k) | moe__frag_mask(dtype, row, k + 1);
+        for (uint32_t byte = 0; byte < 256; byte++)
+            f->bits[pair][byte] =
+                moe__frag_bits(dtype, row, k, byte & 15u) | moe__frag_bits(dtype, row, k + 1, byte >> 4);
+    }
 }
 
 static uint32_t moe__frag_code(int32_t dtype, int64_t row, int64_t k, uint32_t word)
@@ -11373,7 +11389,8 @@ typedef struct moe__pack {
     unsigned char *out;
     int32_t out_dtype;
     int32_t flip;                         // codes are INT4 + 8
-    int32_t code_dtype, group;            // of codes; elements that a stored scale counts for
+    const moe__frag_bytes *frag;          // of 4-bit codes
+    int32_t group;                        // elements that a stored scale counts for
     int32_t scale_layout;                 // of scales
     uint64_t bytes;                       // of one matrix or vector of the source
     int64_t *refused;                     // where not NULL: gets a stored row and column, and what is wrong there
@@ -11480,28 +11497,32 @@ static void moe__pack_verify(const moe__pack *p, const unsigned char *in, int64_
     }
 }
 
-// An element of codes or scales for CUDA, at a row and a column of what p->form says; the source's type is out_dtype.
-static void moe__pack_put(const moe__pack *p, int64_t row, int64_t column, const unsigned char *value)
+// A scale for CUDA, at a row and a column of the source's.
+static void moe__pack_scale(const moe__pack *p, int64_t row, int64_t column, const unsigned char *value)
 {
     int64_t size = moe_dtype_bits(p->out_dtype) / 8, begin = column * p->parts - p->skip;
-    if (p->form == MOE__FORM_BYTES) {
-        p->out[moe__packed_byte_at(p->out_ld, row, column)] = *value;
-    } else if (p->form == MOE__FORM_FRAG) { // two codes
-        for (int32_t i = 0; i < 2; i++) {
-            int64_t k = 2 * column + i;
-            unsigned char *at = p->out + moe__frag_at(p->out_ld, row, k);
-            uint32_t word;
-            memcpy(&word, at, 4);
-            word &= ~moe__frag_mask(p->code_dtype, row, k);
-            word |= moe__frag_bits(p->code_dtype, row, k, *value >> (4 * i) & 15u);
-            memcpy(at, &word, 4);
-        }
-    } else {
-        for (int64_t i = begin > 0 ? begin : 0; i < begin + p->parts && i < p->out_ld; i++) {
-            uint64_t at = p->form == MOE__FORM_BLOCKS ? (uint64_t)(row * p->out_ld + i)
-                                                      : moe__packed_scale_at(p->out_ld, p->group, row, i);
-            memcpy(p->out + at * (uint64_t)size, value, (size_t)size);
-        }
+    for (int64_t i = begin > 0 ? begin : 0; i < begin + p->parts && i < p->out_ld; i++) {
+        uint64_t at = p->form == MOE__FORM_BLOCKS ? (uint64_t)(row * p->out_ld + i)
+                                                  : moe__packed_scale_at(p->out_ld, p->group, row, i);
+        memcpy(p->out + at * (uint64_t)size, value, (size_t)size);
+    }
+}
+
+// n bytes of codes for CUDA, from column `column` of bytes on.
+static void moe__pack_codes(const moe__pack *p, int64_t row, int64_t column, const unsigned char *values, int64_t n)
+{
+    int64_t run;
+    for (int64_t i = 0; i < n && p->form == MOE__FORM_BYTES; i += run) { // 16 bytes lie together
+        run = 16 - (column + i) % 16 < n - i ? 16 - (column + i) % 16 : n - i;
+        memcpy(p->out + moe__packed_byte_at(p->out_ld, row, column + i), values + i, (size_t)run);
+    }
+    for (int64_t i = 0; i < n && p->form == MOE__FORM_FRAG; i++) {
+        const int32_t pair = (int32_t)(row / 8 % 2 + (column + i) / 4 % 2 * 2);
+        unsigned char *at = p->out + moe__frag_at(p->out_ld, row, 2 * (column + i));
+        uint32_t word;
+        memcpy(&word, at, 4);
+        word = (word & ~p->frag->mask[pair]) | p->frag->bits[pair][values[i]];
+        memcpy(at, &word, 4);
     }
 }
 
@@ -11520,11 +11541,14 @@ static void moe__pack_scatter(const moe__pack *p, int64_t target, int64_t done, 
             p->refused[0] = target;
             p->refused[1] = done + at;
         }
-        for (int64_t i = 0; i < run; i++) {
-            if (p->flip) values[i] = (unsigned char)(values[i] ^ 0x88);
-            if (p->out_dtype == MOE_DTYPE_E4M3) values[i] = (unsigned char)moe__scale_to_packed(values[i]);
-            moe__pack_put(p, row, p->out_column + done + at + i, values + i * size);
+        for (int64_t i = 0; i < run && p->flip; i++) values[i] = (unsigned char)(values[i] ^ 0x88);
+        for (int64_t i = 0; i < run && p->out_dtype == MOE_DTYPE_E4M3; i++)
+            values[i] = (unsigned char)moe__scale_to_packed(values[i]);
+        if (p->form == MOE__FORM_BYTES || p->form == MOE__FORM_FRAG) {
+            moe__pack_codes(p, row, p->out_column + done + at, values, run);
+            continue;
         }
+        for (int64_t i = 0; i < run; i++) moe__pack_scale(p, row, p->out_column + done + at + i, values + i * size);
     }
 }
 
@@ -11899,6 +11923,7 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
     int64_t first, refused[3] = { 0, 0, 0 };
     moe__pack_place place = moe__pack_place_of(c, shape, down, tiled);
     int32_t per_row = place.unit == 0; // one column of scales
+    moe__frag_bytes frag;
     moe__pack p;
     if (c->tensor.part != MOE_PART_DATA && (c->tensor.part != MOE_PART_SCALE || shape->weight.rows == 0))
         return moe__pack_factors(weights, c, shape, position, block, err);
@@ -11935,7 +11960,10 @@ static int32_t moe__pack_block(const moe_weights *weights, const moe__checked *c
     }
     if (bias) return moe__pack_run(weights->ctx, &p, c->shape.matrix, err);
     p.form = place.form;
-    p.code_dtype = shape->weight.dtype;
+    if (p.form == MOE__FORM_FRAG) {
+        moe__frag_bytes_make(&frag, shape->weight.dtype);
+        p.frag = &frag;
+    }
     p.group = shape->scale_group;
     if (tiled && place.form != MOE__FORM_BLOCKS) p.tiled = down ? 1 : 1 + gated;
     if (c->tensor.part == MOE_PART_SCALE && tiled && shape->weight.columns > 0) {
