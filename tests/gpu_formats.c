@@ -173,6 +173,46 @@ TEST(sizes_of_formats)
     }
 }
 
+// The same bits with tiles of other sizes, of values whose sums are not exact.
+TEST(tiles_do_not_change_a_bit_of_formats)
+{
+    static const int of[] = { 0, 2, 5, 6, 8, 10 }, rows[] = { 16, 32, 64, 128 };
+    if (!gpu_open()) return;
+    for (int i = 0; i < 6; i++) {
+        moe_layer_desc l = layer_of(&variants[of[i]], MOE_ACTIVATION_SWIGLU);
+        layer_call c = logits_of(50);
+        uint64_t state = 17;
+        layer_data d;
+        pair p;
+        size_t n = (size_t)c.tokens * (size_t)l.hidden_size;
+        float *first = (float *)calloc(n, 4), *other = (float *)calloc(n, 4);
+        int ran = 0;
+        memset(&p, 0, sizeof p);
+        memset(&d, 0, sizeof d);
+        p.desc.x_dtype = MOE_DTYPE_BF16;
+        d.x = grid_values(n, 0.01f, 400, &state);
+        d.old = grid_values(n, 1, 1, &state);
+        d.logits = grid_values((size_t)(c.tokens * l.num_experts), 0.125f, 40, &state);
+        if (!open_layer(&p, &l, c.tokens)) continue;
+        for (int j = 0; j < 4; j++) {
+            int32_t tiles[MOE__SETS] = { 0 };
+            if (moe__tile_built(l.format, rows[j]) == NULL) continue;
+            tiles[0] = rows[j];
+            CHECK_OK(moe__plan_take(p.plan[1], tiles, &err));
+            CHECK_OK(moe_plan_get_info(p.plan[1], &p.info[1], &err));
+            CHECK_EQ(run_gpu(&p, &c, &d, ran == 0 ? first : other), MOE_OK);
+            if (ran++ > 0 && memcmp(first, other, n * 4) != 0) test_fail(__FILE__, __LINE__, name_of(&variants[of[i]]));
+        }
+        CHECK(ran >= 2);
+        free(first);
+        free(other);
+        free(d.x);
+        free(d.old);
+        free(d.logits);
+        pair_close(&p);
+    }
+}
+
 // Ids, counts on the device, weights on the input; a rank with some of the experts.
 TEST(inputs_of_formats)
 {
@@ -432,6 +472,7 @@ TEST(checkpoints_that_others_quantised) { test_skip("no checkpoints in this buil
 #endif
 
 TEST_MAIN(T(every_format_is_within_the_bound_of_the_reference) T(every_code_has_its_value)
-          T(formats_with_everything_beside_them) T(sizes_of_formats) T(inputs_of_formats)
+          T(formats_with_everything_beside_them) T(sizes_of_formats) T(tiles_do_not_change_a_bit_of_formats)
+          T(inputs_of_formats)
           T(what_tiles_cannot_hold_is_refused_by_name) T(weights_of_codes_are_saved_and_replaced)
           T(a_query_says_that_codes_are_widened) T(checkpoints_that_others_quantised))
