@@ -170,7 +170,7 @@
 //     moe_plan_create() compiles the products of such a layer also where only its stages are called. Experts of the
 //     layers that run are packed into device memory while tensors are set, in the layout that the kernels read, and are
 //     not kept in host memory: a tensor's part of a block is packed there and copied. Sources may lie in device memory
-//     too, where everything that writes them has ended: a kernel packs those (the host where there is no NVRTC).
+//     too, where everything that writes them has ended: a kernel packs those of floats (without NVRTC the host).
 //     moe_weights_replace_expert() copies on `stream` and waits for that stream. moe_weights_read_row() and _save()
 //     copy blocks back. Saved weights are for the CPU or for CUDA, as the context that saved them. Experts that the
 //     device has no room for may lie in page-locked host memory of the

@@ -14,6 +14,7 @@
 #include "../moe.h"
 
 #include "../tests/own_text.h"
+#include "../tests/quantized.h"
 #include "bench.h"
 
 #include <math.h>
@@ -170,49 +171,17 @@ static moe_weights *make_weights(const moe_layer_desc *layer)
 // One matrix of codes of expert 0, with all that belongs to it.
 static void set_codes(moe_weights *weights, const moe_layer_desc *layer, int role)
 {
-    const moe__scheme s = moe__weight_scheme(layer->format, layer->format_block, layer->scale_dtype);
     const int64_t h = layer->hidden_size, f = layer->intermediate_size;
     const int64_t n = role == MOE_TENSOR_DOWN ? h : f, k = h + f - n;
-    const int64_t r = s.rows > 0 ? n / s.rows : 1, c = s.columns > 0 ? k / s.columns : 1;
-    const int64_t dims[4][2] = { { n, k }, { r, c }, { 1, 1 }, { 1, 1 } };
-    const int dtypes[4] = { s.dtype, s.scale_dtype, MOE_DTYPE_F32, MOE_DTYPE_F32 };
-    const int parts[4] = { MOE_PART_DATA, MOE_PART_SCALE, MOE_PART_GLOBAL_SCALE, MOE_PART_INPUT_SCALE };
-    float *values = (float *)malloc((size_t)(n * k) * sizeof values[0]), one = 1e-3f;
-    const void *data[4] = { NULL, NULL, &one, &one };
-    uint64_t state = 1, bytes[4] = { 0, 0, 4, 4 };
+    float *values = (float *)malloc((size_t)(n * k) * sizeof values[0]);
+    uint64_t state = 1;
     moe_quantize_desc q;
     moe_error err;
     for (int64_t i = 0; i < n * k; i++) values[i] = (float)((int)(random_u32(&state) % 2001) - 1000) * 3e-5f;
-    memset(&q, 0, sizeof q);
-    q.format = layer->format;
-    q.format_block = layer->format_block;
-    q.dtype = MOE_DTYPE_F32;
-    q.rows = n;
-    q.columns = k;
-    q.values = values;
-    q.codes_bytes = bytes[0] = (uint64_t)(n * k * moe_dtype_bits(s.dtype) / 8);
-    q.scales_bytes = bytes[1] = (uint64_t)(r * c * moe_dtype_bits(s.scale_dtype) / 8);
-    data[0] = q.codes = malloc((size_t)q.codes_bytes);
-    data[1] = q.scales = malloc((size_t)q.scales_bytes);
-    q.global_scale = moe__scheme_has_global(&s) ? one : 0;
+    quantized_begin(&q, layer->format, layer->format_block, layer->scale_dtype, values, n, k);
     if (moe_quantize(&q, &err)) fail("quantize", &err);
-    for (int i = 0; i < 4; i++) {
-        moe_tensor t;
-        if (i == 2 && !moe__scheme_has_global(&s)) continue;
-        if (i == 3 && layer->format != MOE_FORMAT_NVFP4) continue;
-        memset(&t, 0, sizeof t);
-        t.role = role;
-        t.part = parts[i];
-        t.dtype = dtypes[i];
-        t.rank = i > 1 || (i == 1 && s.rows == 0) ? 0 : 2;
-        t.dims[0] = dims[i][0];
-        t.dims[1] = dims[i][1];
-        t.data = data[i];
-        t.data_bytes = bytes[i];
-        if (moe_weights_set_tensor(weights, &t, &err)) fail("tensor", &err);
-    }
-    free(q.codes);
-    free(q.scales);
+    if (set_quantized(weights, role, 0, &q, layer->format == MOE_FORMAT_NVFP4 ? 1e-3f : 0, &err)) fail("tensor", &err);
+    quantized_free(&q);
     free(values);
 }
 

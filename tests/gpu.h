@@ -267,6 +267,8 @@ TEST_UNUSED static void gpu_stream_end(void *stream)
     gpu_leave();
 }
 
+#include "quantized.h"
+
 // ---- a layer in both contexts ---------------------------------------------------------------------------------------
 
 // Zero-initialise; set layer (hidden and intermediate size may stay 0), desc, router.
@@ -320,24 +322,6 @@ TEST_UNUSED static float *pair_code_values(int64_t count, int dtype, float step,
     return v;
 }
 
-static int pair_part(moe_weights *weights, int role, int expert, int part, int dtype, int64_t rows, int64_t columns,
-                     const void *data, uint64_t bytes, moe_error *err)
-{
-    moe_tensor t;
-    memset(&t, 0, sizeof t);
-    t.role = role;
-    t.part = part;
-    t.expert = expert;
-    t.index = -1;
-    t.dtype = dtype;
-    t.rank = rows == 0 ? 0 : 2;
-    t.dims[0] = rows;
-    t.dims[1] = columns;
-    t.data = data;
-    t.data_bytes = bytes;
-    return moe_weights_set_tensor(weights, &t, err);
-}
-
 // One matrix of codes. Rows, groups of 32, or square blocks have steps of their own, as the format allows.
 static int pair_codes(const pair *p, moe_weights *weights, int role, int expert, int64_t rows, int64_t columns,
                       moe_error *err)
@@ -345,7 +329,6 @@ static int pair_codes(const pair *p, moe_weights *weights, int role, int expert,
     const moe_layer_desc *l = &p->layer;
     const moe__scheme s = moe__weight_scheme(l->format, l->format_block, l->scale_dtype);
     const int64_t r = s.rows > 0 ? s.rows : rows, c = s.columns > 0 ? s.columns : columns;
-    const int64_t across = (columns + c - 1) / c, scales = (rows + r - 1) / r * across;
     uint64_t state = p->seed * 77 + (uint64_t)(role * 1000 + expert + 1);
     float *values = pair_code_values(rows * columns, s.dtype, 0.125f, &state);
     float input = (expert + 1) % 4 == 3 ? 0.5f : 0.25f;
@@ -353,35 +336,15 @@ static int pair_codes(const pair *p, moe_weights *weights, int role, int expert,
     int result;
     for (int64_t i = 0; i < rows * columns && s.rows > 0; i++)
         values[i] *= (float)(1 << ((i / columns / r * 5 + i % columns / c * 3) % 3));
-    memset(&q, 0, sizeof q);
-    q.format = l->format;
-    q.format_block = l->format_block;
-    q.scale_dtype = l->scale_dtype;
-    q.dtype = MOE_DTYPE_F32;
-    q.rows = rows;
-    q.columns = columns;
-    q.values = values;
-    q.codes_bytes = (uint64_t)(rows * columns * moe_dtype_bits(s.dtype) / 8);
-    q.scales_bytes = (uint64_t)(scales * moe_dtype_bits(s.scale_dtype) / 8);
-    q.codes = malloc((size_t)q.codes_bytes);
-    q.scales = malloc((size_t)q.scales_bytes);
+    quantized_begin(&q, l->format, l->format_block, l->scale_dtype, values, rows, columns);
     q.global_scale = moe__scheme_has_global(&s) ? 0.0625f : 0;
     result = moe_quantize(&q, err);
     for (uint64_t i = 0; i < q.codes_bytes && p->any_codes; i++) {
         uint32_t code = test_random_u32(&state) & 255u;
         ((unsigned char *)q.codes)[i] = (unsigned char)(s.dtype == MOE_DTYPE_E4M3 && code % 128 == 127 ? 1 : code);
     }
-    if (result == 0)
-        result = pair_part(weights, role, expert, MOE_PART_DATA, s.dtype, rows, columns, q.codes, q.codes_bytes, err);
-    if (result == 0)
-        result = pair_part(weights, role, expert, MOE_PART_SCALE, s.scale_dtype, s.rows > 0 ? (rows + r - 1) / r : 0,
-                           across, q.scales, q.scales_bytes, err);
-    if (result == 0 && moe__scheme_has_global(&s))
-        result = pair_part(weights, role, expert, MOE_PART_GLOBAL_SCALE, MOE_DTYPE_F32, 0, 0, &q.global_scale, 4, err);
-    if (result == 0 && (l->format == MOE_FORMAT_NVFP4 || (l->format == MOE_FORMAT_FP8_PER_TENSOR && expert % 2 == 0)))
-        result = pair_part(weights, role, expert, MOE_PART_INPUT_SCALE, MOE_DTYPE_F32, 0, 0, &input, 4, err);
-    free(q.codes);
-    free(q.scales);
+    if (result == 0) result = set_quantized(weights, role, expert, &q, input, err);
+    quantized_free(&q);
     free(values);
     return result;
 }

@@ -2,7 +2,7 @@
 //
 // Values are multiples of powers of two that the codes have, and every scale is a power of two, so that the sums of
 // GEMM 1 are exact, and the intermediate's codes are the reference's. GEMM 2 then differs by the order of its sums and
-// by a rounding of each product, where the intermediate has scales that are not powers of two: gpu_layer.c's bound.
+// by a rounding of each product, where the intermediate has scales that are not powers of two: gpu_layer.h's bound.
 #define MOE_STATIC
 #define MOE_IMPLEMENTATION
 #include "../moe.h"
@@ -267,9 +267,9 @@ TEST(what_tiles_cannot_hold_is_refused_by_name)
     for (int side = 0; side < 2; side++) {
         REQUIRE_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &l, NULL, &w, &err));
         if (side == 0) {
-            CHECK_OK(pair_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_UE8M0, 64, 6, scales, 64 * 6, &err));
+            CHECK_OK(set_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_UE8M0, 64, 6, scales, 64 * 6, &err));
         } else {
-            CHECK_ERR(pair_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_UE8M0, 64, 6, scales, 64 * 6, &err),
+            CHECK_ERR(set_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_UE8M0, 64, 6, scales, 64 * 6, &err),
                       MOE_ERROR_DATA, "tensor.data");
             CHECK_CONTAINS(err.text, "a scale above 2^33");
         }
@@ -279,7 +279,7 @@ TEST(what_tiles_cannot_hold_is_refused_by_name)
     memset(scales, 0xb8, 64 * 192);
     for (int side = 0; side < 2; side++) {
         REQUIRE_OK(moe_weights_create(side == 0 ? gpu.cpu : gpu.ctx, &l, NULL, &w, &err));
-        CHECK_ERR(pair_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_E4M3, 64, 12, scales, 64 * 12, &err),
+        CHECK_ERR(set_part(w, MOE_TENSOR_UP, 0, MOE_PART_SCALE, MOE_DTYPE_E4M3, 64, 12, scales, 64 * 12, &err),
                   MOE_ERROR_DATA, "tensor.data");
         CHECK_CONTAINS(err.text, "a scale below 0");
         moe_weights_destroy(w);

@@ -476,7 +476,7 @@ static void set_rest(moe_weights *w, int role, int expert, const coded *c)
 
 static void set_whole(moe_weights *w, int role, int expert, coded *c)
 {
-    CHECK_OK(set_quantized(w, role, expert, &c->q, &err));
+    CHECK_OK(set_quantized(w, role, expert, &c->q, 0.02f + 0.005f * (float)(expert + 1), &err));
 }
 
 // Formats whose scales belong to one row each: fused in every order, shuffled with their scales, codes in bytes.
